@@ -1,0 +1,16 @@
+"""The one error a user is meant to read."""
+
+
+class UsageError(ValueError, SystemExit):
+    """Bad input, told in one line that names the value and says what is allowed.
+
+    It is a `ValueError`, so code can catch it as usual. It is a `SystemExit` too, so that where nobody catches it (a
+    stock `lm_eval` command line), Python prints the line alone, without a traceback, and exits with status 1.
+    """
+
+    def __init__(self, message: str):
+        SystemExit.__init__(self, f"lminf: {message}")
+        self.code = f"lminf: {message}"
+
+    def __str__(self) -> str:
+        return str(self.code)
