@@ -1,0 +1,62 @@
+"""The definition of Λ-attention, written to be read: dense, O(n^2), at any precision. Every fast path is held against it.
+
+Shapes: B batch, H query heads, K key-value heads, S tokens, D head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from lminf_eval.spec import LambdaSpec
+
+Rotate = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def lambda_attention(
+    q_BHSD: torch.Tensor,
+    k_BKSD: torch.Tensor,
+    v_BKSD: torch.Tensor,
+    rotate: Rotate,
+    spec: LambdaSpec,
+    scale: float,
+    softcap: float | None = None,
+    sink_logits_H: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention of one whole sequence from position 0 (LM-Infinite, arXiv 2308.16137, section 4; StreamingLLM, 2309.17453).
+
+    Args:
+        q_BHSD, k_BKSD, v_BKSD: queries, keys and values *before* any rotation.
+        rotate: (x_B?SD, positions_S) -> x rotated to those positions, by the model's own rotary embedding.
+        spec: a resolved spec (n_local set).
+        scale: factor of the logits, usually D ** -0.5.
+        softcap: logits become softcap * tanh(logits / softcap) (Gemma 2).
+        sink_logits_H: a learned logit per head that joins the softmax with no value (gpt-oss).
+
+    Returns:
+        [B, H, S, D], in the dtype of q.
+    """
+    group = q_BHSD.shape[1] // k_BKSD.shape[1]
+    k_BHSD, v_BHSD = k_BKSD.repeat_interleave(group, 1), v_BKSD.repeat_interleave(group, 1)
+    i = torch.arange(q_BHSD.shape[2], device=q_BHSD.device)
+    j = i
+
+    def logits(query_position: torch.Tensor, key_position: torch.Tensor) -> torch.Tensor:
+        return rotate(q_BHSD, query_position) @ rotate(k_BHSD, key_position).transpose(-1, -2) * scale
+
+    distance = i[:, None] - j[None, :]
+    local = (distance >= 0) & (distance < spec.n_local)
+    far = (distance >= spec.n_local) & (j[None, :] < spec.sinks)
+    if spec.attention == "streaming":  # a starting token is as far as its place in the cache is
+        far_logits = logits(i.clamp(max=spec.n_local + spec.sinks - 1), j)
+    else:
+        far_logits = logits(torch.full_like(i, spec.n_local), torch.zeros_like(j))
+    logits_BHSS = torch.where(local, logits(i, j), far_logits)
+    if softcap is not None:
+        logits_BHSS = softcap * torch.tanh(logits_BHSS / softcap)
+    logits_BHSS = logits_BHSS.masked_fill(~(local | far), float("-inf"))
+    if sink_logits_H is None:
+        return logits_BHSS.softmax(-1) @ v_BHSD
+    sink_BHS1 = sink_logits_H.to(logits_BHSS.dtype)[None, :, None, None].expand(*logits_BHSS.shape[:3], 1)
+    return torch.cat([logits_BHSS, sink_BHS1], -1).softmax(-1)[..., :-1] @ v_BHSD

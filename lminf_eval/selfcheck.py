@@ -1,0 +1,124 @@
+"""The check at load that makes every unknown family safe: a patched model must be the model, where Λ changes nothing.
+
+Two tiny passes compare, layer by layer, the queries and keys that the model rotates itself with those that we rotate for
+it; so a layer without positions is found, and a family whose keys exist only rotated is refused. A third compares logits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from lminf_eval.attention.kernels import attend
+from lminf_eval.errors import UsageError
+from lminf_eval.patch import IMPLEMENTATION, LambdaModel, attention_layers, head_logits, unsupported
+from lminf_eval.spec import LambdaSpec
+
+# Relative error allowed: of a rotation done by the same function on the same numbers, and of whole-model logits that
+# another attention kernel computed. A wrong convention is off by tenths.
+_ROTATION = {torch.float64: 1e-5, torch.float32: 1e-4}
+_LOGITS = {torch.float64: 1e-4, torch.float32: 1e-3}
+_HALF_ROTATION, _HALF_LOGITS = 2e-2, 1e-1
+_TOKENS = 24
+
+
+def lambda_model(model: PreTrainedModel, spec: LambdaSpec) -> LambdaModel:
+    """`model` patched to Λ-attention, and checked.
+
+    Raises:
+        UsageError: where the patched model would not be the same model; `model` is then as it was.
+    """
+    config = model.config.get_text_config()
+    n = min(_TOKENS, spec.n_local, getattr(config, "sliding_window", None) or _TOKENS)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(config.vocab_size, (1, n), generator=generator).to(model.device)
+    with torch.inference_mode():
+        output = model.base_model(input_ids=ids, use_cache=False, return_dict=True)
+        expected = head_logits(model, model.base_model, output, output.last_hidden_state[0])
+        recorded = _record(model, ids)
+    patched = LambdaModel(model, spec)
+    try:
+        _compare_layers(patched, recorded, ids)
+        _compare_logits(patched, expected, ids)
+    except BaseException:
+        patched.restore()
+        raise
+    return patched
+
+
+class _Recorder:
+    """Stands in for a LambdaModel: keeps each layer's rotated queries and keys, and what it answered."""
+
+    def __init__(self):
+        self.layers = {}
+
+    def attend(self, module: nn.Module, q, k, v, scale, options):
+        out, _ = attend(q, k, v, scale, causal=True)
+        self.layers[module.layer_idx] = q, k, out
+        return out
+
+
+def _record(model: PreTrainedModel, ids: torch.Tensor) -> dict:
+    implementation, recorder = model.config._attn_implementation, _Recorder()
+    layers = attention_layers(model)
+    for layer in layers:
+        layer.lminf = recorder
+    model.set_attn_implementation(IMPLEMENTATION)
+    try:
+        model.base_model(input_ids=ids, use_cache=False)
+    finally:
+        model.set_attn_implementation(implementation)
+        for layer in layers:
+            del layer.lminf
+    return recorder.layers
+
+
+def _compare_layers(patched: LambdaModel, recorded: dict, ids: torch.Tensor) -> None:
+    """Find which layers rotate, and refuse the family if some layer does neither what we do nor nothing."""
+    positions = torch.arange(ids.shape[1])[None]
+    seen = set()
+
+    def attend_and_compare(module, q, k, v, scale, options):
+        expected_q, expected_k, out = recorded[module.layer_idx]
+        limit = _ROTATION.get(q.dtype, _HALF_ROTATION)
+        seen.add(module.layer_idx)
+        for rotated in (True, False):
+            patched.rotated[module.layer_idx] = rotated
+            found = [patched._turn(module, x, positions, "near") for x in (q, k)]
+            if max(_error(found[0], expected_q), _error(found[1], expected_k)) < limit:
+                return out
+        raise UsageError(
+            unsupported(patched.model.config, f"layer {module.layer_idx} changes queries or keys after rotating them")
+        )
+
+    patched.attend = attend_and_compare
+    try:
+        with torch.inference_mode():
+            patched.decoder(input_ids=ids, use_cache=False)
+    finally:
+        del patched.attend
+        patched._angles = {}
+    if seen != {layer.layer_idx for layer in patched.layers}:
+        raise UsageError(unsupported(patched.model.config, "some of its attention layers can't be reached from outside"))
+
+
+def _compare_logits(patched: LambdaModel, expected: torch.Tensor, ids: torch.Tensor) -> None:
+    """In two chunks and one last token, so that the cache and the decoder are part of the check."""
+    n = ids.shape[1]
+    cache, found = patched.new_cache(1, n), []
+    for part in (ids[:, : n // 2], ids[:, n // 2 : n - 1], ids[:, n - 1 :]):
+        if part.shape[1]:
+            output = patched.hidden(part, cache)
+            found.append(patched.logits(output, output.last_hidden_state[0]))
+    error = _error(torch.cat(found), expected)
+    if not error < _LOGITS.get(expected.dtype, _HALF_LOGITS):  # NaN must not pass
+        raise UsageError(
+            unsupported(patched.model.config, f"its patched logits differ from its own by {error:.1%} below n_local")
+        )
+
+
+def _error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative error in the Frobenius norm, NaN where either has one."""
+    found, expected = found.double(), expected.double()
+    return float((found - expected).norm() / expected.norm().clamp(min=1e-30))

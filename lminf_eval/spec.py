@@ -1,0 +1,96 @@
+"""What the method is asked to do: `LambdaSpec`, parsed from lm-eval's `--model_args`, validated, printed."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from lminf_eval.errors import UsageError
+
+
+class LambdaSpec(BaseModel):
+    """The attention a model is run with (LM-Infinite, arXiv 2308.16137, section 4).
+
+    A query at position i sees the key at j <= i by the *local branch* where i - j < n_local, at its true distance, and
+    by the *global branch* where j < n_global and i - j >= n_local, at a distance held at n_local. One softmax.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    attention: Literal["lambda", "full", "streaming", "window"] = Field(
+        "lambda", description="lambda: the method; full: the model as it is; window: no starting tokens; streaming: StreamingLLM"
+    )
+    n_local: int | None = Field(None, ge=1, description="window in tokens; default: the length the model was pre-trained at")
+    n_global: int = Field(10, ge=0, description="starting tokens every token sees")
+    chunk_size: int = Field(2048, ge=1, description="tokens of one sequence that pass through the model at once")
+
+    @model_validator(mode="after")
+    def _branches_fit(self) -> LambdaSpec:
+        if self.attention in ("lambda", "streaming") and self.n_local is not None and self.n_global >= self.n_local:
+            raise ValueError(f"n_global={self.n_global} must be smaller than n_local={self.n_local}")
+        return self
+
+    @classmethod
+    def parse(cls, args: Mapping[str, Any]) -> LambdaSpec:
+        """The spec that `args` (names and values of `--model_args`, only this class's) ask for.
+
+        Raises:
+            UsageError: for an impossible value, naming it and what is allowed.
+        """
+        try:
+            return cls(**args)
+        except ValidationError as error:
+            raise UsageError("; ".join(_sentence(problem) for problem in error.errors())) from None
+
+    @property
+    def sinks(self) -> int:
+        """Starting tokens that the global branch keeps: n_global, or none for `window`."""
+        return 0 if self.attention == "window" else self.n_global
+
+    def resolve(self, config: Any) -> tuple[LambdaSpec, str]:
+        """This spec with n_local filled in from a transformers `config`, and the reason for its value.
+
+        Raises:
+            UsageError: if the config tells no length, or one that n_global does not fit in.
+        """
+        if self.n_local is not None:
+            return self, "set by n_local"
+        n_local, why = trained_length(config)
+        if n_local is None:
+            raise UsageError(
+                f"n_local: the config of {config.model_type!r} tells no pre-training length; pass n_local=<tokens>"
+            )
+        return LambdaSpec.parse({**self.model_dump(), "n_local": n_local}), why
+
+
+def trained_length(config: Any) -> tuple[int | None, str]:
+    """The length in tokens that a model was pre-trained at, and the config key that says so.
+
+    Under rope scaling that is `original_max_position_embeddings`; else the config's own maximum.
+    """
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    per_type = [value for value in rope.values() if isinstance(value, dict)] or [rope]
+    original = [value["original_max_position_embeddings"] for value in per_type if value.get("original_max_position_embeddings")]
+    if original:
+        return int(max(original)), "original_max_position_embeddings"
+    for key in ("original_max_position_embeddings", "max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+        if getattr(text, key, None):
+            return int(getattr(text, key)), key
+    return None, "none"
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """A hint such as " (did you mean n_local?)", or nothing where no known name is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def _sentence(problem: Mapping[str, Any]) -> str:
+    name = ".".join(str(part) for part in problem["loc"])
+    if not name:
+        return problem["msg"].removeprefix("Value error, ")
+    return f"{name}={problem['input']}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
