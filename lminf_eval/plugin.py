@@ -1,8 +1,8 @@
 """How a stock lm-eval finds the model `lminf` and our task folder.
 
-lm-eval releases that read the entry points `lm_eval.models` find the model by themselves, but none looks for task folders.
-So `startup/lminf_eval_autoload.py` calls `install` when lm-eval is first imported, and the two functions that know
-lm-eval's internals, `_register_model` and `_include_tasks`, run as soon as the module they concern has been executed.
+lm-eval releases that read the entry points `lm_eval.models` find the model by themselves, but none looks for a task
+folder. So `startup/lminf_eval_autoload.py` calls `install` when lm-eval is first imported, and the two functions that
+know lm-eval's internals, `_register_model` and `_include_tasks`, run once the module they concern has been executed.
 """
 
 import functools

@@ -1,7 +1,7 @@
 """Runs at every start of Python, from the `.pth` file beside it, and waits until somebody imports lm-eval.
 
-It is a module of its own, outside the package, so that it is one small file to load, and is there even where the package
-is not (an editable install whose checkout was moved). `LMINF_EVAL_AUTOLOAD=0` switches it off.
+It is a module of its own, outside the package, so that it is one small file to load, and is there even where the
+package is not (an editable install whose checkout was moved). `LMINF_EVAL_AUTOLOAD=0` switches it off.
 """
 
 import os
