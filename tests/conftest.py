@@ -31,14 +31,19 @@ def smollm2() -> Path:
         pytest.skip(str(error))
 
 
-def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Every parameter drawn at random, in place: norm weights of exactly one hide mistakes."""
+def _randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(1 + 0.3 * noise if "norm" in name and name.endswith("weight") else 0.15 * noise)
     return model
+
+
+@pytest.fixture(scope="session")
+def randomise():
+    """`randomise(model)` draws every parameter at random, in place: norm weights of exactly one hide mistakes."""
+    return _randomise
 
 
 @pytest.fixture(scope="session")
@@ -83,7 +88,7 @@ def tiny_llama(tmp_path_factory, tiny_tokenizer):
             "eos_token_id": tiny_tokenizer.eos_token_id,
         }
         folder = tmp_path_factory.mktemp("tiny-llama")
-        randomise(LlamaForCausalLM(LlamaConfig(**defaults | config))).save_pretrained(folder)
+        _randomise(LlamaForCausalLM(LlamaConfig(**defaults | config))).save_pretrained(folder)
         tiny_tokenizer.save_pretrained(folder)
         return folder
 
