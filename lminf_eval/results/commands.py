@@ -1,0 +1,66 @@
+"""`lminf table` and `lminf report`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from lminf_eval.errors import UsageError
+from lminf_eval.results import escape, export, formats
+from lminf_eval.results.evidence import Evidence
+from lminf_eval.results.load import load
+from lminf_eval.results.table import arrange, choose
+
+WRITERS = {
+    "markdown": formats.markdown,
+    "csv": formats.comma_separated,
+    "latex": formats.latex,
+    "html": formats.html,
+}
+WIDEST = 400  # characters a line where the output is no terminal and nothing needs to wrap
+
+
+def table(
+    paths: Sequence[Path],
+    rows: str = "model,method",
+    columns: str = "length",
+    metric: str = "",
+    baseline: str = "",
+    form: str = "terminal",
+    export_to: Path | None = None,
+    trained_length: int | None = None,
+) -> None:
+    """Print the results in `paths` as a table (see `table.arrange`); `export_to` gets every result, unarranged.
+
+    `rows`, `columns` and `metric` are names with commas between, `form` is "terminal" or one of `WRITERS`. What could
+    not be read is told on standard error.
+
+    Raises:
+        UsageError: for a path, name or format that does not exist.
+    """
+    if form != "terminal" and form not in WRITERS:
+        raise UsageError(f"format {form}: one of terminal, {', '.join(WRITERS)}")
+    if export_to:
+        export.check(export_to)
+    collection = load(paths, trained_length)
+    evidence = Evidence(collection)
+    chosen = choose(collection.results, _names(metric))
+    arranged = arrange(evidence, chosen, _names(rows), _names(columns), baseline)
+    if form == "terminal":
+        console = Console()
+        formats.terminal(arranged, console if console.is_terminal else Console(width=WIDEST))
+    else:
+        sys.stdout.write(WRITERS[form](arranged))
+    if export_to:
+        export.write(collection.results, export_to)
+    for problem in [*collection.problems, *evidence.problems]:
+        print(escape.plain(f"left out: {problem.file}: {problem.reason}"), file=sys.stderr)
+    for note in collection.notes:
+        print(escape.plain(note), file=sys.stderr)
+
+
+def _names(given: str) -> list[str]:
+    return [name.strip() for name in given.split(",") if name.strip()]

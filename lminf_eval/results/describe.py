@@ -1,0 +1,221 @@
+"""What a results file says about its run and its tasks: model, method, settings, versions, length.
+
+lm-eval's formats differ: `model_args` is one string up to 0.4.9 and a table in 0.4.13; a task's entry has name,
+sample_len and an alias without indentation only in the newer; the oldest have no n-samples. Nothing here trusts a type.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from lminf_eval.results.samples import DATE_IN_NAME
+
+METHOD_SETTINGS = ("n_local", "n_global", "top_k", "top_k_from_layer", "top_k_distance", "rope", "rope_factor")
+USED_BY = {  # the settings that change what an attention computes; the others are not part of its name
+    "full": ("rope", "rope_factor"),
+    "window": ("n_local", "rope", "rope_factor"),
+    "streaming": ("n_local", "n_global", "rope", "rope_factor"),
+    "lambda": METHOD_SETTINGS,
+}
+# Where and how fast a model runs: two results that differ in nothing else measure the same.
+RUNTIME_ARGS = {
+    *("batch_size", "max_batch_size", "device", "device_map", "parallelize", "max_memory_per_gpu", "max_cpu_memory"),
+    *("offload_folder", "trust_remote_code", "chunk_size", "prefix_sharing", "parallel", "tp_size", "journal"),
+    *("tensor_parallel_size", "data_parallel_size", "pipeline_parallel_size", "gpu_memory_utilization", "swap_space"),
+    *("num_concurrent", "max_retries", "timeout", "verify_certificate"),
+}
+MODEL_KEYS = ("pretrained", "model", "path", "engine")
+UNITS = {"k": 1024, "m": 1024**2}
+LENGTH_IN_NAME = re.compile(r"_(\d+)([km])$")
+
+
+def describe_run(file: Path, raw: dict[str, Any]) -> dict[str, Any]:
+    """The columns that every result of one file shares."""
+    config = table(raw.get("config"))
+    args = model_args(config.get("model_args"))
+    backend = text(config.get("model")) or text(raw.get("model_source")) or "unknown"
+    path = next((args[key] for key in MODEL_KEYS if args.get(key)), "") or text(raw.get("model_name")) or backend
+    attention = args.get("attention", "lambda") if backend == "lminf" else backend
+    used = [name for name in USED_BY.get(attention, ()) if name in args]
+    other = {
+        key: value
+        for key, value in sorted(args.items())
+        if key not in {*MODEL_KEYS, *METHOD_SETTINGS, *RUNTIME_ARGS, "attention"}
+    }
+    environment = text(raw.get("pretty_env_info"))
+    return {
+        "model": short_name(path),
+        "backend": backend,
+        "attention": attention,
+        "method": " ".join([attention, *(f"{name}={args[name]}" for name in used)]),
+        **{name: number(args[name]) for name in METHOD_SETTINGS if name in used and name != "rope"},
+        "rope": args.get("rope", "") if "rope" in used else "",
+        "other": ",".join(f"{key}={value}" for key, value in other.items()),
+        "model_path": path,
+        "dtype": text(config.get("model_dtype")).removeprefix("torch."),
+        "device": text(config.get("device")),
+        "hardware": hardware(environment),
+        "limit": text(config.get("limit")),
+        "generation": compact(config.get("gen_kwargs")),
+        "prompt": " ".join(
+            f"{name}={text(raw[key])[:8]}"
+            for name, key in (("chat", "chat_template_sha"), ("system", "system_instruction_sha"))
+            if raw.get(key)
+        ),
+        "trained_length": trained_length(raw, args, backend),
+        "date": run_date(file, raw),
+        "seconds": number(raw.get("total_evaluation_time_seconds")),
+        "lm_eval_version": text(raw.get("lm_eval_version")),
+        "transformers_version": text(raw.get("transformers_version")),
+        "torch_version": environment_line(environment, "PyTorch version"),
+        "commit": text(raw.get("git_hash")),
+    }
+
+
+def describe_task(raw: dict[str, Any], task: str, measured: dict[str, Any]) -> dict[str, Any]:
+    """The columns that every metric of one task shares. `length` is in tokens, NaN for tasks that have none."""
+    metadata = table(table(table(raw.get("configs")).get(task)).get("metadata"))
+    named = LENGTH_IN_NAME.search(task)
+    length = number(metadata.get("length"))
+    if math.isnan(length) and named:
+        length = float(int(named[1]) * UNITS[named[2]])
+    # lm-eval adds the model's arguments to a task's metadata; what is left was set for the task.
+    not_settings = {"version", "length", "config_source", *model_args(table(raw.get("config")).get("model_args"))}
+    return {
+        "task": task,
+        "family": task[: named.start()] if named else task,
+        "length": length,
+        "task_version": text(table(raw.get("versions")).get(task)),
+        "task_settings": compact({key: value for key, value in metadata.items() if key not in not_settings}),
+        "n_shot": text(table(raw.get("n-shot")).get(task)) or "0",
+        "n": documents(raw, task, measured),
+    }
+
+
+def documents(raw: dict[str, Any], task: str, measured: dict[str, Any]) -> float:
+    """How many documents a task, or a group of tasks, was measured on; NaN where the file does not tell."""
+    counts = table(raw.get("n-samples"))
+    if task not in counts and isinstance(parts := table(raw.get("group_subtasks")).get(task), list) and parts:
+        return sum(documents(raw, part, {}) for part in parts if isinstance(part, str) and part != task)
+    of_task = table(counts.get(task))
+    told = [number(of_task.get("effective")), number(measured.get("sample_len")), number(of_task.get("original"))]
+    return next((count for count in told if not math.isnan(count)), math.nan)
+
+
+def higher_is_better(raw: dict[str, Any], task: str, metric: str) -> bool | None:
+    """What the file says, or what the metric's name does; None where neither tells."""
+    said = table(table(raw.get("higher_is_better")).get(task)).get(metric)
+    if isinstance(said, bool):
+        return said
+    if re.search(r"perplexity|nll|bits_per_byte|brier|loss|\bter\b|wer", metric):
+        return False
+    return True if re.match(r"acc|exact_match|f1|em$|mcc|bleu|rouge|chrf|pass@", metric) else None
+
+
+def model_args(given: Any) -> dict[str, str]:
+    """`--model_args` as a table of texts, from a table, from "a=1,b=2", or from JSON in a string."""
+    if isinstance(given, str):
+        if given.lstrip().startswith("{"):
+            try:
+                return model_args(json.loads(given))
+            except (json.JSONDecodeError, RecursionError):
+                return {}
+        # A value may hold commas of its own (a list): a part without "=" belongs to the part before it.
+        parts = re.split(r",(?=[^,=]+=)", given)
+        return {key.strip(): value.strip() for key, found, value in (part.partition("=") for part in parts) if found}
+    return {text(key): text(value) for key, value in table(given).items()}
+
+
+def trained_length(raw: dict[str, Any], args: dict[str, str], backend: str) -> float:
+    """The length in tokens that the model was trained at, where the file tells; else NaN.
+
+    `max_length` is the model's own maximum unless an argument overrides it; under `lminf` it is what the evaluation
+    may reach instead.
+    """
+    told = number(table(raw.get("config")).get("trained_length"))
+    if math.isnan(told) and backend != "lminf" and not {"max_length", "max_model_len"} & args.keys():
+        told = number(raw.get("max_length"))
+    return told
+
+
+def run_date(file: Path, raw: dict[str, Any]) -> str:
+    """When the run started, ISO 8601 in UTC: as the file says, as its name does, or when the file was last written."""
+    try:
+        return _iso(datetime.fromtimestamp(number(raw.get("date")), timezone.utc))
+    except (ValueError, OverflowError, OSError):
+        named = DATE_IN_NAME.search(file.name)
+    if named:
+        day, _, clock = named[0].partition("T")
+        try:
+            return _iso(datetime.fromisoformat(f"{day}T{clock.replace('-', ':')[:8]}").astimezone(timezone.utc))
+        except ValueError:
+            pass  # a name such as 2026-99-99T… is no date; the file's own time is left
+    return _iso(datetime.fromtimestamp(file.stat().st_mtime, timezone.utc))
+
+
+def _iso(moment: datetime) -> str:
+    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def hardware(environment: str) -> str:
+    """The GPUs, or without any the processor, that lm-eval's environment text names."""
+    gpus = [name.strip() for name in re.findall(r"^GPU \d+: (.+)$", environment, re.MULTILINE)]
+    single = environment_line(environment, "GPU models and configuration")
+    if not gpus and single and not re.match(r"Could not collect|No CUDA|N/A", single):
+        gpus = [re.sub(r"^GPU \d+: ", "", single)]
+    if gpus:
+        return " + ".join(f"{gpus.count(name)} x {name}" for name in dict.fromkeys(gpus))
+    cores = environment_line(environment, "CPU(s)")
+    processor = environment_line(environment, "Model name")
+    return f"{processor}, {cores} cores" if processor and cores else processor
+
+
+def environment_line(environment: str, name: str) -> str:
+    """The value of one "name: value" line."""
+    found = re.search(rf"^{re.escape(name)}:[ \t]*(\S.*)$", environment, re.MULTILINE)
+    return found[1].strip() if found else ""
+
+
+def short_name(path: str) -> str:
+    """A hub's name as it is; of a folder on a disk, its last part."""
+    local = path.startswith(("/", ".", "~", "\\")) or re.match(r"[A-Za-z]:[\\/]", path)
+    return (re.split(r"[\\/]", path.rstrip("\\/"))[-1] or path) if local else path
+
+
+def length_label(tokens: float) -> str:
+    """4096 -> "4k", 1048576 -> "1m", 5000 -> "5000"; "" for NaN."""
+    if math.isnan(tokens):
+        return ""
+    tokens = int(tokens)
+    for unit, size in (("m", UNITS["m"]), ("k", UNITS["k"])):
+        if tokens >= size and tokens % size == 0:
+            return f"{tokens // size}{unit}"
+    return str(tokens)
+
+
+def table(value: Any) -> dict[str, Any]:
+    """`value` where it is a table, else an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
+def text(value: Any) -> str:
+    """`value` as text; "" for None."""
+    return "" if value is None else str(value)
+
+
+def compact(value: Any) -> str:
+    """A table or a list as JSON on one line; "" where there is nothing in it."""
+    return (value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)) if value else ""
+
+
+def number(value: Any) -> float:
+    """`value` as a float, NaN where it is none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan

@@ -1,0 +1,71 @@
+"""Texts from result files made harmless for the place they go to. Anyone can write a result file."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+# What ends a line in LaTeX or Markdown, drives a terminal, or turns the direction of the text around it.
+_UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+_JOINERS = {"\u200c", "\u200d"}  # parts of emoji and of words in several scripts
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    '"': r"\textquotedbl{}",
+    "`": r"\textasciigrave{}",
+    "'": r"\textquotesingle{}",
+    "±": r"\ensuremath{\pm}",
+    "−": r"\ensuremath{-}",
+    "×": r"\ensuremath{\times}",
+    "↑": r"\ensuremath{\uparrow}",
+    "↓": r"\ensuremath{\downarrow}",
+    "†": r"\textsuperscript{\textdagger}",
+    "Λ": r"\ensuremath{\Lambda}",
+    "…": r"\ldots{}",
+    **{character: "\\" + character for character in "#$%&_{}"},
+}
+
+
+def plain(text: str) -> str:
+    """`text` on one line, without control, formatting or unassigned characters: safe for a terminal."""
+    text = re.sub(r"\s+", " ", text)
+    return "".join(c for c in text if c in _JOINERS or unicodedata.category(c) not in _UNSEEN).strip()
+
+
+def shorten(text: str, longest: int = 60) -> str:
+    """`text` with its middle left out where it is longer than `longest` characters."""
+    if len(text) <= longest:
+        return text
+    head = (longest - 1) // 2
+    return f"{text[:head]}…{text[len(text) - (longest - 1 - head) :]}"
+
+
+def latex(text: str) -> str:
+    """`text` for a LaTeX table, shortened; letters that a plain pdflatex lacks become their code points."""
+    written = "".join(_latex_character(character) for character in shorten(plain(text)))
+    return written.replace("--", "-{}-").replace("--", "-{}-")  # two hyphens would be set as a dash
+
+
+def _latex_character(character: str) -> str:
+    if character in _LATEX:
+        return _LATEX[character]
+    if character.isascii() or (character.isalpha() and character <= "\u00ff"):
+        return character
+    return f"[U+{ord(character):04X}]"
+
+
+def markdown(text: str) -> str:
+    """`text` for a cell of a Markdown table; an underscore inside a word needs no escape."""
+    text = re.sub(r"([\\`*\[\]|!#~$])", r"\\\1", plain(text))
+    text = re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", text)
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def spreadsheet(text: str) -> str:
+    """`text` for a CSV cell that a spreadsheet will not take for a formula (OWASP, "CSV Injection")."""
+    text = plain(text)
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text

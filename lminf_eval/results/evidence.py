@@ -1,0 +1,74 @@
+"""The documents behind each result: standard errors and comparisons, from lm-eval's samples where they are there."""
+
+from __future__ import annotations
+
+import math
+
+import pandas as pd
+
+from lminf_eval.results.load import Collection, Problem
+from lminf_eval.results.samples import SamplesError, measured, read_samples
+from lminf_eval.results.statistics import Comparison, bootstrap_interval, compare, compare_by_errors, find_link
+
+MEASURE = ["task", "length", "metric", "filter"]
+
+
+class Evidence:
+    """Reads each samples file once, when it is first asked for. `problems` lists those that could not be used."""
+
+    def __init__(self, collection: Collection):
+        self.collection = collection
+        self.problems: list[Problem] = []
+        self._samples: dict[tuple[str, str], pd.DataFrame | None] = {}
+        self._links: dict[tuple, str | None] = {}
+
+    def samples(self, run: str, task: str) -> pd.DataFrame | None:
+        """What `samples.read_samples` gives for a task of a run; None where there is no usable file."""
+        if (run, task) not in self._samples:
+            file = self.collection.runs[run].samples.get(task)
+            try:
+                self._samples[run, task] = read_samples(file) if file else None
+            except SamplesError as error:
+                self.problems.append(Problem(str(file), str(error)))
+                self._samples[run, task] = None
+        return self._samples[run, task]
+
+    def documents(self, result: pd.Series) -> pd.DataFrame | None:
+        """The columns total and weight of one result, a row a document; None where there are none."""
+        samples = self.samples(result["run"], result["task"])
+        found = measured(samples, result["metric"], result["filter"]) if samples is not None else []
+        return found if len(found) else None
+
+    def link(self, result: pd.Series) -> str | None:
+        """The function that makes this metric of its documents (see `statistics`); the same for all runs of a task."""
+        key = tuple(str(result[name]) for name in MEASURE)
+        if key not in self._links:
+            results = self.collection.results
+            same = results[(results[["task", "metric", "filter"]] == result[["task", "metric", "filter"]]).all(axis=1)]
+            pairs = [(self.documents(row), row["value"]) for _, row in same.iterrows()]
+            self._links[key] = find_link([(documents, value) for documents, value in pairs if documents is not None])
+        return self._links[key]
+
+    def standard_error(self, result: pd.Series) -> float:
+        """What lm-eval reports, or where it reports none the bootstrap's, from the documents; NaN without either."""
+        if not math.isnan(result["stderr"]) or not math.isfinite(result["value"]):
+            return result["stderr"]
+        documents, link = self.documents(result), self.link(result)
+        if documents is None or link is None:
+            return math.nan
+        return bootstrap_interval(documents, link, bool(result["higher_is_better"]))[0]
+
+    def compare(self, a: pd.Series, b: pd.Series, ratio: bool = False) -> Comparison:
+        """Result `a` against result `b` of the same measure: paired where both have documents, else by their errors.
+
+        `ratio` asks for a / b instead of a - b; without documents there is no interval for it.
+        """
+        documents_a, documents_b, link = self.documents(a), self.documents(b), self.link(a)
+        if documents_a is not None and documents_b is not None and link is not None:
+            paired = compare(documents_a, documents_b, link, bool(a["higher_is_better"]), ratio)
+            if paired.documents:
+                return paired
+        if ratio:
+            quotient = a["value"] / b["value"] if b["value"] else math.nan
+            return Comparison(quotient, math.nan, math.nan, "none")
+        return compare_by_errors(*((row["value"], self.standard_error(row), row["n"]) for row in (a, b)))

@@ -1,0 +1,210 @@
+"""Folders of lm-eval's results JSON, from any model and version, as one tidy table.
+
+`load` never raises for what it finds in a file: what cannot be read is listed with the reason.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from lminf_eval.errors import UsageError
+from lminf_eval.results.describe import describe_run, describe_task, higher_is_better
+from lminf_eval.results.samples import DATE_IN_NAME, sample_files
+
+LARGEST_RESULTS_FILE = 256 * 2**20  # bytes; lm-eval's are below one MiB, other tools' JSON may be anything
+NOT_METRICS = {"alias", "name", "sample_len", "sample_count", "samples"}
+DIVERGED_PERPLEXITY = 1000.0  # where the LM-Infinite paper stops telling numbers apart
+
+# What makes two results the same measurement; of several with the same, the newest counts.
+IDENTITY = (
+    *("backend", "model_path", "method", "other", "task", "length", "metric", "filter"),
+    *("task_version", "task_settings", "n_shot", "n", "generation", "prompt"),
+)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A file, or a part of one, that is not in the table, and why."""
+
+    file: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """One results file: its JSON as read, and the samples files beside it, by task."""
+
+    name: str
+    file: Path
+    raw: dict[str, Any]
+    samples: dict[str, Path]
+
+
+@dataclass(frozen=True)
+class Collection:
+    """Everything read.
+
+    `results` has one row for each run, task, metric and filter; its columns are those of `describe.describe_run` and
+    `describe.describe_task`, and run, metric, filter, value, stderr, diverged ("", "NaN", "inf" or ">1000"),
+    higher_is_better, n (documents), past_trained and file.
+    """
+
+    results: pd.DataFrame
+    runs: dict[str, Run]
+    problems: list[Problem]
+    notes: list[str]
+
+
+def load(paths: Iterable[Path | str], trained_length: int | None = None) -> Collection:
+    """Read every results file in `paths` (files, or folders searched to any depth).
+
+    `trained_length` (tokens), where given, is taken for every model.
+
+    Raises:
+        UsageError: if a path does not exist, or if no path holds a single result.
+    """
+    problems: list[Problem] = []
+    runs: dict[str, Run] = {}
+    rows: list[dict[str, Any]] = []
+    for file in _json_files(paths):
+        raw = _read(file)
+        if isinstance(raw, Problem):
+            problems.append(raw)
+            continue
+        run = Run(f"run{len(runs) + 1}", file, raw, sample_files(file, raw))
+        found = list(_rows(run, problems))
+        if found:
+            runs[run.name] = run
+            rows += found
+    problems += _orphaned_samples(paths, runs.values())
+    if not rows:
+        raise UsageError(
+            f"no lm-eval result in {', '.join(map(str, paths))}"
+            + "".join(f"; {problem.file}: {problem.reason}" for problem in problems[:3])
+        )
+    results, notes = _newest(pd.DataFrame(rows))
+    results["trained_length"] = trained_length or _trained_length(results)
+    results["past_trained"] = (results["length"] > results["trained_length"]).fillna(False).astype(bool)
+    kept = set(results["run"])
+    return Collection(results, {name: run for name, run in runs.items() if name in kept}, problems, notes)
+
+
+def _json_files(paths: Iterable[Path | str]) -> list[Path]:
+    files: dict[Path, None] = {}  # a set that keeps its order
+    for path in map(Path, paths):
+        if not path.exists():
+            raise UsageError(f"{path} does not exist; give results files of lm-eval, or folders that hold some")
+        found = sorted(file for file in path.rglob("*.json") if file.is_file()) if path.is_dir() else [path]
+        files.update(dict.fromkeys(file.resolve() for file in found))
+    return list(files)
+
+
+def _read(file: Path) -> dict[str, Any] | Problem:
+    try:
+        if file.stat().st_size > LARGEST_RESULTS_FILE:
+            return Problem(str(file), "larger than any lm-eval results file")
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        return Problem(str(file), f"not JSON, or cut off: {error.msg} at line {error.lineno}")
+    except UnicodeDecodeError:
+        return Problem(str(file), "not UTF-8 text")
+    except RecursionError:
+        return Problem(str(file), "nested too deeply")
+    except OSError as error:
+        return Problem(str(file), f"cannot be read: {error.strerror}")
+    if not isinstance(raw, dict) or not isinstance(raw.get("results"), dict):
+        return Problem(str(file), "not an lm-eval results file: it has no table named results")
+    raw.pop("samples", None)  # a caller of simple_evaluate may have saved them inside; they can be large
+    return raw
+
+
+def _rows(run: Run, problems: list[Problem]) -> Iterator[dict[str, Any]]:
+    """A row for each number in the file; what is not a number is added to `problems`."""
+    about_run = describe_run(run.file, run.raw)
+    found = False
+    for task, measured in run.raw["results"].items():
+        if not isinstance(measured, dict):
+            problems.append(Problem(str(run.file), f"{task}: not a table of metrics"))
+            continue
+        about_task = describe_task(run.raw, task, measured)
+        for key, shown in measured.items():
+            metric, _, filter_name = key.partition(",")  # before 0.4 a key was the metric's name alone
+            if key in NOT_METRICS or metric.endswith("_stderr") or not metric.strip():
+                continue
+            value = _number(shown)
+            if value is None:
+                problems.append(Problem(str(run.file), f"{task}: {key} is not a number"))
+                continue
+            error = _number(measured.get(f"{metric}_stderr,{filter_name}" if filter_name else f"{metric}_stderr"))
+            found = True
+            yield {
+                "run": run.name,
+                **about_run,
+                **about_task,
+                "metric": metric,
+                "filter": filter_name or "none",
+                "value": value,
+                "stderr": math.nan if error is None else error,
+                "diverged": diverged(metric, value),
+                "higher_is_better": higher_is_better(run.raw, task, metric),
+                "file": str(run.file),
+            }
+    if not found:
+        problems.append(Problem(str(run.file), "holds no result: the run did not finish, or evaluated no task"))
+
+
+def diverged(metric: str, value: float) -> str:
+    """How a value that has run away is shown: "NaN", "inf", ">1000" (perplexities), or "" where it has not."""
+    if math.isnan(value):
+        return "NaN"
+    if math.isinf(value):
+        return "inf"
+    return ">1000" if "perplexity" in metric and value > DIVERGED_PERPLEXITY else ""
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, (bool, int, float)):
+        try:
+            return float(value)
+        except OverflowError:
+            return math.inf
+    if value is None or (isinstance(value, str) and value.strip().lower() in {"nan", "inf", "-inf", "infinity"}):
+        return float(value or "nan")  # strict JSON writers have null for NaN
+    return None
+
+
+def _newest(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """`rows` without the older of those that measure the same, and a note for each file that lost some."""
+    rows = rows.sort_values("date", kind="stable")
+    replaced = rows.duplicated(list(IDENTITY), keep="last")
+    notes = [
+        f"{count} result{'s' if count > 1 else ''} of {file} replaced by newer ones of the same measurement"
+        for file, count in rows.loc[replaced, "file"].value_counts(sort=False).items()
+    ]
+    kept = rows[~replaced].sort_values(["model", "backend", "method", "family", "length", "metric"], kind="stable")
+    return kept.reset_index(drop=True), notes
+
+
+def _trained_length(results: pd.DataFrame) -> pd.Series:
+    """What each run tells, or where it tells nothing what another run of the same model does."""
+    told = results["trained_length"]
+    return told.fillna(told.groupby(results["model_path"]).transform("max"))
+
+
+def _orphaned_samples(paths: Iterable[Path | str], runs: Iterable[Run]) -> list[Problem]:
+    claimed = {file for run in runs for file in run.samples.values()}
+    claimed_dates = {match[0] for run in runs if (match := DATE_IN_NAME.search(run.file.name))}
+    return [
+        Problem(str(file), "samples without their results file: the run did not finish, or the file was moved")
+        for folder in map(Path, paths)
+        if folder.is_dir()
+        for file in sorted(folder.resolve().rglob("samples_*.jsonl"))
+        if file not in claimed and not ((date := DATE_IN_NAME.search(file.name)) and date[0] in claimed_dates)
+    ]

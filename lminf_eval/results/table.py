@@ -1,0 +1,305 @@
+"""Results arranged as a table: what stands in which cell, which is best, and how sure that is."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import pandas as pd
+
+from lminf_eval.errors import UsageError
+from lminf_eval.results.describe import length_label, text
+from lminf_eval.results.evidence import MEASURE, Evidence
+from lminf_eval.results.statistics import FEWEST_DIFFERING, Comparison
+
+NOT_AXES = ("run", "value", "stderr", "diverged", "higher_is_better", "past_trained", "file", "seconds", "date")
+WHAT = ("family", "metric", "filter")  # what is measured; a part of the columns unless the rows tell
+PER_TOKEN = ("token_perplexity", "nll", "nll_tail")
+PRIMARY = ("token_perplexity", "acc", "exact_match", "word_perplexity")  # a family's metric, unless one is asked for
+# What results that would share a cell may differ in, and where it is then added.
+APART_IN_ROWS = ("model", "method", "backend", "other", "model_path", "prompt", "generation")
+APART_IN_COLUMNS = ("length", "task", "n_shot", "task_settings", "task_version", "n")
+
+
+@dataclass
+class Cell:
+    """One number. `mark` is "best", "second" or ""; `versus` compares it with the baseline's."""
+
+    result: pd.Series
+    stderr: float
+    mark: str = ""
+    versus: Comparison | None = None
+
+    @property
+    def ratio(self) -> bool:
+        """Whether it is compared by ratio, as perplexities are, and not by difference."""
+        return "perplexity" in self.result["metric"]
+
+
+@dataclass(frozen=True)
+class Column:
+    """`group` tells what is measured, and spans neighbours that share it; `n` is NaN where the cells differ in it."""
+
+    group: str
+    label: str
+    n: float
+    past_trained: bool
+
+
+@dataclass
+class Table:
+    """`cells[row, column]`, by position; what was not measured is absent. `notes` are sentences to print below."""
+
+    row_names: list[str]
+    rows: list[tuple[str, ...]]
+    columns: list[Column]
+    cells: dict[tuple[int, int], Cell]
+    baseline: str = ""
+    notes: list[str] = field(default_factory=list)
+
+
+def choose(results: pd.DataFrame, metrics: Sequence[str] = ()) -> pd.DataFrame:
+    """The results of `metrics`, or without any named those of one metric for each family of tasks.
+
+    Raises:
+        UsageError: for a metric that no result has.
+    """
+    if not metrics:
+        return results[results["metric"] == results["family"].map(primary_metrics(results))]
+    unknown = [metric for metric in metrics if metric not in set(results["metric"])]
+    if unknown:
+        raise UsageError(f"metric {unknown[0]}: the results have {', '.join(sorted(set(results['metric'])))}")
+    return results[results["metric"].isin(metrics)]
+
+
+def arrange(
+    evidence: Evidence,
+    results: pd.DataFrame,
+    rows: Sequence[str] = ("model", "method"),
+    columns: Sequence[str] = ("length",),
+    baseline: str = "",
+) -> Table:
+    """`results` (rows of `evidence`'s) as a table of `rows` by `columns`, which are names of recovered columns.
+
+    Results that would share a cell are told apart by whatever they differ in, added to the rows or the columns.
+    `baseline` names a method, an attention or a backend: each cell gets its difference to, or for perplexities its
+    ratio over, that one's result for the same model.
+
+    Raises:
+        UsageError: for a column or a baseline that the results do not have.
+    """
+    row_names, column_names = _axes(results, list(rows), list(columns))
+    labels = pd.DataFrame({name: results[name].map(label_of(name)) for name in {*row_names, *column_names}})
+    in_order = results.sort_values(column_names, kind="stable", key=_sortable).index
+    row_keys = _distinct(labels[row_names])
+    column_keys = _distinct(labels.loc[in_order, column_names])
+    at_row, at_column = ({key: i for i, key in enumerate(keys)} for keys in (row_keys, column_keys))
+    places = zip(_keys(labels[row_names]), _keys(labels[column_names]), results.index, strict=True)
+    cells = {
+        (at_row[row], at_column[column]): Cell(results.loc[at], evidence.standard_error(results.loc[at]))
+        for row, column, at in places
+    }
+    heads = [
+        _column(column_names, [cell.result for (_, column), cell in cells.items() if column == i])
+        for i in range(len(column_keys))
+    ]
+    table = Table(row_names, row_keys, heads, cells)
+    _mark_best(table, evidence)
+    if baseline:
+        _against(table, evidence, baseline)
+    return table
+
+
+def primary_metrics(results: pd.DataFrame) -> dict[str, str]:
+    """The metric that stands for each family of tasks."""
+    chosen = {}
+    for family, metrics in results.groupby("family", sort=False)["metric"]:
+        present = set(metrics)
+        chosen[family] = next((metric for metric in PRIMARY if metric in present), metrics.iloc[0])
+    return chosen
+
+
+def label_of(name: str):
+    """The function that writes a value of column `name`."""
+    if name == "length":
+        return length_label
+    return lambda value: f"{value:g}" if isinstance(value, float) and not math.isnan(value) else _text_or_empty(value)
+
+
+def _text_or_empty(value: object) -> str:
+    return "" if isinstance(value, float) else text(value)
+
+
+def _axes(results: pd.DataFrame, rows: list[str], columns: list[str]) -> tuple[list[str], list[str]]:
+    known = [name for name in results.columns if name not in NOT_AXES]
+    for name in [*rows, *columns]:
+        if name not in known:
+            raise UsageError(f"column {name!r}: the results have {', '.join(known)}")
+    if not rows or not columns or len({*rows, *columns}) < len(rows) + len(columns):
+        raise UsageError(f"rows={','.join(rows)} columns={','.join(columns)}: each needs a column, none twice")
+    asked = {*rows, *columns}
+    if {"task", "family", "metric"} & set(rows):
+        implied = {"family"} if "task" in rows else set()
+        rows = [*rows, *(name for name in WHAT if name not in asked | implied and results[name].nunique() > 1)]
+    else:
+        columns = [*(name for name in WHAT if name not in asked), *columns]
+    for name in (*APART_IN_ROWS, *APART_IN_COLUMNS):
+        together = results.groupby([*rows, *columns], dropna=False, sort=False)
+        if (together.size() <= 1).all():
+            break
+        if name not in {*rows, *columns} and (together[name].nunique(dropna=False) > 1).any():
+            (rows if name in APART_IN_ROWS else columns).append(name)
+    return rows, columns
+
+
+def _sortable(values: pd.Series) -> pd.Series:
+    return values if pd.api.types.is_numeric_dtype(values) else values.map(text)
+
+
+def _keys(labels: pd.DataFrame) -> list[tuple[str, ...]]:
+    return list(labels.itertuples(index=False, name=None))
+
+
+def _distinct(labels: pd.DataFrame) -> list[tuple[str, ...]]:
+    return list(dict.fromkeys(_keys(labels)))
+
+
+def _column(names: list[str], results: list[pd.Series]) -> Column:
+    first = results[0]
+    what = [first[name] for name in WHAT if name in names and (name, first[name]) != ("filter", "none")]
+    if what and len({result["metric"] for result in results}) == 1:
+        what.append({True: "↑", False: "↓"}.get(first["higher_is_better"], ""))
+    plain = ("model", "method", "attention", "backend", "task", "length")  # values that need no name beside them
+    label = [(name, label_of(name)(first[name])) for name in names if name not in WHAT]
+    ns = {result["n"] for result in results}
+    return Column(
+        group=" ".join(part for part in what if part),
+        label=" ".join(value if name in plain else f"{name}={value}" for name, value in label if value),
+        n=ns.pop() if len(ns) == 1 else math.nan,
+        past_trained=all(result["past_trained"] for result in results),
+    )
+
+
+def _measure(cell: Cell) -> tuple[str, ...]:
+    return tuple(str(cell.result[name]) for name in MEASURE)
+
+
+def _peers(table: Table) -> Iterable[list[tuple[int, int]]]:
+    """The places that compete: the same measure in the same column, or in the same row where columns hold one each.
+
+    Where a model stands there by several methods, the methods compete within each model. Values per token never compete
+    between models: a token is not the same piece of text for two tokenizers.
+    """
+    for axis in (1, 0):
+        groups = defaultdict(lambda: defaultdict(list))
+        for place, cell in table.cells.items():
+            groups[place[axis], _measure(cell)][cell.result["model_path"]].append(place)
+        if all(len(places) == 1 for models in groups.values() for places in models.values()):
+            groups = {
+                (at, measure): {"every model": [place for places in models.values() for place in places]}
+                for (at, measure), models in groups.items()
+                if measure[MEASURE.index("metric")] not in PER_TOKEN
+            }
+        found = [places for models in groups.values() for places in models.values() if len(places) > 1]
+        if found:
+            return found
+    return []
+
+
+def _mark_best(table: Table, evidence: Evidence) -> None:
+    for places in _peers(table):
+        better_up = table.cells[places[0]].result["higher_is_better"]
+        if pd.isna(better_up):
+            continue
+        sign = 1 if better_up else -1
+        values = {place: sign * table.cells[place].result["value"] for place in places}
+        ranked = sorted(places, key=lambda place: -math.inf if math.isnan(v := values[place]) else v, reverse=True)
+        best, second = (table.cells[place] for place in ranked[:2])
+        if not math.isfinite(best.result["value"]):
+            continue
+        comparison = evidence.compare(best.result, second.result)
+        if comparison.significant:
+            best.mark, second.mark = "best", "second"
+        column = table.columns[ranked[0][1]]
+        names = _apart(table, ranked[0], ranked[1])
+        model = best.result["model"] if best.result["model_path"] == second.result["model_path"] else ""
+        where = ", ".join(part for part in (f"{column.group} {column.label}".strip(), model) if part)
+        table.notes.append(f"{where}: {names[0]} − {names[1]} = {sentence(comparison)}")
+
+
+def _apart(table: Table, a: tuple[int, int], b: tuple[int, int]) -> tuple[str, str]:
+    """What tells two cells apart: the parts of their rows' names that differ, or their columns."""
+    if a[0] == b[0]:
+        return table.columns[a[1]].label, table.columns[b[1]].label
+    pairs = [pair for pair in zip(table.rows[a[0]], table.rows[b[0]], strict=True) if pair[0] != pair[1]]
+    return " ".join(pair[0] for pair in pairs), " ".join(pair[1] for pair in pairs)
+
+
+def _against(table: Table, evidence: Evidence, baseline: str) -> None:
+    by_measure = defaultdict(list)
+    for cell in table.cells.values():
+        result = cell.result
+        if baseline in (result["method"], result["attention"], result["backend"]):
+            by_measure[_measure(cell), result["model_path"]].append(cell)
+    if not by_measure:
+        methods = sorted({cell.result["method"] for cell in table.cells.values()})
+        raise UsageError(f"baseline {baseline}: the results have {', '.join(methods)}")
+    for cell in table.cells.values():
+        found = by_measure.get((_measure(cell), cell.result["model_path"]), [])
+        found = [one for one in found if one.result["method"] == baseline] or found
+        if len(found) > 1:
+            several = ", ".join(sorted({one.result["method"] for one in found}))
+            raise UsageError(f"baseline {baseline}: several results answer to that ({several}); give a whole method")
+        if found and found[0] is not cell:
+            cell.versus = evidence.compare(cell.result, found[0].result, cell.ratio)
+    table.baseline = baseline
+
+
+def show(value: float) -> str:
+    """A number as the tables print it: three decimals below 10, four digits from there on, a true minus sign."""
+    if math.isnan(value):
+        return "NaN"
+    digits = 3 if abs(value) < 10 else 2 if abs(value) < 100 else 1 if abs(value) < 1000 else 0
+    return f"{value:.{digits}f}".replace("-", "−")
+
+
+def sentence(comparison: Comparison) -> str:
+    """A difference with its interval and its evidence, such as "+0.400 [0.250, 0.550], 20 documents, …"."""
+    told = ("+" if comparison.estimate > 0 else "") + show(comparison.estimate)
+    if math.isnan(comparison.low):
+        return f"{told} (no interval: {'one document' if comparison.documents == 1 else 'no documents or errors'})"
+    told += f" [{show(comparison.low)}, {show(comparison.high)}], {comparison.how}"
+    if comparison.documents:
+        told += f" on {comparison.documents} documents"
+    if comparison.unmatched:
+        told += f", {comparison.unmatched} that only one has left out"
+    if not comparison.significant:
+        few = comparison.documents and comparison.differing < FEWEST_DIFFERING
+        told += f"; not significant{f' ({comparison.differing} documents differ)' if few else ''}"
+    return told
+
+
+def legend(table: Table) -> list[str]:
+    """What the table's signs mean, only those that it uses."""
+    cells = list(table.cells.values())
+    told = []
+    if any(not math.isnan(cell.stderr) for cell in cells):
+        told.append("±: standard error over documents; n: documents.")
+    if any(cell.mark for cell in cells):
+        told.append(
+            "Bold: the best, of a model's methods or else of the models; underlined: the runner-up. Both only where "
+            "the 95% interval of their difference leaves out zero and at least "
+            f"{FEWEST_DIFFERING} documents differ; not corrected for many comparisons."
+        )
+    if any(cell.result["past_trained"] for cell in cells):
+        told.append("†: longer than the model was trained at.")
+    if any(cell.result["diverged"] for cell in cells):
+        told.append("NaN, inf, >1000: the model diverged (no number, an infinite one, or a perplexity over 1000).")
+    if table.baseline:
+        told.append(
+            f"In parentheses: the difference to {table.baseline}, or for perplexities (×) the ratio over it, "
+            "with its 95% interval from a paired bootstrap over documents."
+        )
+    return told
