@@ -25,7 +25,7 @@ from lminf_eval.localdata import read_rows, read_texts
 from lminf_eval.paths import cache_home
 from lminf_eval.prefixes import Text, cut_documents
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"lm_eval.{__name__}")  # under lm-eval's own, which shows it
 
 PG19_REPO = "emozilla/pg19-test"
 PILE_REPO, PILE_FILE = "mit-han-lab/pile-val-backup", "val.jsonl.zst"

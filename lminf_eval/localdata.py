@@ -1,11 +1,11 @@
 """Texts from local files: parquet, JSON lines (plain or zstandard-compressed), and plain text."""
 
 import glob
-import io
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,7 +13,7 @@ import zstandard
 
 from lminf_eval.errors import UsageError
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"lm_eval.{__name__}")  # under lm-eval's own, which shows it
 
 # One document: its text, or None where it is none (broken UTF-8, not a string), and `meta.pile_set_name` if it has one.
 Row = tuple[str | None, str | None]
@@ -79,14 +79,13 @@ def read_rows(path: Path, text_column: str) -> Iterator[Row]:
                 yield from _jsonl(lines, path, text_column)
         elif path.name.endswith(".jsonl.zst"):
             with path.open("rb") as packed:
-                stream = zstandard.ZstdDecompressor().stream_reader(packed, read_across_frames=True)
-                yield from _jsonl(io.BufferedReader(stream), path, text_column)
+                yield from _jsonl(_unpacked_lines(packed), path, text_column)
         elif path.name.endswith(".txt"):
             if data := path.read_bytes():
                 yield _decode(data), None
         else:
             raise UsageError(f"data file {str(path)!r}: its suffix must be one of {', '.join(_SUFFIXES)}")
-    except (OSError, pa.ArrowException, zstandard.ZstdError) as error:
+    except (OSError, EOFError, pa.ArrowException, zstandard.ZstdError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UsageError(f"data file {str(path)!r} cannot be read, it may be damaged or cut short: {reason}") from error
 
@@ -109,7 +108,23 @@ def _parquet(path: Path, text_column: str) -> Iterator[Row]:
                 yield None if text is None else _decode(text), _pile_set_name(meta)
 
 
-def _jsonl(lines: io.BufferedIOBase, path: Path, text_column: str) -> Iterator[Row]:
+def _unpacked_lines(packed: BinaryIO) -> Iterator[bytes]:
+    """The lines of a zstandard stream of any number of frames. zstandard's own reader takes a cut one for its end."""
+    frame, line = zstandard.ZstdDecompressor().decompressobj(), b""
+    while chunk := packed.read(1 << 20):
+        while chunk:
+            if frame.eof:
+                frame = zstandard.ZstdDecompressor().decompressobj()
+            line += frame.decompress(chunk)
+            chunk = frame.unused_data
+        *lines, line = line.split(b"\n")
+        yield from lines
+    if packed.tell() and not frame.eof:
+        raise EOFError("the last zstandard frame has no end")
+    yield line
+
+
+def _jsonl(lines: Iterable[bytes], path: Path, text_column: str) -> Iterator[Row]:
     checked = False
     for line in lines:
         if not line.strip():

@@ -15,7 +15,7 @@ from datasets import Dataset
 from lminf_eval.errors import UsageError
 from lminf_eval.tokenizer import TaskTokenizer, load_tokenizer
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"lm_eval.{__name__}")  # under lm-eval's own, which shows it
 
 _TASK = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "

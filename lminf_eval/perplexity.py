@@ -16,7 +16,7 @@ from lm_eval.api.task import ConfigurableTask
 
 from lminf_eval.prefixes import tail_start
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"lm_eval.{__name__}")  # under lm-eval's own, which shows it
 
 # A document's share in a metric: its log-likelihood in nats, and the number of tokens or bytes that it is over.
 Share = tuple[float, int]

@@ -13,7 +13,7 @@ from datasets import Dataset
 from lminf_eval.errors import UsageError
 from lminf_eval.tokenizer import TaskTokenizer, load_tokenizer
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"lm_eval.{__name__}")  # under lm-eval's own, which shows it
 
 # What is to be recorded of a document's origin, and its text.
 Text = tuple[dict[str, Any], str]
