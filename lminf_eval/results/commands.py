@@ -12,6 +12,8 @@ from lminf_eval.errors import UsageError
 from lminf_eval.results import escape, export, formats
 from lminf_eval.results.evidence import Evidence
 from lminf_eval.results.load import load
+from lminf_eval.results.page import page
+from lminf_eval.results.plots import plots
 from lminf_eval.results.table import arrange, choose
 
 WRITERS = {
@@ -56,6 +58,39 @@ def table(
         sys.stdout.write(WRITERS[form](arranged))
     if export_to:
         export.write(collection.results, export_to)
+    _complain(evidence)
+
+
+def report(
+    paths: Sequence[Path],
+    output: Path = Path("report.html"),
+    baseline: str = "full",
+    figures: Path | None = None,
+    trained_length: int | None = None,
+) -> None:
+    """Write the page of all results in `paths` to `output`, and its figures as PNG and SVG into the folder `figures`.
+
+    Raises:
+        UsageError: for a path that does not exist, or that cannot be written to.
+    """
+    evidence = Evidence(load(paths, trained_length))
+    drawn = plots(evidence)
+    try:
+        if figures:
+            figures.mkdir(parents=True, exist_ok=True)
+            for plot in drawn:
+                plot.write(figures)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        # A lone surrogate is the one thing in a name that UTF-8 cannot hold.
+        output.write_text(page(evidence, drawn, baseline), encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UsageError(f"{error.filename}: {error.strerror}") from None
+    print(f"{output}: {len(evidence.collection.results)} results, {len(drawn)} figures")
+    _complain(evidence)
+
+
+def _complain(evidence: Evidence) -> None:
+    collection = evidence.collection
     for problem in [*collection.problems, *evidence.problems]:
         print(escape.plain(f"left out: {problem.file}: {problem.reason}"), file=sys.stderr)
     for note in collection.notes:

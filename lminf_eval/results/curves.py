@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from lminf_eval.results.samples import measured
-from lminf_eval.results.statistics import bootstrap_interval
+from lminf_eval.results.statistics import bootstrap_interval, evaluate
 
 MOST_DEPTHS = 10  # rows of a heat map; more depths than that are binned
 
@@ -15,22 +15,22 @@ def nll_by_position(samples: pd.DataFrame) -> pd.DataFrame:
     """Mean negative log-likelihood (nats a token) between neighbouring boundaries, over the documents.
 
     Each document lists the token counts of its prefixes (`boundaries`), and its responses are the log-likelihoods of
-    those prefixes; what one prefix has over the one before belongs to the tokens between. Columns: start, end (tokens),
-    nll, low, high (95% interval over documents, NaN for one document), documents. Empty without boundaries.
+    those prefixes; what one prefix has over the one before belongs to the tokens between. The nth stretches of all
+    documents, whose ends may differ by a few tokens, are put together. Columns: start, end (tokens, the documents'
+    means), nll, low, high (95% interval over documents, NaN for one document), documents. Empty without boundaries.
     """
-    pieces: list[tuple[int, int, float]] = []
-    for _, sample in samples.iterrows():
-        ends, totals = sample["boundaries"], sample["loglikelihoods"]
-        if not isinstance(ends, list) or len(ends) != len(totals) or not all(isinstance(end, int) for end in ends):
-            continue
-        starts = [0, *ends[:-1]]
-        gained = np.diff([0.0, *totals])
-        pieces += [(start, end, gain) for start, end, gain in zip(starts, ends, gained, strict=True) if end > start]
+    pieces: list[tuple[int, int, float, float, float]] = []
+    for ends, totals in zip(samples["boundaries"], samples["loglikelihoods"], strict=True):
+        if isinstance(ends, list) and len(ends) == len(totals) and all(isinstance(end, int) for end in ends):
+            gained, starts = np.diff(totals, prepend=0.0), [0, *ends[:-1]]
+            pieces += [(len(ends), i, *piece) for i, piece in enumerate(zip(starts, ends, gained, strict=True))]
+    pieces = pd.DataFrame(pieces, columns=["stretches", "nth", "start", "end", "total"])
+    pieces = pieces[pieces["stretches"] == pieces["stretches"].max()]
     rows = []
-    for (start, end), group in pd.DataFrame(pieces, columns=["start", "end", "total"]).groupby(["start", "end"]):
-        documents = pd.DataFrame({"total": group["total"], "weight": float(end - start)})
+    for _, group in pieces.groupby("nth"):
+        documents = group[["total"]].assign(weight=(group["end"] - group["start"]).astype(float))
         _, low, high = bootstrap_interval(documents, "-mean", higher_is_better=False)
-        rows.append((start, end, -group["total"].to_numpy().mean() / (end - start), low, high, len(group)))
+        rows.append((group["start"].mean(), group["end"].mean(), evaluate(documents, "-mean"), low, high, len(group)))
     return pd.DataFrame(rows, columns=["start", "end", "nll", "low", "high", "documents"])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from html import escape
 
 # What ends a line in LaTeX or Markdown, drives a terminal, or turns the direction of the text around it.
 _UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
@@ -69,3 +70,8 @@ def spreadsheet(text: str) -> str:
     """`text` for a CSV cell that a spreadsheet will not take for a formula (OWASP, "CSV Injection")."""
     text = plain(text)
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+
+
+def html(text: str) -> str:
+    """`text` for HTML that no template writes (templates escape by themselves)."""
+    return escape(plain(text), quote=True)

@@ -29,7 +29,7 @@ def environment() -> Environment:
         lstrip_blocks=True,
     )
     pages.filters["plain"] = lambda value: escape.plain(str(value))
-    pages.globals.update(number=number, extra=extra, versus=versus, head=head, groups=groups)
+    pages.globals.update(number=number, extra=extra, versus=versus, head=head, groups=groups, legend=legend)
     return pages
 
 
@@ -177,7 +177,7 @@ def _for_spreadsheet(cell: Cell | None, width: int) -> list[str]:
 
 def html(table: Table) -> str:
     """A page of its own, readable in light and dark."""
-    return environment().get_template("table.html").render(table=table, notes=below(table))
+    return environment().get_template("table.html").render(table=table)
 
 
 def below(table: Table) -> list[str]:

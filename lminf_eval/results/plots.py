@@ -105,12 +105,13 @@ def _name(*parts: str) -> str:
 
 def _nll_against_position(evidence: Evidence, group: pd.DataFrame, looks: dict[str, Style], about: str) -> Plot | None:
     curves = {}
-    for (_, method), results in group.groupby(["length", "method"]):  # ascending: the longest text is kept
-        result = results.iloc[-1]
-        samples = evidence.samples(result["run"], result["task"])
-        curve = nll_by_position(samples) if samples is not None else pd.DataFrame()
-        if len(curve) > 1:
-            curves[method] = curve
+    for method, results in group.sort_values("length", ascending=False).groupby("method"):
+        for _, result in results.drop_duplicates(["run", "task"]).iterrows():
+            samples = evidence.samples(result["run"], result["task"])
+            curve = nll_by_position(samples) if samples is not None else pd.DataFrame()
+            if len(curve) > 1:
+                curves[method] = curve
+                break  # the longest text tells the most
     if not curves:
         return None
     figure, axes = _canvas()
