@@ -1,4 +1,4 @@
-"""Perplexity metrics: against the model's own logits, weighted by tokens, with a bootstrap error; and what is logged."""
+"""Perplexity metrics: against the model's own logits, weighted by tokens, with a bootstrap error; what is logged."""
 
 import json
 import logging
