@@ -121,7 +121,7 @@ def _row(result: pd.Series, stderr: float) -> dict[str, Any]:
         "exact": repr(float(result["value"])),
         "diverged": result["diverged"],
         "past": result["past_trained"],
-        "stderr": "" if math.isnan(stderr) else show(stderr),
+        "stderr": "" if math.isnan(stderr) or result["diverged"] else show(stderr),
         "n": "" if math.isnan(result["n"]) else f"{result['n']:.0f}",
         "run": result["run"],
     }
@@ -190,7 +190,7 @@ def _run(evidence: Evidence, name: str, environments: dict[str, int]) -> dict[st
         "Operating system": environment_line(environment, "OS"),
         "Commit": first["commit"],
         "Results file": str(run.file),
-        "Samples": ", ".join(file.name for file in run.samples.values()) or "none logged",
+        "Samples": f"logged for {len(run.samples)} of {len(run.raw['results'])} tasks",
     }
     return {
         "name": name,
