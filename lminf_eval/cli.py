@@ -1,10 +1,13 @@
 """The command line `lminf`. A command's module is imported when the command runs, so that `--help` answers at once."""
 
+from pathlib import Path
+from types import ModuleType
 from typing import Annotated
 
 import typer
 
 from lminf_eval import __version__
+from lminf_eval.errors import UsageError
 
 app = typer.Typer(
     name="lminf",
@@ -31,3 +34,44 @@ def main(
 
     The model itself is reached through the stock command: `lm_eval --model lminf --model_args pretrained=MODEL …`.
     """
+
+
+ResultPaths = Annotated[list[Path], typer.Argument(help="Results JSON of lm-eval, or folders that hold some.")]
+TrainedLength = Annotated[
+    int | None, typer.Option(min=1, help="Tokens the models were trained at, where the files do not tell.")
+]
+
+
+def _results_commands() -> ModuleType:
+    try:
+        from lminf_eval.results import commands
+    except ModuleNotFoundError as error:
+        raise UsageError(f"tables and reports need {error.name}: pip install 'lminf-eval[report]'") from None
+    return commands
+
+
+@app.command()
+def table(
+    paths: ResultPaths,
+    rows: Annotated[str, typer.Option(help="Recovered columns to make rows of, with commas between.")] = "model,method",
+    columns: Annotated[str, typer.Option(help="Recovered columns to make columns of.")] = "length",
+    metric: Annotated[str, typer.Option(help="Metrics to show; by default one for each family of tasks.")] = "",
+    baseline: Annotated[str, typer.Option(help="A method: show differences to it, or for perplexities ratios.")] = "",
+    form: Annotated[str, typer.Option("--format", "-f", help="terminal, markdown, csv, latex or html.")] = "terminal",
+    export: Annotated[Path | None, typer.Option(help="Write every result, unarranged, to a .csv or .parquet.")] = None,
+    trained_length: TrainedLength = None,
+) -> None:
+    """Results of any models and methods as a table, with standard errors and paired comparisons."""
+    _results_commands().table(paths, rows, columns, metric, baseline, form, export, trained_length)
+
+
+@app.command()
+def report(
+    paths: ResultPaths,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page to write.")] = Path("report.html"),
+    baseline: Annotated[str, typer.Option(help="A method that the others are compared with.")] = "full",
+    figures: Annotated[Path | None, typer.Option(help="A folder for the figures as PNG and SVG.")] = None,
+    trained_length: TrainedLength = None,
+) -> None:
+    """Results of any models and methods as one self-contained page: tables, figures, answers, settings, data."""
+    _results_commands().report(paths, output, baseline, figures, trained_length)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import pandas as pd
@@ -186,55 +186,44 @@ def _measure(cell: Cell) -> tuple[str, ...]:
     return tuple(str(cell.result[name]) for name in MEASURE)
 
 
-def _peers(table: Table) -> Iterable[list[tuple[int, int]]]:
-    """The places that compete: the same measure in the same column, or in the same row where columns hold one each.
+def _competitors(table: Table) -> list[list[Cell]]:
+    """The cells that compete, wherever they stand: of one measure, the methods of one model, or else the models.
 
-    Where a model stands there by several methods, the methods compete within each model. Values per token never compete
-    between models: a token is not the same piece of text for two tokenizers.
+    Values per token never compete between models: a token is not the same piece of text for two tokenizers.
     """
-    for axis in (1, 0):
-        groups = defaultdict(lambda: defaultdict(list))
-        for place, cell in table.cells.items():
-            groups[place[axis], _measure(cell)][cell.result["model_path"]].append(place)
-        if all(len(places) == 1 for models in groups.values() for places in models.values()):
-            groups = {
-                (at, measure): {"every model": [place for places in models.values() for place in places]}
-                for (at, measure), models in groups.items()
-                if measure[MEASURE.index("metric")] not in PER_TOKEN
-            }
-        found = [places for models in groups.values() for places in models.values() if len(places) > 1]
-        if found:
-            return found
-    return []
+    by_model, by_measure = defaultdict(list), defaultdict(list)
+    for cell in table.cells.values():
+        by_model[_measure(cell), cell.result["model_path"]].append(cell)
+        if cell.result["metric"] not in PER_TOKEN:
+            by_measure[_measure(cell)].append(cell)
+    within = [cells for cells in by_model.values() if len(cells) > 1]
+    return within or [cells for cells in by_measure.values() if len(cells) > 1]
 
 
 def _mark_best(table: Table, evidence: Evidence) -> None:
-    for places in _peers(table):
-        better_up = table.cells[places[0]].result["higher_is_better"]
+    for cells in _competitors(table):
+        better_up = cells[0].result["higher_is_better"]
         if pd.isna(better_up):
             continue
-        sign = 1 if better_up else -1
-        values = {place: sign * table.cells[place].result["value"] for place in places}
-        ranked = sorted(places, key=lambda place: -math.inf if math.isnan(v := values[place]) else v, reverse=True)
-        best, second = (table.cells[place] for place in ranked[:2])
+        worst = -math.inf if better_up else math.inf
+        values = [worst if math.isnan(cell.result["value"]) else cell.result["value"] for cell in cells]
+        ranked = sorted(range(len(cells)), key=values.__getitem__, reverse=bool(better_up))
+        best, second = (cells[i] for i in ranked[:2])
         if not math.isfinite(best.result["value"]):
             continue
         comparison = evidence.compare(best.result, second.result)
         if comparison.significant:
             best.mark, second.mark = "best", "second"
-        column = table.columns[ranked[0][1]]
-        names = _apart(table, ranked[0], ranked[1])
-        model = best.result["model"] if best.result["model_path"] == second.result["model_path"] else ""
-        where = ", ".join(part for part in (f"{column.group} {column.label}".strip(), model) if part)
-        table.notes.append(f"{where}: {names[0]} − {names[1]} = {sentence(comparison)}")
+        table.notes.append(f"{_contest(best.result, second.result)} = {sentence(comparison)}")
 
 
-def _apart(table: Table, a: tuple[int, int], b: tuple[int, int]) -> tuple[str, str]:
-    """What tells two cells apart: the parts of their rows' names that differ, or their columns."""
-    if a[0] == b[0]:
-        return table.columns[a[1]].label, table.columns[b[1]].label
-    pairs = [pair for pair in zip(table.rows[a[0]], table.rows[b[0]], strict=True) if pair[0] != pair[1]]
-    return " ".join(pair[0] for pair in pairs), " ".join(pair[1] for pair in pairs)
+def _contest(best: pd.Series, second: pd.Series) -> str:
+    """ "passkey acc 16k, a model: lambda − window": what was measured, and what tells the two apart."""
+    differing = [name for name in APART_IN_ROWS if label_of(name)(best[name]) != label_of(name)(second[name])]
+    names = (" ".join(label_of(name)(result[name]) for name in differing) for result in (best, second))
+    measured = f"{best['family']} {best['metric']} {length_label(best['length'])}".rstrip()
+    model = "" if "model" in differing else f", {best['model']}"
+    return f"{measured}{model}: {' − '.join(names)}"
 
 
 def _against(table: Table, evidence: Evidence, baseline: str) -> None:
