@@ -3,6 +3,7 @@
 import glob
 import json
 import logging
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -18,6 +19,7 @@ logger = logging.getLogger(f"lm_eval.{__name__}")  # under lm-eval's own, which 
 # One document: its text, or None where it is none (broken UTF-8, not a string), and `meta.pile_set_name` if it has one.
 Row = tuple[str | None, str | None]
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _SUFFIXES = (".parquet", ".jsonl", ".jsonl.zst", ".txt")
 
 
@@ -140,7 +142,9 @@ def _jsonl(lines: Iterable[bytes], path: Path, text_column: str) -> Iterator[Row
             _check_column(path, text_column, list(row))
             checked = True
         text = row.get(text_column)
-        yield text if isinstance(text, str) else None, _pile_set_name(row.get("meta"))
+        # JSON can write half a surrogate pair ("\ud800"), which no UTF-8 and no tokenizer can take.
+        valid = isinstance(text, str) and not _SURROGATE.search(text)
+        yield text if valid else None, _pile_set_name(row.get("meta"))
 
 
 def _check_column(path: Path, text_column: str, columns: list[str]) -> None:

@@ -34,8 +34,8 @@ def tail_start(length: int) -> int:
 def cut_documents(corpus: str, texts: Iterable[Text], metadata: dict[str, Any]) -> dict[str, Dataset]:
     """The documents of a perplexity task: the first `length` tokens of every text that has as many.
 
-    Metadata: `length` in tokens; `buckets` (16), how many prefixes of growing length are scored, 1 for the whole
-    document alone; and the model arguments that name the tokenizer.
+    Metadata: `length` in tokens; `buckets` (16, fewer below 128 tokens), how many prefixes of growing length are
+    scored, 1 for the whole document alone; and the model arguments that name the tokenizer.
 
     A document has `text`; `length`, the target, and `n_tokens`, the number of tokens scored: at most a few below the
     length, special tokens included where the tokenizer adds them, since `hf` scores these too; `n_bytes`, its size in
@@ -45,9 +45,10 @@ def cut_documents(corpus: str, texts: Iterable[Text], metadata: dict[str, Any]) 
     Raises:
         UsageError: a value is out of range, or no text reaches the length.
     """
-    length, buckets = metadata.get("length"), metadata.get("buckets", 16)
+    length = metadata.get("length")
     if type(length) is not int or length < _SHORTEST:
         raise UsageError(f"{corpus} length={length!r}: a whole number of tokens from {_SHORTEST} up is needed")
+    buckets = metadata.get("buckets", min(16, length // 8))
     if type(buckets) is not int or not 1 <= buckets <= length // 8:
         raise UsageError(f"{corpus} buckets={buckets!r}: a whole number from 1 to {length // 8} (length / 8) is needed")
     tokenizer = load_tokenizer(**metadata)
@@ -58,7 +59,9 @@ def cut_documents(corpus: str, texts: Iterable[Text], metadata: dict[str, Any]) 
     for origin, text in texts:
         total += 1
         longest = max(longest, text, key=len)
-        if len(text.encode()) < length:  # no token is less than a byte
+        if (
+            len(text.encode()) + 2 < length
+        ):  # no token is less than a byte, but for a start token and a space put before
             continue
         ids, offsets = _first_tokens(tokenizer, text, length)
         if len(ids) + tokenizer.n_special(text) < length:

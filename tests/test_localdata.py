@@ -142,10 +142,17 @@ def test_parquet_column_that_is_no_text(tmp_path):
 
 def test_bad_lines_are_skipped_and_counted(tmp_path, log):
     path = tmp_path / "data.jsonl"
-    bad = [b'{"text": "broken \xff byte"}\n', b'{"text": 3}\n', b'{"text": "cut sh\n', b"[1]\n", b'{"other": "x"}\n']
+    bad = [
+        b'{"text": "broken \xff byte"}\n',
+        b'{"text": 3}\n',
+        b'{"text": "cut sh\n',
+        b"[1]\n",
+        b'{"other": "x"}\n',
+        b'{"text": "\\ud800"}\n',
+    ]
     path.write_bytes(jsonl(TEXTS[:1]) + b"".join(bad) + b"\n" + jsonl(TEXTS[1:]))
     assert read(str(path)) == TEXTS
-    assert "skipped 5 of 8 documents" in log.text
+    assert "skipped 6 of 9 documents" in log.text
 
 
 def test_bad_parquet_texts_are_skipped_and_counted(tmp_path, log):

@@ -92,6 +92,11 @@ def test_boundaries_are_near_their_marks_and_have_the_last_eighth(tiny_tokenizer
     assert all(boundary <= mark for boundary, mark in zip(doc["boundaries"], sorted(marks), strict=True))
 
 
+def test_a_short_length_has_fewer_buckets_unless_told_otherwise(tiny_tokenizer):
+    (doc,) = cut([ENGLISH], tiny_tokenizer, length=32)
+    assert len(doc["boundaries"]) == 5  # quarters and seven eighths
+
+
 def test_short_documents_are_left_out_and_counted(tiny_tokenizer, log):
     docs = cut(["short", ENGLISH, ENGLISH[:3000], MIXED], tiny_tokenizer, length=2048)
     assert [doc["source"] for doc in docs] == ["text 1", "text 3"]
