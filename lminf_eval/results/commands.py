@@ -81,8 +81,7 @@ def report(
             for plot in drawn:
                 plot.write(figures)
         output.parent.mkdir(parents=True, exist_ok=True)
-        # A lone surrogate is the one thing in a name that UTF-8 cannot hold.
-        output.write_text(page(evidence, drawn, baseline), encoding="utf-8", errors="replace")
+        output.write_text(page(evidence, drawn, baseline), encoding="utf-8")
     except OSError as error:
         raise UsageError(f"{error.filename}: {error.strerror}") from None
     print(f"{output}: {len(evidence.collection.results)} results, {len(drawn)} figures")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import unicodedata
 from html import escape
+from pathlib import Path
+from typing import Any
 
 # What ends a line in LaTeX or Markdown, drives a terminal, or turns the direction of the text around it.
 _UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
@@ -29,6 +33,19 @@ _LATEX = {
     "…": r"\ldots{}",
     **{character: "\\" + character for character in "#$%&_{}"},
 }
+
+
+def read_json(text: str) -> Any:
+    """`json.loads`, but halves of surrogate pairs, which no encoding can write again, become question marks."""
+    value = json.loads(text)
+    if "\\ud" in text.lower():
+        value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", errors="replace"))
+    return value
+
+
+def file_name(file: Path) -> str:
+    """A path as text; bytes in it that are not UTF-8 become question marks."""
+    return os.fsencode(file).decode("utf-8", errors="replace")
 
 
 def plain(text: str) -> str:

@@ -6,6 +6,7 @@ import math
 
 import pandas as pd
 
+from lminf_eval.results.escape import file_name
 from lminf_eval.results.load import Collection, Problem
 from lminf_eval.results.samples import SamplesError, measured, read_samples
 from lminf_eval.results.statistics import Comparison, bootstrap_interval, compare, compare_by_errors, find_link
@@ -29,7 +30,7 @@ class Evidence:
             try:
                 self._samples[run, task] = read_samples(file) if file else None
             except SamplesError as error:
-                self.problems.append(Problem(str(file), str(error)))
+                self.problems.append(Problem(file_name(file), str(error)))
                 self._samples[run, task] = None
         return self._samples[run, task]
 

@@ -16,6 +16,7 @@ import pandas as pd
 
 from lminf_eval.errors import UsageError
 from lminf_eval.results.describe import describe_run, describe_task, higher_is_better
+from lminf_eval.results.escape import file_name, read_json
 from lminf_eval.results.samples import DATE_IN_NAME, sample_files
 
 LARGEST_RESULTS_FILE = 256 * 2**20  # bytes; lm-eval's are below one MiB, other tools' JSON may be anything
@@ -109,18 +110,18 @@ def _json_files(paths: Iterable[Path | str]) -> list[Path]:
 def _read(file: Path) -> dict[str, Any] | Problem:
     try:
         if file.stat().st_size > LARGEST_RESULTS_FILE:
-            return Problem(str(file), "larger than any lm-eval results file")
-        raw = json.loads(file.read_text(encoding="utf-8"))
+            return Problem(file_name(file), "larger than any lm-eval results file")
+        raw = read_json(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        return Problem(str(file), f"not JSON, or cut off: {error.msg} at line {error.lineno}")
+        return Problem(file_name(file), f"not JSON, or cut off: {error.msg} at line {error.lineno}")
     except UnicodeDecodeError:
-        return Problem(str(file), "not UTF-8 text")
-    except RecursionError:
-        return Problem(str(file), "nested too deeply")
+        return Problem(file_name(file), "not UTF-8 text")
+    except (ValueError, RecursionError) as error:  # a number of more digits than Python reads, or nested too deeply
+        return Problem(file_name(file), f"JSON that cannot be read: {error}")
     except OSError as error:
-        return Problem(str(file), f"cannot be read: {error.strerror}")
+        return Problem(file_name(file), f"cannot be read: {error.strerror}")
     if not isinstance(raw, dict) or not isinstance(raw.get("results"), dict):
-        return Problem(str(file), "not an lm-eval results file: it has no table named results")
+        return Problem(file_name(file), "not an lm-eval results file: it has no table named results")
     raw.pop("samples", None)  # a caller of simple_evaluate may have saved them inside; they can be large
     return raw
 
@@ -131,7 +132,7 @@ def _rows(run: Run, problems: list[Problem]) -> Iterator[dict[str, Any]]:
     found = False
     for task, measured in run.raw["results"].items():
         if not isinstance(measured, dict):
-            problems.append(Problem(str(run.file), f"{task}: not a table of metrics"))
+            problems.append(Problem(file_name(run.file), f"{task}: not a table of metrics"))
             continue
         about_task = describe_task(run.raw, task, measured)
         for key, shown in measured.items():
@@ -140,7 +141,7 @@ def _rows(run: Run, problems: list[Problem]) -> Iterator[dict[str, Any]]:
                 continue
             value = _number(shown)
             if value is None:
-                problems.append(Problem(str(run.file), f"{task}: {key} is not a number"))
+                problems.append(Problem(file_name(run.file), f"{task}: {key} is not a number"))
                 continue
             error = _number(measured.get(f"{metric}_stderr,{filter_name}" if filter_name else f"{metric}_stderr"))
             found = True
@@ -154,10 +155,10 @@ def _rows(run: Run, problems: list[Problem]) -> Iterator[dict[str, Any]]:
                 "stderr": math.nan if error is None else error,
                 "diverged": diverged(metric, value),
                 "higher_is_better": higher_is_better(run.raw, task, metric),
-                "file": str(run.file),
+                "file": file_name(run.file),
             }
     if not found:
-        problems.append(Problem(str(run.file), "holds no result: the run did not finish, or evaluated no task"))
+        problems.append(Problem(file_name(run.file), "holds no result: the run did not finish, or evaluated no task"))
 
 
 def diverged(metric: str, value: float) -> str:
@@ -202,7 +203,7 @@ def _orphaned_samples(paths: Iterable[Path | str], runs: Iterable[Run]) -> list[
     claimed = {file for run in runs for file in run.samples.values()}
     claimed_dates = {match[0] for run in runs if (match := DATE_IN_NAME.search(run.file.name))}
     return [
-        Problem(str(file), "samples without their results file: the run did not finish, or the file was moved")
+        Problem(file_name(file), "samples without their results file: the run did not finish, or the file was moved")
         for folder in map(Path, paths)
         if folder.is_dir()
         for file in sorted(folder.resolve().rglob("samples_*.jsonl"))

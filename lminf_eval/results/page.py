@@ -189,7 +189,7 @@ def _run(evidence: Evidence, name: str, environments: dict[str, int]) -> dict[st
         "Python": environment_line(environment, "Python version"),
         "Operating system": environment_line(environment, "OS"),
         "Commit": first["commit"],
-        "Results file": str(run.file),
+        "Results file": escape.file_name(run.file),
         "Samples": f"logged for {len(run.samples)} of {len(run.raw['results'])} tasks",
     }
     return {

@@ -13,6 +13,8 @@ from typing import Any
 
 import pandas as pd
 
+from lminf_eval.results.escape import read_json
+
 DATE_IN_NAME = re.compile(r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d(?:\.\d+)?")
 KEPT_OF_DOCUMENT = ("depth", "depth_target", "key", "n_tokens", "boundaries")
 LONGEST_RESPONSE = 400  # characters
@@ -25,22 +27,16 @@ class SamplesError(ValueError):
 def sample_files(results_file: Path, raw: dict[str, Any]) -> dict[str, Path]:
     """The samples files beside `results_file`, by task: those with its date, or the only one there is of a task."""
     date = DATE_IN_NAME.search(results_file.name)
+    beside = {file.name: file for file in results_file.parent.iterdir() if file.suffix == ".jsonl"}
     found = {}
     for task in raw["results"]:
-        if not isinstance(task, str) or "/" in task or "\0" in task or len(task) > 200:
-            continue
-        exact = results_file.parent / f"samples_{task}_{date[0]}.jsonl" if date else None
-        if exact and exact.is_file():
-            found[task] = exact
-        elif not date:
-            start = f"samples_{task}_"
-            several = [
-                file
-                for file in results_file.parent.iterdir()
-                if file.name.startswith(start) and DATE_IN_NAME.match(file.name, len(start))
-            ]
-            if len(several) == 1:
-                found[task] = several[0]
+        start = f"samples_{task}_"
+        if date:
+            names = {f"{start}{date[0]}.jsonl"} & beside.keys()
+        else:
+            names = [name for name in beside if name.startswith(start) and DATE_IN_NAME.match(name, len(start))]
+        if len(names) == 1:
+            found[task] = beside[names.pop()]
     return found
 
 
@@ -57,10 +53,10 @@ def read_samples(file: Path) -> pd.DataFrame:
     rows = []
     try:
         with file.open(encoding="utf-8") as lines:
-            rows = [_row(json.loads(line)) for line in lines if line.strip()]
+            rows = [_row(read_json(line)) for line in lines if line.strip()]
     except json.JSONDecodeError as error:
         raise SamplesError(f"not JSON lines, or cut off: {error.msg}") from None
-    except (UnicodeDecodeError, RecursionError, KeyError, TypeError, AttributeError):
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
         raise SamplesError("not samples of lm-eval") from None
     except OSError as error:
         raise SamplesError(f"cannot be read: {error.strerror}") from None

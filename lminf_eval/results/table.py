@@ -18,6 +18,7 @@ NOT_AXES = ("run", "value", "stderr", "diverged", "higher_is_better", "past_trai
 WHAT = ("family", "metric", "filter")  # what is measured; a part of the columns unless the rows tell
 PER_TOKEN = ("token_perplexity", "nll", "nll_tail")
 PRIMARY = ("token_perplexity", "acc", "exact_match", "word_perplexity")  # a family's metric, unless one is asked for
+TELLING = ("model", "method", "attention", "backend", "task", "length")  # values that need no name beside them
 # What results that would share a cell may differ in, and where it is then added.
 APART_IN_ROWS = ("model", "method", "backend", "other", "model_path", "prompt", "generation")
 APART_IN_COLUMNS = ("length", "task", "n_shot", "task_settings", "task_version", "n")
@@ -171,12 +172,11 @@ def _column(names: list[str], results: list[pd.Series]) -> Column:
     what = [first[name] for name in WHAT if name in names and (name, first[name]) != ("filter", "none")]
     if what and len({result["metric"] for result in results}) == 1:
         what.append({True: "↑", False: "↓"}.get(first["higher_is_better"], ""))
-    plain = ("model", "method", "attention", "backend", "task", "length")  # values that need no name beside them
-    label = [(name, label_of(name)(first[name])) for name in names if name not in WHAT]
+    label = [_written(name, first) for name in names if name not in WHAT]
     ns = {result["n"] for result in results}
     return Column(
         group=" ".join(part for part in what if part),
-        label=" ".join(value if name in plain else f"{name}={value}" for name, value in label if value),
+        label=" ".join(part for part in label if part),
         n=ns.pop() if len(ns) == 1 else math.nan,
         past_trained=all(result["past_trained"] for result in results),
     )
@@ -219,11 +219,20 @@ def _mark_best(table: Table, evidence: Evidence) -> None:
 
 def _contest(best: pd.Series, second: pd.Series) -> str:
     """ "passkey acc 16k, a model: lambda − window": what was measured, and what tells the two apart."""
-    differing = [name for name in APART_IN_ROWS if label_of(name)(best[name]) != label_of(name)(second[name])]
-    names = (" ".join(label_of(name)(result[name]) for name in differing) for result in (best, second))
+    differing = [name for name in (*APART_IN_ROWS, *APART_IN_COLUMNS) if _written(name, best) != _written(name, second)]
+    for told, implied in (("method", "backend"), ("model", "model_path")):
+        if told in differing and implied in differing:
+            differing.remove(implied)
+    names = (" ".join(_written(name, result) for name in differing) for result in (best, second))
     measured = f"{best['family']} {best['metric']} {length_label(best['length'])}".rstrip()
     model = "" if "model" in differing else f", {best['model']}"
     return f"{measured}{model}: {' − '.join(names)}"
+
+
+def _written(name: str, result: pd.Series) -> str:
+    """A value as a label; with the column's name, unless the value tells what it is."""
+    value = label_of(name)(result[name])
+    return value if name in TELLING or not value else f"{name}={value}"
 
 
 def _against(table: Table, evidence: Evidence, baseline: str) -> None:
@@ -266,7 +275,7 @@ def sentence(comparison: Comparison) -> str:
         told += f", {comparison.unmatched} that only one has left out"
     if not comparison.significant:
         few = comparison.documents and comparison.differing < FEWEST_DIFFERING
-        told += f"; not significant{f' ({comparison.differing} documents differ)' if few else ''}"
+        told += f"; not significant{f' (documents that differ: {comparison.differing})' if few else ''}"
     return told
 
 
