@@ -12,7 +12,7 @@ import torch
 
 @dataclass
 class LayerCache:
-    """One layer's keys and values, in one buffer: G starting tokens, then a ring with the token at position p in slot p % R.
+    """One layer's keys and values: a buffer of G starting tokens, then a ring with position p in slot p % R.
 
     Keys in the ring are rotated to their position less the row's origin (see `LambdaCache`). The starting tokens' are
     kept without rotation in `sink_keys`; their places in `keys` are scratch for the decoder, which rotates them anew.
@@ -25,7 +25,7 @@ class LayerCache:
 
     @classmethod
     def empty(cls, k_BKLD: torch.Tensor, v_BKLD: torch.Tensor, window: int, sinks: int, capacity: int) -> LayerCache:
-        """Room for `capacity` tokens of sequences like these, of which no more than the window and the sinks are kept."""
+        """Room for `capacity` tokens of sequences like these, of which the window and the sinks are kept."""
         sinks = sinks if capacity > window else 0  # nothing ever leaves the window: no starting token is ever far
         slots = sinks + min(window, capacity)
         B, K, _, D = k_BKLD.shape
@@ -51,7 +51,11 @@ class LayerCache:
         pieces = [slice(self.sinks + first, self.sinks + min(first + m, self.ring))]
         if first + m > self.ring:
             pieces.append(slice(self.sinks, self.sinks + first + m - self.ring))
-        join = (lambda x: x[:, :, pieces[0]]) if len(pieces) == 1 else (lambda x: torch.cat([x[:, :, p] for p in pieces], 2))
+        join = (
+            (lambda x: x[:, :, pieces[0]])
+            if len(pieces) == 1
+            else (lambda x: torch.cat([x[:, :, p] for p in pieces], 2))
+        )
         return join(self.keys), join(self.values)
 
     def write_sinks(self, k_BKLD: torch.Tensor, v_BKLD: torch.Tensor, start: int) -> None:
@@ -102,23 +106,21 @@ class LambdaCache:
     def empty(cls, batch: int, capacity: int) -> LambdaCache:
         return cls(capacity, [0] * batch, [0] * batch)
 
-    @property
-    def aligned(self) -> bool:
-        """All rows stand at one position and share one origin."""
-        return len(set(self.lengths)) == 1 and len(set(self.origins)) == 1
-
     def rows(self, index: list[int]) -> LambdaCache:
-        """These rows alone; the first n rows share their storage with this cache, any other choice is a copy."""
-        if index == list(range(len(index))):
-            pick = lambda x: x[: len(index)]  # noqa: E731
-        else:
-            pick = lambda x: x[index]  # noqa: E731
-        return LambdaCache(
-            self.capacity,
-            [self.lengths[i] for i in index],
-            [self.origins[i] for i in index],
-            {i: layer.map(pick) for i, layer in self.layers.items()},
-        )
+        """A copy with these rows alone, in this order."""
+        return self._pick(index, lambda x: x[index])
+
+    def narrow(self, n: int) -> LambdaCache:
+        """The first n rows, sharing their storage with this cache."""
+        return self._pick(list(range(n)), lambda x: x[:n])
+
+    def expand(self, n: int) -> LambdaCache:
+        """n times the one row of this cache, all reading its storage; only for a forward pass that keeps nothing."""
+        return self._pick([0] * n, lambda x: x.expand(n, -1, -1, -1))
+
+    def _pick(self, index: list[int], function) -> LambdaCache:
+        layers = {i: layer.map(function) for i, layer in self.layers.items()}
+        return LambdaCache(self.capacity, [self.lengths[i] for i in index], [self.origins[i] for i in index], layers)
 
     @classmethod
     def stack(cls, caches: list[LambdaCache]) -> LambdaCache:

@@ -1,4 +1,4 @@
-"""A transformers model into a Λ model, from outside, and back again. Nothing of the model's own code is copied or changed.
+"""A transformers model into a Λ model, from outside, and back again. No line of the model's code is copied or changed.
 
 Attention in transformers is pluggable: we register an attention function under the name "lminf", hand the model the
 identity in place of its rotary (cos, sin), and so receive queries and keys that are not rotated yet (see `rope.py`).
@@ -79,6 +79,8 @@ class LambdaModel:
         """State for `batch` sequences of at most `capacity` tokens."""
         return LambdaCache.empty(batch, capacity)
 
+    stack = staticmethod(LambdaCache.stack)
+
     @torch.inference_mode()
     def hidden(self, ids_BL: torch.Tensor, cache: LambdaCache, keep: bool = True):
         """The decoder's output for the next L tokens of each row; `last_hidden_state` is [B, L, hidden].
@@ -86,7 +88,8 @@ class LambdaModel:
         Rows may stand at different positions only where L is 1. With `keep=False` the cache is not extended: these are
         the last tokens that anyone asks for.
         """
-        self._turn_back(cache, ids_BL.shape[1])
+        if keep:
+            self._turn_back(cache, ids_BL.shape[1])
         self._cache, self._keep, self._angles = cache, keep, {}
         try:
             output = self.decoder(input_ids=ids_BL, use_cache=False, return_dict=True)
@@ -113,7 +116,17 @@ class LambdaModel:
         sink_logits, softcap = options.get("s_aux"), options.get("softcap")
         if q_BHLD.shape[2] == 1 and self._keep:
             return decode.attend_one(
-                q_BHLD, k_BKLD, v_BKLD, layer, cache.lengths, cache.origins, self.spec, turn, scale, softcap, sink_logits
+                q_BHLD,
+                k_BKLD,
+                v_BKLD,
+                layer,
+                cache.lengths,
+                cache.origins,
+                self.spec,
+                turn,
+                scale,
+                softcap,
+                sink_logits,
             )
         start = cache.lengths[0]
         rows = torch.arange(start, start + q_BHLD.shape[2])
@@ -124,12 +137,14 @@ class LambdaModel:
             past_k, past_v = layer.past(start)
             k_all, v_all = torch.cat([past_k, k], 2), torch.cat([past_v, v_BKLD], 2)
         out, lse = banded.band(q, k_all, v_all, window, scale, softcap)
-        if layer is not None:
+        if self._keep:
             layer.write_sinks(k_BKLD, v_BKLD, start)
         far = max(0, window - start)  # the first of the new tokens that has left the window behind
         if sinks and far < q_BHLD.shape[2]:
-            k_far, v_far = (k_BKLD, v_BKLD) if layer is None else (layer.sink_keys, layer.values)
-            k_far, v_far = k_far[:, :, :sinks], v_far[:, :, :sinks]
+            k_far, v_far = k_BKLD[:, :, :sinks], v_BKLD[:, :, :sinks]
+            if start:  # some or all of them came earlier
+                k_far = torch.cat([layer.sink_keys[:, :, :start], k_far[:, :, : max(0, sinks - start)]], 2)
+                v_far = torch.cat([layer.values[:, :, : min(start, sinks)], v_far[:, :, : max(0, sinks - start)]], 2)
             query_at, key_at = far_positions(self.spec, window, sinks, rows[far:])
             banded.add_far(
                 out[:, :, far:],
@@ -141,7 +156,7 @@ class LambdaModel:
                 scale,
                 softcap,
             )
-        if layer is not None and self._keep:
+        if self._keep:
             layer.write(k, v_BKLD, start)
         if sink_logits is not None:
             share = lse - torch.logaddexp(lse, sink_logits.to(lse.dtype)[None, :, None])
@@ -166,9 +181,11 @@ class LambdaModel:
     def _turn_back(self, cache: LambdaCache, new: int) -> None:
         """Let the origins follow the sequence, so that angles stay below window + max(window, new tokens)."""
         reach = max((layer.window for layer in cache.layers.values()), default=0)
-        if not reach or max(n - o for n, o in zip(cache.lengths, cache.origins)) + new <= reach + max(reach, new):
+        if not reach or max(n - o for n, o in zip(cache.lengths, cache.origins, strict=True)) + new <= reach + max(
+            reach, new
+        ):
             return
-        steps = [max(0, n - reach - o) for n, o in zip(cache.lengths, cache.origins)]
+        steps = [max(0, n - reach - o) for n, o in zip(cache.lengths, cache.origins, strict=True)]
         back_B1 = torch.tensor(steps)[:, None]
         for module in self.layers:
             layer = cache.layers.get(module.layer_idx)
@@ -177,7 +194,7 @@ class LambdaModel:
                 wide = ring.to(torch.promote_types(ring.dtype, torch.float32))
                 angles: Angles = self.rotary.angles(back_B1, wide, getattr(module, "layer_type", None))
                 ring.copy_(self.rotary.rotate(wide, backwards(angles)))
-        cache.origins = [o + step for o, step in zip(cache.origins, steps)]
+        cache.origins = [o + step for o, step in zip(cache.origins, steps, strict=True)]
 
 
 def far_positions(spec: LambdaSpec, window: int, sinks: int, rows_L: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -192,7 +209,7 @@ def far_positions(spec: LambdaSpec, window: int, sinks: int, rows_L: torch.Tenso
 def head_logits(model: PreTrainedModel, decoder: nn.Module, output, hidden_TC: torch.Tensor) -> torch.Tensor:
     """[T, V]: the model's own forward, its decoder standing still and answering with hidden states we already have.
 
-    So scaling, soft-capping and whatever else a family does between the decoder and its logits happens as it always does.
+    So whatever a family does between the decoder and its logits (scaling, soft-capping) happens as it always does.
     """
     answer = replace(output, last_hidden_state=hidden_TC[None], past_key_values=None)
     with _forward(decoder, lambda *args, **kwargs: answer):

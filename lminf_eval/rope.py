@@ -2,7 +2,8 @@
 
 The model's `rotary_emb` module gives (cos, sin) for positions, and its file's `apply_rotary_pos_emb` applies them. With
 the identity handed to the model, its attention gives us queries and keys that are not rotated yet; the family's own
-function then rotates them to whatever positions a branch needs, conventions (halves, interleaved, partial, scaled) included.
+function then rotates them to whatever positions a branch needs, with its conventions (halves, interleaved, partial,
+scaled).
 
 Shapes: B batch, S tokens, H heads, D head dimension, r rotated dimensions.
 """

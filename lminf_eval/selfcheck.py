@@ -1,7 +1,8 @@
 """The check at load that makes every unknown family safe: a patched model must be the model, where Λ changes nothing.
 
-Two tiny passes compare, layer by layer, the queries and keys that the model rotates itself with those that we rotate for
-it; so a layer without positions is found, and a family whose keys exist only rotated is refused. A third compares logits.
+Two tiny passes compare, layer by layer, the queries and keys that the model rotates itself with those that we rotate
+for it; so a layer without positions is found, and a family whose keys exist only rotated is refused. A third compares
+logits.
 """
 
 from __future__ import annotations
@@ -100,7 +101,9 @@ def _compare_layers(patched: LambdaModel, recorded: dict, ids: torch.Tensor) -> 
         del patched.attend
         patched._angles = {}
     if seen != {layer.layer_idx for layer in patched.layers}:
-        raise UsageError(unsupported(patched.model.config, "some of its attention layers can't be reached from outside"))
+        raise UsageError(
+            unsupported(patched.model.config, "some of its attention layers can't be reached from outside")
+        )
 
 
 def _compare_logits(patched: LambdaModel, expected: torch.Tensor, ids: torch.Tensor) -> None:

@@ -21,9 +21,12 @@ class LambdaSpec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     attention: Literal["lambda", "full", "streaming", "window"] = Field(
-        "lambda", description="lambda: the method; full: the model as it is; window: no starting tokens; streaming: StreamingLLM"
+        "lambda",
+        description="lambda: the method; full: the model as it is; window: no starting tokens; streaming: StreamingLLM",
     )
-    n_local: int | None = Field(None, ge=1, description="window in tokens; default: the length the model was pre-trained at")
+    n_local: int | None = Field(
+        None, ge=1, description="window in tokens; default: the length the model was pre-trained at"
+    )
     n_global: int = Field(10, ge=0, description="starting tokens every token sees")
     chunk_size: int = Field(2048, ge=1, description="tokens of one sequence that pass through the model at once")
 
@@ -74,10 +77,18 @@ def trained_length(config: Any) -> tuple[int | None, str]:
     text = config.get_text_config()
     rope = getattr(text, "rope_parameters", None) or {}
     per_type = [value for value in rope.values() if isinstance(value, dict)] or [rope]
-    original = [value["original_max_position_embeddings"] for value in per_type if value.get("original_max_position_embeddings")]
+    original = [
+        value["original_max_position_embeddings"] for value in per_type if value.get("original_max_position_embeddings")
+    ]
     if original:
         return int(max(original)), "original_max_position_embeddings"
-    for key in ("original_max_position_embeddings", "max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+    for key in (
+        "original_max_position_embeddings",
+        "max_position_embeddings",
+        "n_positions",
+        "max_seq_len",
+        "seq_length",
+    ):
         if getattr(text, key, None):
             return int(getattr(text, key)), key
     return None, "none"

@@ -11,6 +11,8 @@ Keys and queries arrive rotated; where an argument says "far", rotated for the g
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 
 from lminf_eval.attention.kernels import attend, merge
@@ -43,13 +45,20 @@ def band(
 
         rectangle = slice(max(0, past + stop - n_local), past + start)
         if rectangle.start < rectangle.stop:
-            merge(out_view, lse_view, *attend(q, k_BKMD[:, :, rectangle], v_BKMD[:, :, rectangle], scale, False, softcap))
+            merge(
+                out_view, lse_view, *attend(q, k_BKMD[:, :, rectangle], v_BKMD[:, :, rectangle], scale, False, softcap)
+            )
 
         leaving = slice(max(0, past + start - n_local + 1), past + stop - n_local)
         if leaving.start < leaving.stop:
             rows = slice(0, leaving.stop - leaving.start)  # the last query sees none of them
             piece_out, piece_lse = attend(
-                q[:, :, rows].flip(2), k_BKMD[:, :, leaving].flip(2), v_BKMD[:, :, leaving].flip(2), scale, True, softcap
+                q[:, :, rows].flip(2),
+                k_BKMD[:, :, leaving].flip(2),
+                v_BKMD[:, :, leaving].flip(2),
+                scale,
+                True,
+                softcap,
             )
             merge(out_view[:, :, rows], lse_view[:, :, rows], piece_out.flip(2), piece_lse.flip(2))
     return out, lse
@@ -59,7 +68,7 @@ def _blocks(L: int, past: int, n_local: int) -> list[tuple[int, int]]:
     """Cuts of L queries so that none is longer than n_local, and none has queries on both sides of a full window."""
     head = min(L, max(0, n_local - past))  # queries that still see every key
     cuts = [0, *range(head, L, n_local), L] if head else [*range(0, L, n_local), L]
-    return [(start, stop) for start, stop in zip(cuts, cuts[1:]) if start < stop]
+    return [(start, stop) for start, stop in pairwise(cuts) if start < stop]
 
 
 def add_far(

@@ -1,4 +1,4 @@
-"""The definition of Λ-attention, written to be read: dense, O(n^2), at any precision. Every fast path is held against it.
+"""The definition of Λ-attention, written to be read: dense, O(n^2), at any precision. Every fast path is held to it.
 
 Shapes: B batch, H query heads, K key-value heads, S tokens, D head dimension.
 """
@@ -24,7 +24,7 @@ def lambda_attention(
     softcap: float | None = None,
     sink_logits_H: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention of one whole sequence from position 0 (LM-Infinite, arXiv 2308.16137, section 4; StreamingLLM, 2309.17453).
+    """Attention of one whole sequence (LM-Infinite, arXiv 2308.16137, section 4; StreamingLLM, arXiv 2309.17453).
 
     Args:
         q_BHSD, k_BKSD, v_BKSD: queries, keys and values *before* any rotation.

@@ -1,0 +1,288 @@
+"""Tokens through a model, chunk by chunk, in bounded memory: scoring and generation, each shared prefix computed once.
+
+Shapes: B rows, L tokens of a chunk, T positions whose logits are wanted, U (position, token) pairs, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from lminf_eval.prefix import Node, forest
+
+_LOGITS_AT_ONCE = 2**25  # numbers of a logits block: 128 MiB in float32
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """Predict tokens[scored_from:], each from all tokens before it (0 < scored_from < len(tokens))."""
+
+    tokens: Sequence[int]
+    scored_from: int
+
+
+@dataclass(frozen=True)
+class Score:
+    """Natural log-probability of each scored token, and whether each was the most likely one."""
+
+    log_probs: np.ndarray
+    greedy: np.ndarray
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """Continue `tokens` by at most `max_new`, until `stop(new tokens)` says so.
+
+    `choose(tokens so far, logits [V])` picks the next token; None is the most likely one.
+    """
+
+    tokens: Sequence[int]
+    max_new: int
+    stop: Callable[[list[int]], bool]
+    choose: Callable[[list[int], torch.Tensor], int] | None = None
+
+
+class Engine:
+    """Runs requests through a `LambdaModel` or a `FullModel`.
+
+    Args:
+        chunk_size: tokens of one sequence that pass through the model at once.
+        batch_size: sequences at once; None fills a chunk's worth of tokens.
+        share: compute a prefix that requests have in common once.
+        progress: called with the number of tokens just done, of `work(...)` tokens in all.
+    """
+
+    def __init__(
+        self,
+        model,
+        chunk_size: int,
+        batch_size: int | None = None,
+        share: bool = True,
+        progress: Callable[[int], None] = lambda n: None,
+    ):
+        self.model, self.chunk_size, self.batch_size, self.share = model, chunk_size, batch_size, share
+        self.progress = progress
+        self.device = model.model.device
+        self.computed = 0  # tokens that went through the model
+        self.reused = 0  # tokens that a request needed and another had computed
+
+    # ------------------------------------------------------------------ scoring
+
+    def score(self, requests: Sequence[ScoreRequest]) -> Iterator[tuple[int, Score]]:
+        """Each request's index and score, as they are done."""
+        inputs = [np.asarray(request.tokens[:-1]) for request in requests]
+        roots = forest(inputs, self.share)
+        self._count_reuse(inputs, roots)
+        nothing = np.zeros(0), np.zeros(0, dtype=bool)
+        yield from self._score_siblings(requests, roots, None, [nothing] * len(roots))
+
+    def _score_siblings(self, requests, nodes: list[Node], cache, paths) -> Iterator[tuple[int, Score]]:
+        """Score all below `nodes`, which begin where `cache` (one row, or None at the start) ends.
+
+        paths[i] holds (log-probabilities, greedy flags) at the positions before nodes[i].start.
+        """
+        leaves = [i for i, node in enumerate(nodes) if not node.children]
+        leaves.sort(key=lambda i: -len(nodes[i].tokens))
+        for batch in self._batches(leaves, lambda i: len(nodes[i].tokens)):
+            rows = [nodes[i] for i in batch]
+            if cache is None:
+                state = self.model.new_cache(len(rows), max(node.stop for node in rows))
+            elif len(rows[0].tokens) <= self.chunk_size:  # nothing of the state is written
+                state = cache.expand(len(rows))
+            else:
+                state = cache.rows([0] * len(rows))
+            found = self._run(requests, rows, state, keep=False)
+            for i, (path, extras) in zip(batch, found, strict=True):
+                yield from self._members(requests, nodes[i], _joined(paths[i], path), extras)
+        for i, node in enumerate(nodes):
+            if not node.children:
+                continue
+            state = self.model.new_cache(1, node.longest()) if cache is None else cache.rows([0])
+            ((path, extras),) = self._run(requests, [node], state, keep=True)
+            path = _joined(paths[i], path)
+            yield from self._members(requests, node, path, extras)
+            below = [
+                _joined(path, extras.get((node.stop - 1, int(child.tokens[0])), (0.0, False)))
+                for child in node.children
+            ]
+            yield from self._score_siblings(requests, node.children, state, below)
+
+    def _run(self, requests, nodes: list[Node], cache, keep: bool):
+        """Nodes side by side from where `cache` ends, the longest first.
+
+        Per node: its path's log-probabilities and greedy flags at positions start .. stop - 2, and a dictionary of them
+        at (position, token) for other tokens that were asked for.
+        """
+        wanted = [_wanted(requests, node) for node in nodes]
+        start, longest = nodes[0].start, len(nodes[0].tokens)
+        results = [[np.zeros(len(pairs)), np.zeros(len(pairs), dtype=bool)] for pairs in wanted]
+        for low in range(0, longest, self.chunk_size):
+            high = min(low + self.chunk_size, longest)
+            active = [row for row, node in enumerate(nodes) if len(node.tokens) > low]
+            if len(active) < len(cache.lengths):
+                cache = cache.narrow(len(active))
+            ids_BL = np.zeros((len(active), high - low), dtype=np.int64)
+            for row in active:
+                part = nodes[row].tokens[low:high]
+                ids_BL[row, : len(part)] = part
+            output = self.model.hidden(torch.from_numpy(ids_BL).to(self.device), cache, keep or high < longest)
+            for row in active:
+                inside = slice(*np.searchsorted(wanted[row][:, 0], (start + low, start + high)))
+                pairs = wanted[row][inside]
+                if len(pairs):
+                    at_U, token_U = pairs[:, 0] - start - low, pairs[:, 1]
+                    for found, values in zip(results[row], self._log_probs(output, row, at_U, token_U), strict=True):
+                        found[inside] = values
+                done = min(high, len(nodes[row].tokens)) - low
+                self.computed += done
+                self.progress(done)
+        return [_split(node, pairs, *found) for node, pairs, found in zip(nodes, wanted, results, strict=True)]
+
+    def _log_probs(self, output, row: int, at_U: np.ndarray, token_U: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Log-probability of token_U[u] after position at_U[u] of the chunk, and whether it is the most likely one."""
+        hidden = output.last_hidden_state[row]
+        at_T, back_U = np.unique(at_U, return_inverse=True)
+        log_probs, greedy = np.empty(len(at_U)), np.empty(len(at_U), dtype=bool)
+        block = max(1, _LOGITS_AT_ONCE // self.model.model.config.get_text_config().vocab_size)
+        for low in range(0, len(at_T), block):
+            inside = (back_U >= low) & (back_U < low + block)
+            logits_TV = self.model.logits(output, hidden[torch.from_numpy(at_T[low : low + block]).to(hidden.device)])
+            rows = torch.from_numpy(back_U[inside] - low).to(logits_TV.device)
+            tokens = torch.from_numpy(token_U[inside]).to(logits_TV.device)
+            logits_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
+            norm_T = logits_TV.logsumexp(-1)
+            log_probs[inside] = (logits_TV[rows, tokens] - norm_T[rows]).double().cpu().numpy()
+            greedy[inside] = (logits_TV.argmax(-1)[rows] == tokens).cpu().numpy()
+        return log_probs, greedy
+
+    def _members(self, requests, node: Node, path, extras) -> Iterator[tuple[int, Score]]:
+        for index in node.members:
+            tokens, scored_from = requests[index].tokens, requests[index].scored_from
+            last = len(tokens) - 2  # the position of the last input token
+            tail = extras.get((last, int(tokens[-1])))
+            if tail is None:  # the path itself goes on with this token
+                tail = path[0][last], path[1][last]
+            inside = slice(scored_from - 1, last)
+            yield index, Score(np.append(path[0][inside], tail[0]), np.append(path[1][inside], tail[1]))
+
+    # ------------------------------------------------------------------ generation
+
+    def generate(self, requests: Sequence[GenerateRequest]) -> Iterator[tuple[int, list[int]]]:
+        """Each request's index and its new tokens, a stopping one included, as they are done."""
+        inputs = [np.asarray(request.tokens) for request in requests]
+        roots = forest(inputs, self.share)
+        self._count_reuse(inputs, roots)
+        capacity = max((len(request.tokens) + request.max_new for request in requests), default=0)
+        ready, size = [], self.batch_size or 1
+        for prompt in self._prefill(inputs, roots, None, capacity):
+            ready.append(prompt)
+            if len(ready) == size:
+                yield from self._decode(requests, ready)
+                ready = []
+        if ready:
+            yield from self._decode(requests, ready)
+
+    def _prefill(self, inputs, nodes: list[Node], cache, capacity: int):
+        """(request index, its state, logits [1, V] after its last token), the longest prompts first."""
+        for node in sorted(nodes, key=lambda node: -node.longest()):
+            state = self.model.new_cache(1, capacity) if cache is None else cache.rows([0])
+            position = node.start
+            for end in sorted({len(inputs[index]) for index in node.members} | {node.stop}):
+                while position < end:
+                    high = min(position + self.chunk_size, end)
+                    ids_1L = node.tokens[None, position - node.start : high - node.start].astype(np.int64)
+                    output = self.model.hidden(torch.from_numpy(ids_1L).to(self.device), state)
+                    self.computed += high - position
+                    self.progress(high - position)
+                    position = high
+                for index in (index for index in node.members if len(inputs[index]) == end):
+                    yield index, state.rows([0]), self.model.logits(output, output.last_hidden_state[0, -1:])
+            if node.children:
+                yield from self._prefill(inputs, node.children, state, capacity)
+
+    def _decode(self, requests: Sequence[GenerateRequest], ready) -> Iterator[tuple[int, list[int]]]:
+        """Token by token for all of `ready` at once, whatever their lengths; who is done leaves the batch."""
+        indices, states, logits = zip(*ready, strict=True)
+        cache, logits_BV, indices = self.model.stack(list(states)), torch.cat(logits), list(indices)
+        new: dict[int, list[int]] = {index: [] for index in indices}
+        while True:
+            likely_B = logits_BV.argmax(-1).tolist()
+            going = []
+            for row, index in enumerate(indices):
+                request = requests[index]
+                if request.choose is None:
+                    token = likely_B[row]
+                else:
+                    token = request.choose([*request.tokens, *new[index]], logits_BV[row])
+                new[index].append(token)
+                if len(new[index]) == request.max_new or request.stop(new[index]):
+                    yield index, new[index]
+                else:
+                    going.append(row)
+            if not going:
+                return
+            if len(going) < len(indices):
+                cache, indices = cache.rows(going), [indices[row] for row in going]
+            ids_B1 = torch.tensor([[new[index][-1]] for index in indices], device=self.device)
+            output = self.model.hidden(ids_B1, cache)
+            self.computed += len(indices)
+            logits_BV = self.model.logits(output, output.last_hidden_state[:, -1])
+
+    # ------------------------------------------------------------------ both
+
+    def _batches(self, items: list[int], length: Callable[[int], int]) -> Iterator[list[int]]:
+        """Runs of `items`, sorted by falling length, of batch_size, or as many as a chunk's worth of tokens allows."""
+        while items:
+            size = self.batch_size or max(1, self.chunk_size // min(self.chunk_size, length(items[0])))
+            yield items[:size]
+            items = items[size:]
+
+    def _count_reuse(self, inputs: list[np.ndarray], roots: list[Node]) -> None:
+        todo, stored = list(roots), 0
+        while todo:
+            node = todo.pop()
+            stored += len(node.tokens)
+            todo += node.children
+        self.reused += sum(map(len, inputs)) - stored
+
+
+def _wanted(requests: Sequence[ScoreRequest], node: Node) -> np.ndarray:
+    """[U, 2], sorted: the (position, token) pairs whose log-probabilities are asked for in `node`.
+
+    Along the node they are its own next tokens; at its end the first tokens of its children; and, where a member ends,
+    that member's last token.
+    """
+    last = node.stop - 1
+    first = min(requests[index].scored_from for index in node.descendants()) - 1
+    low = min(max(first, node.start), last)
+    positions = np.arange(low, last)
+    pairs = {(len(requests[i].tokens) - 2, int(requests[i].tokens[-1])) for i in node.members}
+    pairs = {(at, token) for at, token in pairs if at == last or at < low or token != node.tokens[at + 1 - node.start]}
+    for child in node.children:
+        if min(requests[index].scored_from for index in child.descendants()) <= node.stop:
+            pairs.add((last, int(child.tokens[0])))
+    own = np.stack([positions, node.tokens[low + 1 - node.start :].astype(np.int64)], 1)
+    both = np.concatenate([own, np.array(sorted(pairs), dtype=np.int64).reshape(-1, 2)])
+    return both[np.argsort(both[:, 0], kind="stable")]
+
+
+def _split(node: Node, pairs: np.ndarray, log_probs: np.ndarray, greedy: np.ndarray):
+    """What `_run` found, as the node's path (positions start .. stop - 2, zero where not asked for) and the rest."""
+    path = np.zeros(len(node.tokens) - 1), np.zeros(len(node.tokens) - 1, dtype=bool)
+    at = pairs[:, 0] - node.start
+    own = at < len(node.tokens) - 1
+    own[own] = node.tokens[at[own] + 1] == pairs[own, 1]
+    path[0][at[own]], path[1][at[own]] = log_probs[own], greedy[own]
+    extras = {
+        (int(position), int(token)): (value, flag)
+        for (position, token), value, flag in zip(pairs[~own], log_probs[~own], greedy[~own], strict=True)
+    }
+    return path, extras
+
+
+def _joined(path, more):
+    """Two stretches of (log-probabilities, greedy flags), one after the other."""
+    return np.append(path[0], more[0]), np.append(path[1], more[1])

@@ -1,0 +1,76 @@
+"""Requests that begin alike, as a forest: each node's tokens pass through the model once, for all requests below it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+
+MIN_SHARED = 32  # tokens below which sharing saves less than a pass of its own costs
+MAX_DEPTH = 8  # branchings on one path: so many states are held at once; deeper, prefixes are computed again
+
+
+@dataclass
+class Node:
+    """A stretch of input tokens between two branchings, at positions start .. stop - 1 of its sequences."""
+
+    start: int
+    tokens: np.ndarray
+    members: list[int] = field(default_factory=list)  # requests whose last input token lies in this node
+    children: list[Node] = field(default_factory=list)
+
+    @property
+    def stop(self) -> int:
+        return self.start + len(self.tokens)
+
+    def descendants(self) -> list[int]:
+        """The requests that end in this node or below it."""
+        return self.members + [member for child in self.children for member in child.descendants()]
+
+    def longest(self) -> int:
+        """Tokens of the longest path through this node."""
+        return max([self.stop, *(child.longest() for child in self.children)])
+
+
+def forest(inputs: list[np.ndarray], share: bool = True) -> list[Node]:
+    """The roots under which each of `inputs`, arrays of token ids, is the path to the node that names it a member.
+
+    With `share=False` every input has a root of its own.
+    """
+    if not share:
+        return [Node(0, tokens, [i]) for i, tokens in enumerate(inputs)]
+    order = sorted(range(len(inputs)), key=lambda i: inputs[i].astype(">u4").tobytes())
+    agreed = [_common_prefix(inputs[a], inputs[b]) for a, b in pairwise(order)]
+    return _grow(inputs, order, agreed, 0, len(order), 0, MAX_DEPTH)
+
+
+def _grow(inputs, order, agreed, low, high, start, depth) -> list[Node]:
+    """Nodes at `start` for the sorted inputs order[low:high], all of which agree before it.
+
+    agreed[i] is the length of the common prefix of the i-th and the next input. Sorted neighbours share a node where
+    one is a prefix of the other, or where they agree on MIN_SHARED more tokens.
+    """
+    nested = [agreed[i] == len(inputs[order[i]]) for i in range(low, high - 1)]
+    joined = [n or (depth > 0 and agreed[low + i] - start >= MIN_SHARED) for i, n in enumerate(nested)]
+    nodes, first = [], low
+    for i in range(low, high):
+        if i < high - 1 and joined[i - low]:
+            continue
+        partings = [agreed[j] for j in range(first, i) if not nested[j - low]]
+        longest = inputs[order[i]]  # of nested inputs the last is the longest
+        node = Node(start, longest[start : min(partings, default=len(longest))])
+        inside = first
+        while inside <= i and len(inputs[order[inside]]) <= node.stop:
+            node.members.append(order[inside])
+            inside += 1
+        node.children = _grow(inputs, order, agreed, inside, i + 1, node.stop, depth - 1) if inside <= i else []
+        nodes.append(node)
+        first = i + 1
+    return nodes
+
+
+def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+    n = min(len(a), len(b))
+    differ = np.flatnonzero(a[:n] != b[:n])
+    return int(differ[0]) if len(differ) else n
