@@ -21,6 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from lminf_eval.results.curves import hits_by_depth, nll_by_position
 from lminf_eval.results.describe import length_label
@@ -49,6 +50,7 @@ SETTINGS = {
     "svg.hashsalt": "lminf",  # the same figure is the same file
 }
 PANELS_A_ROW = 4
+MOST_BANDS = 6  # intervals of more lines than that hide one another
 LEADER = {"arrowstyle": "-", "linewidth": 0.8, "shrinkA": 0, "shrinkB": 2, "relpos": (0, 0.5)}
 LABEL_GAP = 11  # points between two labels at lines' ends
 
@@ -114,12 +116,15 @@ def _nll_against_position(evidence: Evidence, group: pd.DataFrame, looks: dict[s
                 break  # the longest text tells the most
     if not curves:
         return None
+    documents = max(int(curve["documents"].max()) for curve in curves.values())
+    banded = documents > 1 and len(curves) <= MOST_BANDS
     figure, axes = _canvas()
     ends = []
     for method, curve in curves.items():
         look, middle = looks[method], (curve["start"] + curve["end"]) / 2
         _line(axes, middle, curve["nll"], look)
-        axes.fill_between(middle, curve["low"], curve["high"], color=look.color, alpha=0.15, linewidth=0)
+        if banded:
+            axes.fill_between(middle, curve["low"], curve["high"], color=look.color, alpha=0.15, linewidth=0)
         ends.append((method, middle.iloc[-1], curve["nll"].iloc[-1]))
     reach = max(curve["end"].max() for curve in curves.values())
     axes.set_xlim(0, reach)
@@ -130,11 +135,10 @@ def _nll_against_position(evidence: Evidence, group: pd.DataFrame, looks: dict[s
     axes.set_title(title, pad=12)
     _trained_line(axes, group)
     _label_ends(axes, ends, looks)
-    documents = max(int(curve["documents"].max()) for curve in curves.values())
     caption = (
         f"Mean negative log-likelihood of the tokens at each position, over {documents} "
         f"document{'s' if documents > 1 else ''}; lower is better. Points are at the middle of their stretch of text. "
-        + ("Bands: 95% bootstrap intervals over documents." if documents > 1 else "")
+        + ("Bands: 95% bootstrap intervals over documents." if banded else "")
     )
     return Plot(_name("nll", about), title, caption.strip(), figure)
 
@@ -186,10 +190,7 @@ def _perplexity_against_length(
     lengths = sorted(of_metric["length"].unique())
     axes.set_xticks(lengths, [length_label(length) for length in lengths])
     axes.minorticks_off()
-    low, high = axes.get_ylim()
-    values = [v for v in (1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 200, 300, 500, 1000) if low <= v <= high]
-    if len(values) > 1:
-        axes.set_yticks(values, [f"{value:g}" for value in values])
+    axes.set_yticks(*_round_values(*axes.get_ylim()))
     axes.set_xlabel("length of the text (tokens)")
     axes.set_ylabel("perplexity per token")
     title = f"Perplexity against length: {about}"
@@ -280,6 +281,16 @@ def _round_positions(reach: float) -> tuple[list[int], list[str]]:
     step = 2 ** max(0, math.ceil(math.log2(reach / 8)))
     ticks = list(range(0, int(reach) + 1, step))
     return ticks, [length_label(tick) for tick in ticks]
+
+
+def _round_values(low: float, high: float) -> tuple[list[float], list[str]]:
+    """Ticks of a logarithmic axis that spans little or much."""
+    if high / low < 5:
+        ticks = [tick for tick in MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low, high) if low <= tick <= high]
+    else:
+        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        ticks = [digit * 10.0**power for power in powers for digit in (1, 2, 5) if low <= digit * 10.0**power <= high]
+    return ticks, [f"{tick:g}" for tick in ticks]
 
 
 def _trained_line(axes: Axes, group: pd.DataFrame) -> None:
