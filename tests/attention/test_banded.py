@@ -1,0 +1,181 @@
+"""The two triangles and the global branch, chunk by chunk, against the definition; and how much they ever hold."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lminf_eval.attention import kernels
+from lminf_eval.attention.banded import _blocks, add_far, band
+from lminf_eval.attention.reference import lambda_attention
+from lminf_eval.patch import far_positions
+from lminf_eval.spec import LambdaSpec
+
+HEAD_DIM = 8
+FREQUENCIES = 1.3 ** -torch.arange(HEAD_DIM // 2, dtype=torch.float64)
+
+
+def rotate(x, positions):
+    angles = positions.double().to(x.device)[:, None] * FREQUENCIES.to(x.device)
+    cos, sin = angles.cos(), angles.sin()
+    a, b = x.double().chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+
+
+def banded(q, k, v, spec, chunk, scale=0.4, softcap=None):
+    """The whole sequence by `band` and `add_far`, `chunk` queries at a time, keys of one window before each."""
+    S, window, outs = q.shape[2], spec.n_local, []
+    for start in range(0, S, chunk):
+        stop = min(start + chunk, S)
+        rows, keys = torch.arange(start, stop), torch.arange(max(0, start - window), stop)
+        out, lse = band(rotate(q[:, :, rows], rows), rotate(k[:, :, keys], keys), v[:, :, keys], window, scale, softcap)
+        far = max(0, window - start)
+        if spec.sinks and far < stop - start:
+            G = min(spec.sinks, stop)
+            query_at, key_at = far_positions(spec, window, G, rows[far:])
+            add_far(
+                out[:, :, far:],
+                lse[:, :, far:],
+                rotate(q[:, :, rows[far:]], query_at),
+                rotate(k[:, :, :G], key_at),
+                v[:, :, :G],
+                min(G, start + far - window + 1),
+                scale,
+                softcap,
+            )
+        outs.append(out)
+    return torch.cat(outs, 2)
+
+
+def random_qkv(S, H=2, K=1, B=1, dtype=torch.float64, device="cpu"):
+    return [torch.randn(B, heads, S, HEAD_DIM, dtype=dtype, device=device) for heads in (H, K, K)]
+
+
+@pytest.fixture(params=["own route", "math"])
+def route(request, monkeypatch):
+    if request.param == "math":
+        monkeypatch.setattr(kernels, "primitive", lambda q, softcap=None: "math")
+
+
+@pytest.mark.parametrize("attention", ["lambda", "window", "streaming"])
+@pytest.mark.parametrize(("window", "n_global"), [(1, 0), (2, 1), (8, 0), (8, 1), (8, 7), (13, 5)])
+@pytest.mark.parametrize("chunk", [1, 3, 8, 1000])
+def test_lengths_about_the_window(route, attention, window, n_global, chunk):
+    """n_global also exceeds the chunk here: the starting tokens then come in over several chunks."""
+    spec = LambdaSpec(attention=attention, n_local=window, n_global=n_global)
+    for S in sorted({1, window - 1, window, window + 1, 2 * window - 1, 2 * window, 2 * window + 1, 5 * window + 3}):
+        if S:
+            q, k, v = random_qkv(S)
+            expected = lambda_attention(q, k, v, rotate, spec, 0.4)
+            torch.testing.assert_close(banded(q, k, v, spec, chunk), expected, rtol=0, atol=1e-10)
+
+
+def test_anything_at_random(route):
+    """Lengths, windows, starting tokens, chunks, head groups and methods, drawn together."""
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(low, high):
+        return int(torch.randint(low, high + 1, (1,), generator=generator))
+
+    for _ in range(150):
+        window = draw(1, 24)
+        spec = LambdaSpec(
+            attention=["lambda", "window", "streaming"][draw(0, 2)], n_local=window, n_global=draw(0, window - 1)
+        )
+        K, S, chunk = draw(1, 3), draw(1, 90), draw(1, 40)
+        q, k, v = random_qkv(S, H=K * draw(1, 3), K=K, B=draw(1, 2))
+        softcap = [None, 2.0][draw(0, 1)]
+        expected = lambda_attention(q, k, v, rotate, spec, 0.4, softcap)
+        torch.testing.assert_close(banded(q, k, v, spec, chunk, softcap=softcap), expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("attention", ["lambda", "streaming"])
+@pytest.mark.parametrize("group", [1, 2, 3])
+@pytest.mark.parametrize(
+    # bfloat16 keeps 8 significant bits: inputs are rounded once more by the rotation, outputs once a merge
+    ("dtype", "bound"),
+    [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 4e-2)],
+)
+def test_precisions(route, attention, group, dtype, bound):
+    spec = LambdaSpec(attention=attention, n_local=32, n_global=4)
+    q, k, v = random_qkv(150, H=2 * group, K=2, dtype=dtype)
+    expected = lambda_attention(q.double(), k.double(), v.double(), rotate, spec, 0.4)
+    for chunk in (32, 50, 150):
+        found = banded(q, k, v, spec, chunk)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=bound)
+
+
+def test_the_log_sum_exp_of_the_band():
+    q, k, v = random_qkv(50, H=4, K=2)
+    logits = torch.einsum("bhld,bhmd->bhlm", q, k.repeat_interleave(2, 1)) * 0.4
+    distance = torch.arange(50)[:, None] - torch.arange(50)
+    expected = logits.masked_fill((distance < 0) | (distance >= 9), float("-inf")).logsumexp(-1)
+    _, lse = band(q, k, v, 9, 0.4)
+    torch.testing.assert_close(lse, expected, rtol=0, atol=1e-12)
+
+
+def test_keys_older_than_the_window_do_not_matter():
+    """`band` may be handed more past than it needs; what lies before the window must not enter, not even as NaN."""
+    q, k, v = random_qkv(60)
+    out, lse = band(q[:, :, 40:], k[:, :, 31:], v[:, :, 31:], 10, 0.4)
+    k[:, :, :31] = v[:, :, :31] = torch.nan
+    longer_out, longer_lse = band(q[:, :, 40:], k, v, 10, 0.4)
+    torch.testing.assert_close(longer_out, out, rtol=0, atol=1e-12)
+    torch.testing.assert_close(longer_lse, lse, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("past", [0, 1, 5, 6, 7, 8, 20])
+@pytest.mark.parametrize("L", [1, 6, 7, 8, 30])
+def test_blocks_tile_the_queries(past, L):
+    cuts = _blocks(L, past, 7)
+    assert [row for start, stop in cuts for row in range(start, stop)] == list(range(L))
+    for start, stop in cuts:
+        assert 0 < stop - start <= 7
+        assert past + stop <= 7 or past + start >= 7  # no block has queries on both sides of a full window
+
+
+class _Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operation made."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_nothing_is_as_large_as_length_times_window(softcap):
+    n, window = 16384, 256
+    q, k, v = random_qkv(n, dtype=torch.float32)
+    with _Largest() as largest:
+        out, lse = band(q, k, v, window, 0.4, softcap)
+        add_far(out[:, :, window:], lse[:, :, window:], q[:, :, window:], k[:, :, :4], v[:, :, :4], 1, 0.4, softcap)
+    heads = q.shape[1]
+    assert largest.numel == q.numel()  # the queries, and the output like them, are the largest there is
+    assert largest.numel < heads * n * window // 10
+
+
+def test_the_plain_path_holds_rows_times_window_at_most(monkeypatch):
+    """A window wider than the head: the logits of a few hundred rows are the largest there is."""
+    n, window = 6000, 3000
+    q, k, v = random_qkv(n, H=1, dtype=torch.float32)
+    monkeypatch.setattr(kernels, "_MATH_ROWS", 64)
+    with _Largest() as largest:
+        band(q, k, v, window, 0.4, 2.0)
+    assert largest.numel == 64 * window
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("attention", ["lambda", "streaming"])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float16, 8e-3), (torch.bfloat16, 4e-2)])
+def test_on_cuda(attention, dtype, bound):
+    spec = LambdaSpec(attention=attention, n_local=64, n_global=4)
+    q, k, v = random_qkv(333, H=6, K=2, dtype=dtype, device="cuda")
+    expected = lambda_attention(q.double(), k.double(), v.double(), rotate, spec, 0.4)
+    for chunk in (50, 64, 333):
+        found = banded(q, k, v, spec, chunk)
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=bound)
