@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from lminf_eval.prefix import Node, forest
 
@@ -52,7 +53,7 @@ class Engine:
         chunk_size: tokens of one sequence that pass through the model at once.
         batch_size: sequences at once; None fills a chunk's worth of tokens.
         share: compute a prefix that requests have in common once.
-        progress: called with the number of tokens just done, of `work(...)` tokens in all.
+        bar: a tqdm bar that counts tokens.
     """
 
     def __init__(
@@ -61,10 +62,10 @@ class Engine:
         chunk_size: int,
         batch_size: int | None = None,
         share: bool = True,
-        progress: Callable[[int], None] = lambda n: None,
+        bar: tqdm | None = None,
     ):
         self.model, self.chunk_size, self.batch_size, self.share = model, chunk_size, batch_size, share
-        self.progress = progress
+        self.bar = tqdm(disable=True) if bar is None else bar
         self.device = model.model.device
         self.computed = 0  # tokens that went through the model
         self.reused = 0  # tokens that a request needed and another had computed
@@ -75,7 +76,7 @@ class Engine:
         """Each request's index and score, as they are done."""
         inputs = [np.asarray(request.tokens[:-1]) for request in requests]
         roots = forest(inputs, self.share)
-        self._count_reuse(inputs, roots)
+        self._begin(inputs, roots)
         nothing = np.zeros(0), np.zeros(0, dtype=bool)
         yield from self._score_siblings(requests, roots, None, [nothing] * len(roots))
 
@@ -138,7 +139,7 @@ class Engine:
                         found[inside] = values
                 done = min(high, len(nodes[row].tokens)) - low
                 self.computed += done
-                self.progress(done)
+                self.bar.update(done)
         return [_split(node, pairs, *found) for node, pairs, found in zip(nodes, wanted, results, strict=True)]
 
     def _log_probs(self, output, row: int, at_U: np.ndarray, token_U: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -174,7 +175,7 @@ class Engine:
         """Each request's index and its new tokens, a stopping one included, as they are done."""
         inputs = [np.asarray(request.tokens) for request in requests]
         roots = forest(inputs, self.share)
-        self._count_reuse(inputs, roots)
+        self._begin(inputs, roots, sum(request.max_new for request in requests))
         capacity = max((len(request.tokens) + request.max_new for request in requests), default=0)
         ready, size = [], self.batch_size or 1
         for prompt in self._prefill(inputs, roots, None, capacity):
@@ -196,7 +197,7 @@ class Engine:
                     ids_1L = node.tokens[None, position - node.start : high - node.start].astype(np.int64)
                     output = self.model.hidden(torch.from_numpy(ids_1L).to(self.device), state)
                     self.computed += high - position
-                    self.progress(high - position)
+                    self.bar.update(high - position)
                     position = high
                 for index in (index for index in node.members if len(inputs[index]) == end):
                     yield index, state.rows([0]), self.model.logits(output, output.last_hidden_state[0, -1:])
@@ -219,6 +220,7 @@ class Engine:
                     token = request.choose([*request.tokens, *new[index]], logits_BV[row])
                 new[index].append(token)
                 if len(new[index]) == request.max_new or request.stop(new[index]):
+                    self.bar.update(request.max_new - len(new[index]) + 1)
                     yield index, new[index]
                 else:
                     going.append(row)
@@ -229,6 +231,7 @@ class Engine:
             ids_B1 = torch.tensor([[new[index][-1]] for index in indices], device=self.device)
             output = self.model.hidden(ids_B1, cache)
             self.computed += len(indices)
+            self.bar.update(len(indices))
             logits_BV = self.model.logits(output, output.last_hidden_state[:, -1])
 
     # ------------------------------------------------------------------ both
@@ -240,13 +243,15 @@ class Engine:
             yield items[:size]
             items = items[size:]
 
-    def _count_reuse(self, inputs: list[np.ndarray], roots: list[Node]) -> None:
+    def _begin(self, inputs: list[np.ndarray], roots: list[Node], new: int = 0) -> None:
+        """Tell the bar how many tokens there are to do: those of the forest, and at most `new` generated ones."""
         todo, stored = list(roots), 0
         while todo:
             node = todo.pop()
             stored += len(node.tokens)
             todo += node.children
         self.reused += sum(map(len, inputs)) - stored
+        self.bar.reset(stored + new)
 
 
 def _wanted(requests: Sequence[ScoreRequest], node: Node) -> np.ndarray:

@@ -1,0 +1,393 @@
+"""lm-eval's requests on one side, tokens through the engine on the other: the model that `--model lminf` names."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from lm_eval import utils
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.models.utils_hf import get_dtype
+from tqdm import tqdm
+
+from lminf_eval import __version__
+from lminf_eval.attention.kernels import primitive
+from lminf_eval.engine import Engine, GenerateRequest, Score, ScoreRequest
+from lminf_eval.errors import UsageError
+from lminf_eval.full import FullModel
+from lminf_eval.sampling import chooser
+from lminf_eval.selfcheck import lambda_model
+from lminf_eval.spec import LambdaSpec, closest
+
+logger = logging.getLogger(f"lm_eval.{__name__}")  # lm-eval shows the loggers below its own name
+
+UNBOUNDED = sys.maxsize  # a context length that no input reaches
+
+# What `hf` hands on to `from_pretrained`; anything else is a misspelling.
+_LOADING = {
+    "attn_implementation",
+    "bnb_4bit_compute_dtype",
+    "bnb_4bit_quant_type",
+    "bnb_4bit_use_double_quant",
+    "cache_dir",
+    "device_map",
+    "load_in_4bit",
+    "load_in_8bit",
+    "local_files_only",
+    "low_cpu_mem_usage",
+    "token",
+    "use_safetensors",
+    "variant",
+}
+_HF = {name for name in inspect.signature(HFLM.__init__).parameters if name not in ("self", "kwargs")}
+
+
+class LMInfinite(HFLM):
+    """A Hugging Face causal LM under Λ-attention (`--model lminf`).
+
+    Every `--model_args` of lm-eval's `hf` works as there. Its own are those of `LambdaSpec`, and `prefix_sharing`.
+    Nothing is loaded before the first request, so that tasks can refuse their own settings first.
+
+    Raises:
+        UsageError: for an unknown or impossible argument, a model or tokenizer that can't be had, an architecture that
+            can't be run; before any weight is loaded.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | transformers.PreTrainedModel,
+        device: str | None = None,
+        batch_size: int | str | None = 1,
+        prefix_sharing: bool = True,
+        **kwargs: Any,
+    ):
+        own = set(LambdaSpec.model_fields)
+        for name in kwargs:
+            if name not in own | _HF | _LOADING:
+                known = sorted(own | _HF | _LOADING | {"prefix_sharing"})
+                raise UsageError(
+                    f"model_args: unknown argument {name}={kwargs[name]}{closest(name, known)}; own: "
+                    f"{', '.join(sorted(own | {'prefix_sharing'}))}; the others are those of lm-eval's hf"
+                )
+        if not isinstance(prefix_sharing, bool):
+            raise UsageError(f"prefix_sharing={prefix_sharing}: must be True or False")
+        self.spec = LambdaSpec.parse({name: kwargs.pop(name) for name in list(kwargs) if name in own})
+        self.prefix_sharing = prefix_sharing
+        self.n_local_from = ""
+        self._unread: dict[str, Any] | None = None  # the arguments the weights will be loaded with
+        self._streaming = None
+        self._constructed = False
+        self._tokens = {"computed": 0, "reused": 0}
+        _check(pretrained, batch_size, kwargs)
+        device = _device(device)
+        super().__init__(pretrained, device=device, batch_size=batch_size, **kwargs)
+        self._constructed = True
+        if not isinstance(pretrained, str):
+            self._inspect(self.config)
+        if not self.truncation:
+            self.tokenizer.model_max_length = UNBOUNDED  # the tokenizer knows nothing of what we can read
+
+    # ------------------------------------------------------------------ loading, in HFLM's own steps
+
+    def _get_config(self, pretrained: str, **kwargs: Any) -> None:
+        try:
+            super()._get_config(pretrained, **kwargs)
+        except (OSError, ValueError) as error:
+            raise UsageError(_first_line(f"pretrained={pretrained}: its config can't be read", error)) from error
+        self._inspect(self._config)
+
+    def _inspect(self, config: transformers.PretrainedConfig) -> None:
+        """Refuse what can't be run, and settle n_local."""
+        if getattr(config, "is_encoder_decoder", False):
+            raise UsageError(f"the family {config.model_type!r} is an encoder-decoder; only causal LMs can be run")
+        if self.spec.attention != "full":
+            self.spec, self.n_local_from = self.spec.resolve(config)
+
+    def _create_tokenizer(self, pretrained, tokenizer, **kwargs: Any) -> None:
+        try:
+            super()._create_tokenizer(pretrained, tokenizer, **kwargs)
+        except (OSError, ValueError, ImportError) as error:
+            name = tokenizer if isinstance(tokenizer, str) else pretrained
+            raise UsageError(_first_line(f"tokenizer={name}: it can't be read", error)) from error
+        if not self.tokenizer.encode("The quick brown fox.", add_special_tokens=False):
+            raise UsageError(
+                f"tokenizer={self.tokenizer.name_or_path}: it encodes text to nothing (no vocabulary?); "
+                "pass tokenizer=<a directory or hub name with a working one>"
+            )
+
+    def _create_model(self, pretrained: str, **kwargs: Any) -> None:
+        if self.spec.attention != "full" and "attn_implementation" in kwargs:
+            raise UsageError("attn_implementation: lminf brings its own attention; it goes with attention=full only")
+        self._unread = {"pretrained": pretrained, **kwargs}
+        self._model = _Unread()
+
+    @property
+    def model(self):
+        """The transformers model; its weights are read at the first call after construction."""
+        if self._constructed and isinstance(self._model, _Unread):
+            destination = self._model.destination
+            logger.info("Loading the weights of %s", self._unread["pretrained"])
+            try:
+                super()._create_model(**self._unread)
+            except OSError as error:
+                raise UsageError(
+                    _first_line(f"pretrained={self.pretrained}: its weights can't be read", error)
+                ) from error
+            self._model.eval()
+            self._model.tie_weights()
+            if destination is not None:
+                self._model.to(destination)
+        return super().model
+
+    @property
+    def streaming(self):
+        """The model as the engine takes it: patched to Λ-attention and checked, or as it is for `full`."""
+        if self._streaming is None:
+            model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+            self._streaming = FullModel(model) if self.spec.attention == "full" else lambda_model(model, self.spec)
+            logger.info("Running %s with %s", self.pretrained, self.describe())
+        return self._streaming
+
+    # ------------------------------------------------------------------ what lm-eval asks of a model
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of context: what the user set, else without bound."""
+        return self._max_length or UNBOUNDED
+
+    def _loglikelihood_tokens(
+        self,
+        requests: list[tuple[tuple[str, str] | None, list[int], list[int]]],
+        disable_tqdm: bool = False,
+        override_bs: int | None = None,
+    ) -> list[tuple[float, bool]]:
+        """(log-probability, all greedy) of each (strings, context tokens, continuation tokens)."""
+        todo, cut = [], 0
+        for _, context, continuation in requests:
+            tokens = (context + continuation)[-(self.max_length + 1) :]
+            cut += len(tokens) < len(context) + len(continuation)
+            if len(continuation) > self.max_length:
+                raise UsageError(
+                    f"max_length={self.max_length}: a continuation has {len(continuation)} tokens; raise or drop max_length"
+                )
+            todo.append(ScoreRequest(tokens, len(tokens) - len(continuation)))
+        if cut:
+            logger.warning("%d of %d inputs were cut on the left to max_length=%d", cut, len(requests), self.max_length)
+        answers: list = [None] * len(requests)
+        with self._bar("loglikelihood", disable_tqdm) as bar:
+            engine = self._engine(bar)
+            for i, score in engine.score(todo):
+                answers[i] = float(score.log_probs.sum()), bool(score.greedy.all())
+                self._report_nan(requests[i][0], todo[i], score)
+                if requests[i][0] is not None:
+                    self.cache_hook.add_partial("loglikelihood", requests[i][0], answers[i])
+            self._count(engine)
+        return answers
+
+    def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
+        """Log-probability of each whole text, the first token after the prefix token."""
+        windows, owners = [], []
+        for i, request in enumerate(requests):
+            (text,) = request.args
+            rolling = utils.get_rolling_token_windows(
+                token_list=self.tok_encode(text),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            for context, continuation in map(utils.make_disjoint_window, rolling):
+                windows.append((None, context, continuation))
+                owners.append(i)
+        totals = [0.0] * len(requests)
+        scores = self._loglikelihood_tokens(windows, disable_tqdm)
+        for owner, (log_prob, _) in zip(owners, scores, strict=True):
+            totals[owner] += log_prob
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
+        """The text each context is continued by, up to its stop sequences."""
+        todo, ends = [], []
+        for request in requests:
+            context, options = request.args
+            kwargs = normalize_gen_kwargs(options, self.max_gen_toks)
+            until = handle_stop_sequences(
+                kwargs.pop("until", None), eos=self.tok_decode(self.eot_token_id, skip_special_tokens=False)
+            )
+            max_new = kwargs.pop("max_gen_toks")
+            if max_new >= self.max_length:
+                raise UsageError(f"max_gen_toks={max_new} must be less than max_length={self.max_length}")
+            tokens = self.tok_batch_encode(
+                [context], left_truncate_len=self.max_length - max_new, truncation=self.truncation
+            )[0][0].tolist()
+            if not tokens:
+                raise UsageError("a context encodes to no tokens; generation needs at least one")
+            if kwargs.get("do_sample") is False:
+                kwargs.pop("temperature", None)
+            choose = chooser(kwargs, self._generation_config())
+            todo.append(GenerateRequest(tokens, max_new, self._stop(until), choose))
+            ends.append(until)
+        answers: list = [None] * len(requests)
+        with self._bar("generate_until", disable_tqdm) as bar:
+            engine = self._engine(bar)
+            for i, tokens in engine.generate(todo):
+                answers[i] = self._text(tokens, ends[i])
+                self.cache_hook.add_partial("generate_until", requests[i].args, answers[i])
+            self._count(engine)
+        return answers
+
+    def get_model_info(self) -> dict:
+        """What lm-eval writes into the results beside the model's name, so that a run can be repeated."""
+        info = super().get_model_info()
+        return info | {
+            "lminf": {
+                "version": __version__,
+                **self.spec.model_dump(),
+                "n_local_from": self.n_local_from,
+                "prefix_sharing": self.prefix_sharing,
+                "attention_primitive": self._primitive(),
+                "tokens_computed": self._tokens["computed"],
+                "tokens_reused": self._tokens["reused"],
+                "torch_version": torch.__version__,
+                "num_threads": torch.get_num_threads(),
+            }
+        }
+
+    # ------------------------------------------------------------------ helpers
+
+    def describe(self) -> str:
+        """The attention in one line, for the log."""
+        if self.spec.attention == "full":
+            return f"attention=full, chunk_size={self.spec.chunk_size}"
+        return (
+            f"attention={self.spec.attention}, n_local={self.spec.n_local} ({self.n_local_from}), "
+            f"n_global={self.spec.sinks}, chunk_size={self.spec.chunk_size}, primitive={self._primitive()}"
+        )
+
+    def _primitive(self) -> str:
+        if self.spec.attention == "full" or isinstance(self._model, _Unread):
+            return ""
+        head = getattr(self.config.get_text_config(), "head_dim", None) or 64
+        return primitive(torch.empty(1, 1, 1, head, dtype=self._model.dtype, device=self._model.device))
+
+    def _engine(self, bar: tqdm) -> Engine:
+        size = self.batch_size_per_gpu
+        return Engine(
+            self.streaming, self.spec.chunk_size, None if size == "auto" else int(size), self.prefix_sharing, bar
+        )
+
+    def _bar(self, what: str, disable: bool) -> tqdm:
+        return tqdm(
+            desc=f"{what} (tokens)",
+            total=0,
+            unit="tok",
+            unit_scale=True,
+            disable=disable or self.rank != 0,
+            smoothing=0.1,
+        )
+
+    def _count(self, engine: Engine) -> None:
+        self._tokens["computed"] += engine.computed
+        self._tokens["reused"] += engine.reused
+        logger.info("%d tokens computed, %d reused from shared prefixes", engine.computed, engine.reused)
+
+    def _report_nan(self, strings: Any, request: ScoreRequest, score: Score) -> None:
+        broken = np.flatnonzero(np.isnan(score.log_probs))
+        if len(broken):
+            logger.warning(
+                "NaN: %d of %d scored tokens, the first at position %d of a request of %d tokens: %.60r",
+                len(broken),
+                len(score.log_probs),
+                request.scored_from + int(broken[0]),
+                len(request.tokens),
+                strings or self.tok_decode(request.tokens[:32]),
+            )
+
+    def _generation_config(self) -> transformers.GenerationConfig:
+        return getattr(self.model, "generation_config", None) or transformers.GenerationConfig()
+
+    def _stop(self, until: Iterable[str]):
+        """Whether new tokens end a generation: at a model's end token, or where a stop sequence is in their text."""
+        ends = self._generation_config().eos_token_id
+        end_ids = {self.eot_token_id, *(ends if isinstance(ends, list) else [ends])}
+        # A stop sequence may come in other tokens than it encodes to; as `hf`, look two tokens further back.
+        back = {text: len(self.tokenizer.encode(text, add_special_tokens=False)) + 2 for text in until if text}
+
+        def stop(new: list[int]) -> bool:
+            if new[-1] in end_ids:
+                return True
+            return any(text in self.tokenizer.decode(new[-n:]) for text, n in back.items())
+
+        return stop
+
+    def _text(self, tokens: list[int], until: list[str]) -> str:
+        think = self.think_end_token
+        if isinstance(think, int) and think in tokens:
+            tokens = tokens[len(tokens) - tokens[::-1].index(think) :]
+        text = self.tok_decode(tokens)
+        if isinstance(think, int):
+            text = text.lstrip()
+        return postprocess_generated_text(text, until, think if isinstance(think, str) else None)
+
+
+class _Unread(torch.nn.Module):
+    """Stands where HFLM expects its model, until the weights are read."""
+
+    def __init__(self):
+        super().__init__()
+        self.destination: Any = None
+
+    def to(self, device: Any) -> _Unread:
+        """Remember where HFLM wants the model."""
+        self.destination = device
+        return self
+
+    def tie_weights(self) -> None:
+        """Nothing to tie yet."""
+
+
+def _check(pretrained: Any, batch_size: Any, kwargs: dict[str, Any]) -> None:
+    """Refuse what HFLM would trip over later, or quietly take."""
+    if isinstance(pretrained, str):
+        path = Path(pretrained).expanduser()
+        if (path.is_absolute() or pretrained.startswith((".", "~")) or pretrained.count("/") > 1) and not path.is_dir():
+            raise UsageError(f"pretrained={pretrained}: there is no such directory")
+    if not (str(batch_size).isdigit() and int(batch_size) > 0) and not str(batch_size).startswith("auto"):
+        raise UsageError(f"batch_size={batch_size}: must be a positive number or auto")
+    if kwargs.get("max_length") is not None and not (
+        isinstance(kwargs["max_length"], int) and kwargs["max_length"] > 0
+    ):
+        raise UsageError(f"max_length={kwargs['max_length']}: must be a positive number of tokens")
+    try:
+        get_dtype(kwargs.get("dtype", "auto"))
+    except AttributeError:
+        raise UsageError(f"dtype={kwargs['dtype']}: must be auto, float32, bfloat16 or float16") from None
+    if kwargs.get("backend", "default") == "seq2seq":
+        raise UsageError("backend=seq2seq: only causal LMs can be run")
+
+
+def _device(device: str | None) -> str:
+    """The device asked for, else the first there is of cuda and cpu."""
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise UsageError(f"device={device}: no such kind of device; cpu, cuda and cuda:<number> are allowed") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"device={device}: there is no CUDA device here; device=cpu works")
+    return device
+
+
+def _first_line(what: str, error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{what}: {lines[0] if lines else type(error).__name__}"
