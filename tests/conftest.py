@@ -93,3 +93,58 @@ def tiny_llama(tmp_path_factory, tiny_tokenizer):
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny_model():
+    """`tiny_model(**config)`: a random three-layer Llama of 97 tokens in memory, with grouped-query attention."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def make(**config) -> torch.nn.Module:
+        defaults = {
+            "vocab_size": 97,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 64,
+        }
+        return _randomise(LlamaForCausalLM(LlamaConfig(**defaults | config))).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def reference_logits():
+    """`reference_logits(model, spec, ids [B, S])` -> logits [B, S, V] of the whole model under the definition.
+
+    Every layer's attention is `attention/reference.py` over the whole sequence at once, at absolute positions.
+    """
+    from lminf_eval.attention.reference import lambda_attention
+    from lminf_eval.selfcheck import lambda_model
+    from lminf_eval.spec import LambdaSpec
+
+    def logits(model: torch.nn.Module, spec: LambdaSpec, ids: torch.Tensor) -> torch.Tensor:
+        patched = lambda_model(model, spec)
+
+        def attend(module, q, k, v, scale, options):
+            def rotate(x, positions):
+                if not patched.rotated[module.layer_idx]:
+                    return x
+                angles = patched.rotary.angles(positions[None], x, getattr(module, "layer_type", None))
+                return patched.rotary.rotate(x, angles)
+
+            own = options.get("sliding_window")
+            layer = LambdaSpec(attention="window", n_local=own) if own else spec
+            return lambda_attention(q, k, v, rotate, layer, scale, options.get("softcap"), options.get("s_aux"))
+
+        patched.attend = attend
+        try:
+            with torch.inference_mode():
+                output = patched.decoder(input_ids=ids, use_cache=False)
+                return torch.stack([patched.logits(output, hidden) for hidden in output.last_hidden_state])
+        finally:
+            patched.restore()
+
+    return logits

@@ -1,0 +1,179 @@
+"""What the method is asked to do: parsing, its one-line refusals, and where the default window comes from."""
+
+import pytest
+from transformers import (
+    BloomConfig,
+    FalconConfig,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    LlavaConfig,
+    MptConfig,
+    Phi3Config,
+    T5Config,
+)
+
+from lminf_eval.errors import UsageError
+from lminf_eval.spec import LambdaSpec, closest, trained_length
+
+
+def test_defaults_are_the_papers():
+    spec = LambdaSpec.parse({})
+    assert (spec.attention, spec.n_local, spec.n_global, spec.chunk_size) == ("lambda", None, 10, 2048)
+
+
+def test_values_may_come_as_strings():
+    spec = LambdaSpec.parse({"n_local": "2048", "n_global": "0", "chunk_size": "512", "attention": "window"})
+    assert (spec.n_local, spec.n_global, spec.chunk_size, spec.attention) == (2048, 0, 512, "window")
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        ({"n_local": 0}, ["n_local=0", "greater than or equal to 1"]),
+        ({"n_local": -5}, ["n_local=-5", "greater than or equal to 1"]),
+        ({"n_local": "many"}, ["n_local=many", "integer"]),
+        ({"n_local": 20.5}, ["n_local=20.5", "integer"]),
+        ({"n_global": -1}, ["n_global=-1", "greater than or equal to 0"]),
+        ({"n_local": 8, "n_global": 8}, ["n_global=8", "smaller than n_local=8"]),
+        ({"n_local": 8, "n_global": 9}, ["n_global=9", "smaller than n_local=8"]),
+        ({"n_local": 8}, ["n_global=10", "smaller than n_local=8"]),
+        ({"n_local": 8, "n_global": 9, "attention": "streaming"}, ["n_global=9", "smaller than n_local=8"]),
+        ({"chunk_size": 0}, ["chunk_size=0", "greater than or equal to 1"]),
+        ({"attention": "sparse"}, ["attention=sparse", "'lambda'", "'full'", "'streaming'", "'window'"]),
+        ({"n_locl": 8}, ["n_locl=8"]),
+    ],
+)
+def test_a_bad_value_is_one_line_that_names_it(args, named):
+    with pytest.raises(UsageError) as error:
+        LambdaSpec.parse(args)
+    message = str(error.value)
+    assert "\n" not in message
+    for part in named:
+        assert part in message
+
+
+def test_several_bad_values_are_all_named_in_one_line():
+    with pytest.raises(UsageError) as error:
+        LambdaSpec.parse({"n_local": 0, "n_global": -1, "attention": "x"})
+    assert "\n" not in str(error.value)
+    for part in ("n_local=0", "n_global=-1", "attention=x"):
+        assert part in str(error.value)
+
+
+def test_methods_without_starting_tokens_take_any_window():
+    """The default n_global is 10; a window of 5 is fine where no starting tokens are kept."""
+    assert LambdaSpec.parse({"attention": "window", "n_local": 5}).sinks == 0
+    assert LambdaSpec.parse({"attention": "full", "n_local": 5}).n_local == 5
+    assert LambdaSpec.parse({"n_local": 11}).sinks == 10
+
+
+PHI3_FACTORS = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+
+
+@pytest.mark.parametrize(
+    ("config", "length", "key"),
+    [
+        (LlamaConfig(max_position_embeddings=4096), 4096, "max_position_embeddings"),
+        (
+            LlamaConfig(
+                max_position_embeddings=131072,
+                rope_parameters={
+                    "rope_type": "llama3",
+                    "rope_theta": 5e5,
+                    "factor": 8.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 8192,
+                },
+            ),
+            8192,
+            "original_max_position_embeddings",
+        ),
+        (
+            LlamaConfig(
+                max_position_embeddings=65536,
+                rope_parameters={
+                    "rope_type": "yarn",
+                    "rope_theta": 1e4,
+                    "factor": 16.0,
+                    "original_max_position_embeddings": 4096,
+                },
+            ),
+            4096,
+            "original_max_position_embeddings",
+        ),
+        (
+            LlamaConfig(
+                max_position_embeddings=2048,
+                rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+            ),
+            2048,
+            "max_position_embeddings",
+        ),
+        (
+            Phi3Config(
+                hidden_size=64,
+                num_attention_heads=4,
+                pad_token_id=0,
+                max_position_embeddings=131072,
+                original_max_position_embeddings=4096,
+                rope_parameters={"rope_type": "longrope", "rope_theta": 1e4, **PHI3_FACTORS},
+            ),
+            4096,
+            "original_max_position_embeddings",
+        ),
+        (Gemma3TextConfig(max_position_embeddings=32768), 32768, "max_position_embeddings"),
+        (
+            Gemma3TextConfig(
+                max_position_embeddings=131072,
+                rope_parameters={
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                    "full_attention": {
+                        "rope_type": "yarn",
+                        "rope_theta": 1e6,
+                        "factor": 8.0,
+                        "original_max_position_embeddings": 16384,
+                    },
+                },
+            ),
+            16384,
+            "original_max_position_embeddings",
+        ),
+        (GPT2Config(n_positions=1024), 1024, "max_position_embeddings"),
+        (MptConfig(max_seq_len=3000), 3000, "max_seq_len"),
+        (FalconConfig(max_position_embeddings=2048, alibi=True), 2048, "max_position_embeddings"),
+        (LlavaConfig(text_config=LlamaConfig(max_position_embeddings=1234)), 1234, "max_position_embeddings"),
+        (BloomConfig(seq_length=2048), 2048, "seq_length"),
+        (T5Config(), None, "none"),
+    ],
+    ids=lambda value: value.model_type if hasattr(value, "model_type") else None,
+)
+def test_the_length_a_model_was_trained_at(config, length, key):
+    assert trained_length(config) == (length, key)
+
+
+def test_the_window_is_the_trained_length_unless_set():
+    config = LlamaConfig(max_position_embeddings=4096)
+    spec, why = LambdaSpec(n_global=4).resolve(config)
+    assert (spec.n_local, spec.n_global, why) == (4096, 4, "max_position_embeddings")
+    spec, why = LambdaSpec(n_local=77).resolve(config)
+    assert (spec.n_local, why) == (77, "set by n_local")
+
+
+def test_no_length_to_be_had_asks_for_one():
+    with pytest.raises(UsageError, match="'t5' tells no pre-training length; pass n_local=<tokens>"):
+        LambdaSpec().resolve(T5Config())
+
+
+def test_starting_tokens_must_fit_in_the_trained_length_too():
+    with pytest.raises(UsageError, match="n_global=64 must be smaller than n_local=64"):
+        LambdaSpec(n_global=64).resolve(LlamaConfig(max_position_embeddings=64))
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("n_locl", " (did you mean n_local?)"), ("chunksize", " (did you mean chunk_size?)"), ("xyz", "")],
+)
+def test_a_hint_at_the_nearest_name(name, hint):
+    assert closest(name, LambdaSpec.model_fields) == hint
