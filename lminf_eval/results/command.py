@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from typing import Any
 
-from lminf_eval.results.describe import describe_task, model_args, table, text
+from lminf_eval.results.describe import describe_task, length_in_name, model_args, table, text
 
 SEEDS = ("random_seed", "numpy_seed", "torch_seed", "fewshot_seed")
 
@@ -44,11 +45,9 @@ def command_of(raw: dict[str, Any], logged_samples: bool) -> str:
 def _metadata(raw: dict[str, Any], tasks: list[Any]) -> list[str]:
     """`--metadata`, for settings that every task shares, and a length that the tasks' names do not tell."""
     described = [describe_task(raw, text(task), {}) for task in tasks]
-    shared = {(one["task_settings"], one["length"], one["family"] == one["task"]) for one in described}
-    if len(shared) != 1:
-        return []
-    settings, length, unnamed = shared.pop()
-    values = json.loads(settings) if settings else {}
-    if unnamed and length == length:  # not NaN
+    settings = {one["task_settings"] for one in described}
+    length, *other_lengths = {one["length"] for one in described} or {math.nan}
+    values = json.loads(*settings) if len(settings) == 1 and settings != {""} else {}
+    if not other_lengths and not math.isnan(length) and length not in map(length_in_name, map(text, tasks)):
         values["length"] = int(length)
     return ["--metadata", json.dumps(values)] if values else []

@@ -42,6 +42,9 @@ def describe_run(file: Path, raw: dict[str, Any]) -> dict[str, Any]:
     path = next((args[key] for key in MODEL_KEYS if args.get(key)), "") or text(raw.get("model_name")) or backend
     attention = args.get("attention", "lambda") if backend == "lminf" else backend
     used = [name for name in USED_BY.get(attention, ()) if name in args]
+    # What the adapter settled on, defaults filled in, tells more than what it was given.
+    resolved = {**args, **table(config.get("lminf"))}
+    settings = {name: resolved.get(name) for name in USED_BY.get(attention, ())}
     other = {
         key: value
         for key, value in sorted(args.items())
@@ -53,8 +56,8 @@ def describe_run(file: Path, raw: dict[str, Any]) -> dict[str, Any]:
         "backend": backend,
         "attention": attention,
         "method": " ".join([attention, *(f"{name}={args[name]}" for name in used)]),
-        **{name: number(args[name]) for name in METHOD_SETTINGS if name in used and name != "rope"},
-        "rope": args.get("rope", "") if "rope" in used else "",
+        **{name: number(settings.get(name)) for name in METHOD_SETTINGS if name != "rope"},
+        "rope": text(settings.get("rope")),
         "other": ",".join(f"{key}={value}" for key, value in other.items()),
         "model_path": path,
         "dtype": text(config.get("model_dtype")).removeprefix("torch."),
@@ -80,21 +83,24 @@ def describe_run(file: Path, raw: dict[str, Any]) -> dict[str, Any]:
 def describe_task(raw: dict[str, Any], task: str, measured: dict[str, Any]) -> dict[str, Any]:
     """The columns that every metric of one task shares. `length` is in tokens, NaN for tasks that have none."""
     metadata = table(table(table(raw.get("configs")).get(task)).get("metadata"))
-    named = LENGTH_IN_NAME.search(task)
-    length = number(metadata.get("length"))
-    if math.isnan(length) and named:
-        length = float(int(named[1]) * UNITS[named[2]])
+    told = number(metadata.get("length"))
     # lm-eval adds the model's arguments to a task's metadata; what is left was set for the task.
     not_settings = {"version", "length", "config_source", *model_args(table(raw.get("config")).get("model_args"))}
     return {
         "task": task,
-        "family": task[: named.start()] if named else task,
-        "length": length,
+        "family": LENGTH_IN_NAME.sub("", task),
+        "length": length_in_name(task) if math.isnan(told) else told,
         "task_version": text(table(raw.get("versions")).get(task)),
         "task_settings": compact({key: value for key, value in metadata.items() if key not in not_settings}),
         "n_shot": text(table(raw.get("n-shot")).get(task)) or "0",
         "n": documents(raw, task, measured),
     }
+
+
+def length_in_name(task: str) -> float:
+    """The tokens that "passkey_4k" tells; NaN for a name that tells none."""
+    named = LENGTH_IN_NAME.search(task)
+    return float(int(named[1]) * UNITS[named[2]]) if named else math.nan
 
 
 def documents(raw: dict[str, Any], task: str, measured: dict[str, Any]) -> float:
@@ -134,13 +140,14 @@ def model_args(given: Any) -> dict[str, str]:
 def trained_length(raw: dict[str, Any], args: dict[str, str], backend: str) -> float:
     """The length in tokens that the model was trained at, where the file tells; else NaN.
 
-    `max_length` is the model's own maximum unless an argument overrides it; under `lminf` it is what the evaluation
-    may reach instead.
+    Under `lminf` that is n_local where it was not set but taken from the model. Elsewhere it is `max_length`, the
+    model's own maximum unless an argument overrides it.
     """
-    told = number(table(raw.get("config")).get("trained_length"))
-    if math.isnan(told) and backend != "lminf" and not {"max_length", "max_model_len"} & args.keys():
-        told = number(raw.get("max_length"))
-    return told
+    if backend == "lminf":
+        own = table(table(raw.get("config")).get("lminf"))
+        taken = not text(own.get("n_local_from")).startswith("set by")
+        return number(own.get("trained_length", own.get("n_local") if taken else None))
+    return math.nan if {"max_length", "max_model_len"} & args.keys() else number(raw.get("max_length"))
 
 
 def run_date(file: Path, raw: dict[str, Any]) -> str:

@@ -172,6 +172,7 @@ def _run(evidence: Evidence, name: str, environments: dict[str, int]) -> dict[st
     facts = {
         "Model": first["model_path"],
         "Model settings": ", ".join(f"{key}={value}" for key, value in model_args(config.get("model_args")).items()),
+        "Attention": ", ".join(f"{key}={text(value)}" for key, value in table(config.get("lminf")).items()),
         "Parameters": f"{count:,}" if isinstance(count := config.get("model_num_parameters"), int) else "",
         "Data type": first["dtype"],
         "Trained length": "" if pd.isna(first["trained_length"]) else f"{first['trained_length']:.0f} tokens",

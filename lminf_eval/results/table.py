@@ -256,10 +256,12 @@ def _against(table: Table, evidence: Evidence, baseline: str) -> None:
 
 
 def show(value: float) -> str:
-    """A number as the tables print it: three decimals below 10, four digits from there on, a true minus sign."""
+    """A number as the tables print it: four digits, three decimals of a small one (a loss), and a true minus sign."""
     if math.isnan(value):
         return "NaN"
-    digits = 3 if abs(value) < 10 else 2 if abs(value) < 100 else 1 if abs(value) < 1000 else 0
+    if 0 < abs(value) < 0.001:
+        return f"{value:.1g}".replace("-", "−")
+    digits = 3 if abs(value) < 20 else 2 if abs(value) < 100 else 1 if abs(value) < 1000 else 0
     return f"{value:.{digits}f}".replace("-", "−")
 
 

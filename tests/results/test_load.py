@@ -65,6 +65,22 @@ def test_past_the_trained_length(lm_eval_files, make_passkeys):
     assert set(given.loc[given["past_trained"], "task"]) == {"passkey_8k", "passkey_16k"}
 
 
+@pytest.mark.parametrize(
+    ("own", "trained", "n_local"),
+    [
+        ({"n_local": 512, "n_global": 10, "n_local_from": "max_position_embeddings"}, 512, 512),
+        ({"n_local": 512, "n_global": 10, "n_local_from": "set by n_local"}, math.nan, 512),
+        ({"n_local": 512, "n_global": 10, "n_local_from": "set by n_local", "trained_length": 4096}, 4096, 512),
+    ],
+)
+def test_what_the_adapter_settled_on(lm_eval_files, make_passkeys, own, trained, n_local):
+    config = {"model": "lminf", "model_args": {"pretrained": "org/model", "attention": "lambda"}, "lminf": own}
+    file = lm_eval_files.write({"passkey_4k": make_passkeys([1])}, config=config)
+    row = load([file]).results.iloc[0]
+    assert row["trained_length"] == pytest.approx(trained, nan_ok=True)
+    assert (row["method"], row["n_local"], row["n_global"]) == ("lambda", n_local, 10)
+
+
 def test_no_trained_length_is_no_claim(lm_eval_files, make_passkeys):
     lm_eval_files.write({"passkey_4k": make_passkeys([1])}, "lminf")
     row = load([lm_eval_files.folder]).results.iloc[0]

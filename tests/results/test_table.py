@@ -202,5 +202,7 @@ def test_unusable_samples_are_listed_and_the_rest_stands(lm_eval_files, make_pas
 
 
 def test_numbers_keep_three_digits_and_a_true_minus():
-    shown = [show(value) for value in (0.12345, -0.5, 12.345, 123.45, 12345.6, math.nan, math.inf)]
-    assert shown == ["0.123", "−0.500", "12.35", "123.5", "12346", "NaN", "inf"]
+    shown = [
+        show(value) for value in (0.12345, -0.5, 12.3456, 23.456, 123.46, 12345.6, -0.00042, 0, math.nan, math.inf)
+    ]
+    assert shown == ["0.123", "−0.500", "12.346", "23.46", "123.5", "12346", "−0.0004", "0.000", "NaN", "inf"]
