@@ -138,9 +138,8 @@ class LMInfinite(HFLM):
             try:
                 super()._create_model(**self._unread)
             except OSError as error:
-                raise UsageError(
-                    _first_line(f"pretrained={self.pretrained}: its weights can't be read", error)
-                ) from error
+                line = _first_line(f"pretrained={self.pretrained}: its weights can't be read", error)
+                raise UsageError(line) from error
             self._model.eval()
             self._model.tie_weights()
             if destination is not None:
@@ -226,9 +225,9 @@ class LMInfinite(HFLM):
             max_new = kwargs.pop("max_gen_toks")
             if max_new >= self.max_length:
                 raise UsageError(f"max_gen_toks={max_new} must be less than max_length={self.max_length}")
-            tokens = self.tok_batch_encode(
-                [context], left_truncate_len=self.max_length - max_new, truncation=self.truncation
-            )[0][0].tolist()
+            longest = self._max_length - max_new if self._max_length else None
+            ids_1S, _ = self.tok_batch_encode([context], left_truncate_len=longest, truncation=self.truncation)
+            tokens = ids_1S[0].tolist()
             if not tokens:
                 raise UsageError("a context encodes to no tokens; generation needs at least one")
             if kwargs.get("do_sample") is False:

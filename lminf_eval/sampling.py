@@ -1,4 +1,4 @@
-"""How the next token is picked: transformers' own logits processors, for the generation options that make sense here."""
+"""How the next token is picked: transformers' own logits processors, for the options that make sense here."""
 
 from __future__ import annotations
 
