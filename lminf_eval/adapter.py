@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import sys
+from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,39 +14,21 @@ import transformers
 from lm_eval import utils
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
-from lm_eval.models.utils_hf import get_dtype
 from tqdm import tqdm
 
 from lminf_eval import __version__
+from lminf_eval.arguments import check, find_device
 from lminf_eval.attention.kernels import primitive
 from lminf_eval.engine import Engine, GenerateRequest, Score, ScoreRequest
 from lminf_eval.errors import UsageError
 from lminf_eval.full import FullModel
 from lminf_eval.sampling import chooser
 from lminf_eval.selfcheck import lambda_model
-from lminf_eval.spec import LambdaSpec, closest
+from lminf_eval.spec import LambdaSpec
 
 logger = logging.getLogger(f"lm_eval.{__name__}")  # lm-eval shows the loggers below its own name
 
 UNBOUNDED = sys.maxsize  # a context length that no input reaches
-
-# What `hf` hands on to `from_pretrained`; anything else is a misspelling.
-_LOADING = {
-    "attn_implementation",
-    "bnb_4bit_compute_dtype",
-    "bnb_4bit_quant_type",
-    "bnb_4bit_use_double_quant",
-    "cache_dir",
-    "device_map",
-    "load_in_4bit",
-    "load_in_8bit",
-    "local_files_only",
-    "low_cpu_mem_usage",
-    "token",
-    "use_safetensors",
-    "variant",
-}
-_HF = {name for name in inspect.signature(HFLM.__init__).parameters if name not in ("self", "kwargs")}
 
 
 class LMInfinite(HFLM):
@@ -63,32 +44,22 @@ class LMInfinite(HFLM):
 
     def __init__(
         self,
-        pretrained: str | transformers.PreTrainedModel,
+        pretrained: str | transformers.PreTrainedModel = "",
         device: str | None = None,
         batch_size: int | str | None = 1,
         prefix_sharing: bool = True,
         **kwargs: Any,
     ):
-        own = set(LambdaSpec.model_fields)
-        for name in kwargs:
-            if name not in own | _HF | _LOADING:
-                known = sorted(own | _HF | _LOADING | {"prefix_sharing"})
-                raise UsageError(
-                    f"model_args: unknown argument {name}={kwargs[name]}{closest(name, known)}; own: "
-                    f"{', '.join(sorted(own | {'prefix_sharing'}))}; the others are those of lm-eval's hf"
-                )
-        if not isinstance(prefix_sharing, bool):
-            raise UsageError(f"prefix_sharing={prefix_sharing}: must be True or False")
-        self.spec = LambdaSpec.parse({name: kwargs.pop(name) for name in list(kwargs) if name in own})
+        check(pretrained, batch_size, prefix_sharing, kwargs)
+        own = LambdaSpec.model_fields.keys() & kwargs.keys()
+        self.spec = LambdaSpec.parse({name: kwargs.pop(name) for name in own})
         self.prefix_sharing = prefix_sharing
         self.n_local_from = ""
         self._unread: dict[str, Any] | None = None  # the arguments the weights will be loaded with
         self._streaming = None
         self._constructed = False
         self._tokens = {"computed": 0, "reused": 0}
-        _check(pretrained, batch_size, kwargs)
-        device = _device(device)
-        super().__init__(pretrained, device=device, batch_size=batch_size, **kwargs)
+        super().__init__(pretrained, device=find_device(device), batch_size=batch_size, **kwargs)
         self._constructed = True
         if not isinstance(pretrained, str):
             self._inspect(self.config)
@@ -137,7 +108,7 @@ class LMInfinite(HFLM):
             logger.info("Loading the weights of %s", self._unread["pretrained"])
             try:
                 super()._create_model(**self._unread)
-            except OSError as error:
+            except (OSError, ValueError, ImportError) as error:
                 line = _first_line(f"pretrained={self.pretrained}: its weights can't be read", error)
                 raise UsageError(line) from error
             self._model.eval()
@@ -171,23 +142,24 @@ class LMInfinite(HFLM):
         """(log-probability, all greedy) of each (strings, context tokens, continuation tokens)."""
         todo, cut = [], 0
         for _, context, continuation in requests:
-            tokens = (context + continuation)[-(self.max_length + 1) :]
-            cut += len(tokens) < len(context) + len(continuation)
             if len(continuation) > self.max_length:
-                raise UsageError(
-                    f"max_length={self.max_length}: a continuation has {len(continuation)} tokens; raise or drop max_length"
-                )
+                longest = f"max_length={self.max_length}: a continuation has {len(continuation)} tokens"
+                raise UsageError(f"{longest}; raise or drop max_length")
+            whole = (context or [self.prefix_token_id]) + continuation  # a tokenizer may make nothing of spaces
+            tokens = whole[-(self.max_length + 1) :]
+            cut += len(tokens) < len(whole)
             todo.append(ScoreRequest(tokens, len(tokens) - len(continuation)))
         if cut:
             logger.warning("%d of %d inputs were cut on the left to max_length=%d", cut, len(requests), self.max_length)
         answers: list = [None] * len(requests)
         with self._bar("loglikelihood", disable_tqdm) as bar:
             engine = self._engine(bar)
-            for i, score in engine.score(todo):
-                answers[i] = float(score.log_probs.sum()), bool(score.greedy.all())
-                self._report_nan(requests[i][0], todo[i], score)
-                if requests[i][0] is not None:
-                    self.cache_hook.add_partial("loglikelihood", requests[i][0], answers[i])
+            with self._autocast():
+                for i, score in engine.score(todo):
+                    answers[i] = float(score.log_probs.sum()), bool(score.greedy.all())
+                    self._report_nan(requests[i][0], todo[i], score)
+                    if requests[i][0] is not None:
+                        self.cache_hook.add_partial("loglikelihood", requests[i][0], answers[i])
             self._count(engine)
         return answers
 
@@ -215,7 +187,7 @@ class LMInfinite(HFLM):
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
         """The text each context is continued by, up to its stop sequences."""
-        todo, ends = [], []
+        todo, ends, seen = [], [], Counter()
         for request in requests:
             context, options = request.args
             kwargs = normalize_gen_kwargs(options, self.max_gen_toks)
@@ -223,8 +195,10 @@ class LMInfinite(HFLM):
                 kwargs.pop("until", None), eos=self.tok_decode(self.eot_token_id, skip_special_tokens=False)
             )
             max_new = kwargs.pop("max_gen_toks")
-            if max_new >= self.max_length:
-                raise UsageError(f"max_gen_toks={max_new} must be less than max_length={self.max_length}")
+            if not 0 < max_new < self.max_length:
+                raise UsageError(
+                    f"max_gen_toks={max_new}: must be at least 1 and less than max_length={self.max_length}"
+                )
             longest = self._max_length - max_new if self._max_length else None
             ids_1S, _ = self.tok_batch_encode([context], left_truncate_len=longest, truncation=self.truncation)
             tokens = ids_1S[0].tolist()
@@ -232,21 +206,25 @@ class LMInfinite(HFLM):
                 raise UsageError("a context encodes to no tokens; generation needs at least one")
             if kwargs.get("do_sample") is False:
                 kwargs.pop("temperature", None)
-            choose = chooser(kwargs, self._generation_config())
+            seen[context] += 1
+            choose = chooser(kwargs, self._generation_config(), f"{context} {seen[context]}")
             todo.append(GenerateRequest(tokens, max_new, self._stop(until), choose))
             ends.append(until)
         answers: list = [None] * len(requests)
         with self._bar("generate_until", disable_tqdm) as bar:
             engine = self._engine(bar)
-            for i, tokens in engine.generate(todo):
-                answers[i] = self._text(tokens, ends[i])
-                self.cache_hook.add_partial("generate_until", requests[i].args, answers[i])
+            with self._autocast():
+                for i, tokens in engine.generate(todo):
+                    answers[i] = self._text(tokens, ends[i])
+                    self.cache_hook.add_partial("generate_until", requests[i].args, answers[i])
             self._count(engine)
         return answers
 
     def get_model_info(self) -> dict:
         """What lm-eval writes into the results beside the model's name, so that a run can be repeated."""
         info = super().get_model_info()
+        if isinstance(self._model, _Unread):  # all answers came from a cache: nobody knows
+            info["model_num_parameters"] = -1
         return info | {
             "lminf": {
                 "version": __version__,
@@ -283,6 +261,10 @@ class LMInfinite(HFLM):
         return Engine(
             self.streaming, self.spec.chunk_size, None if size == "auto" else int(size), self.prefix_sharing, bar
         )
+
+    def _autocast(self) -> torch.autocast:
+        dtype = self.mixed_precision_dtype
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
 
     def _bar(self, what: str, disable: bool) -> tqdm:
         return tqdm(
@@ -352,39 +334,6 @@ class _Unread(torch.nn.Module):
 
     def tie_weights(self) -> None:
         """Nothing to tie yet."""
-
-
-def _check(pretrained: Any, batch_size: Any, kwargs: dict[str, Any]) -> None:
-    """Refuse what HFLM would trip over later, or quietly take."""
-    if isinstance(pretrained, str):
-        path = Path(pretrained).expanduser()
-        if (path.is_absolute() or pretrained.startswith((".", "~")) or pretrained.count("/") > 1) and not path.is_dir():
-            raise UsageError(f"pretrained={pretrained}: there is no such directory")
-    if not (str(batch_size).isdigit() and int(batch_size) > 0) and not str(batch_size).startswith("auto"):
-        raise UsageError(f"batch_size={batch_size}: must be a positive number or auto")
-    if kwargs.get("max_length") is not None and not (
-        isinstance(kwargs["max_length"], int) and kwargs["max_length"] > 0
-    ):
-        raise UsageError(f"max_length={kwargs['max_length']}: must be a positive number of tokens")
-    try:
-        get_dtype(kwargs.get("dtype", "auto"))
-    except AttributeError:
-        raise UsageError(f"dtype={kwargs['dtype']}: must be auto, float32, bfloat16 or float16") from None
-    if kwargs.get("backend", "default") == "seq2seq":
-        raise UsageError("backend=seq2seq: only causal LMs can be run")
-
-
-def _device(device: str | None) -> str:
-    """The device asked for, else the first there is of cuda and cpu."""
-    if device is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        raise UsageError(f"device={device}: no such kind of device; cpu, cuda and cuda:<number> are allowed") from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"device={device}: there is no CUDA device here; device=cpu works")
-    return device
 
 
 def _first_line(what: str, error: Exception) -> str:

@@ -1,0 +1,94 @@
+"""What `--model_args` may hold beside the attention itself, checked before HFLM sees it."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.models.huggingface import HFLM
+
+from lminf_eval.errors import UsageError
+from lminf_eval.spec import LambdaSpec, closest
+
+# What `hf` hands on to `from_pretrained`; anything else is a misspelling.
+_LOADING = {
+    "attn_implementation",
+    "bnb_4bit_compute_dtype",
+    "bnb_4bit_quant_type",
+    "bnb_4bit_use_double_quant",
+    "cache_dir",
+    "device_map",
+    "load_in_4bit",
+    "load_in_8bit",
+    "local_files_only",
+    "low_cpu_mem_usage",
+    "token",
+    "use_safetensors",
+    "variant",
+}
+_HF = {name for name in inspect.signature(HFLM.__init__).parameters if name not in ("self", "kwargs")}
+
+
+def check(pretrained: Any, batch_size: Any, prefix_sharing: Any, kwargs: dict[str, Any]) -> None:
+    """Refuse what HFLM would trip over later, or quietly take.
+
+    Raises:
+        UsageError: for an unknown argument or an impossible value of one that isn't `LambdaSpec`'s.
+    """
+    own = {*LambdaSpec.model_fields, "prefix_sharing"}
+    for name in kwargs.keys() - own - _HF - _LOADING:
+        raise UsageError(
+            f"model_args: unknown argument {name}={kwargs[name]}{closest(name, sorted(own | _HF | _LOADING))}; own: "
+            f"{', '.join(sorted(own))}; the others are those of lm-eval's hf"
+        )
+    if not isinstance(prefix_sharing, bool):
+        raise UsageError(f"prefix_sharing={prefix_sharing}: must be True or False")
+    if isinstance(pretrained, str):
+        path = Path(pretrained).expanduser()
+        if not pretrained:
+            raise UsageError("pretrained: it is missing; pass pretrained=<a directory or hub name>")
+        if (path.is_absolute() or pretrained.startswith((".", "~")) or pretrained.count("/") > 1) and not path.is_dir():
+            raise UsageError(f"pretrained={pretrained}: there is no such directory")
+    elif not isinstance(pretrained, torch.nn.Module):
+        raise UsageError(f"pretrained={pretrained}: must be a directory (./{pretrained}?), a hub name or a model")
+    if not re.fullmatch(r"0*[1-9]\d*|auto(:\d*\.?\d+)?", str(batch_size)):
+        raise UsageError(f"batch_size={batch_size}: must be a positive number, auto or auto:<number>")
+    if kwargs.get("max_length") is not None and not (
+        isinstance(kwargs["max_length"], int) and kwargs["max_length"] > 0
+    ):
+        raise UsageError(f"max_length={kwargs['max_length']}: must be a positive number of tokens")
+    for name in ("dtype", "softmax_dtype", "mixed_precision_dtype"):
+        _check_dtype(name, kwargs.get(name))
+    if kwargs.get("backend", "default") not in ("default", "causal"):
+        raise UsageError(f"backend={kwargs['backend']}: must be default or causal; only causal LMs can be run")
+
+
+def _check_dtype(name: str, value: Any) -> None:
+    dtype = getattr(torch, value, None) if isinstance(value, str) else value
+    auto = value is None or (name == "dtype" and value == "auto")
+    if not auto and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise UsageError(f"{name}={value}: must be auto, float32, bfloat16, float16 or float64")
+
+
+def find_device(device: str | None) -> str:
+    """The device asked for, else the first there is of cuda and cpu.
+
+    Raises:
+        UsageError: if there is no such device here.
+    """
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        wanted = torch.device(device)
+    except RuntimeError:
+        raise UsageError(f"device={device}: no such kind of device; cpu, cuda and cuda:<number> are allowed") from None
+    if wanted.type == "cpu":
+        return "cpu"
+    backend = getattr(torch, wanted.type, None)
+    count = backend.device_count() if hasattr(backend, "device_count") else 0
+    if (wanted.index or 0) >= count:
+        raise UsageError(f"device={device}: there are {count} devices of the kind {wanted.type} here; cpu works")
+    return str(wanted)
