@@ -130,10 +130,8 @@ def reference_logits():
 
         def attend(module, q, k, v, scale, options):
             def rotate(x, positions):
-                if not patched.rotated[module.layer_idx]:
-                    return x
-                angles = patched.rotary.angles(positions[None], x, getattr(module, "layer_type", None))
-                return patched.rotary.rotate(x, angles)
+                patched._angles = {}  # it would take them from here for other positions too
+                return patched._turn(module, x, positions[None], "reference")
 
             own = options.get("sliding_window")
             layer = LambdaSpec(attention="window", n_local=own) if own else spec

@@ -62,9 +62,7 @@ def test_each_row_at_its_own_position():
 
 
 def cache_of(lengths, chunk=4):
-    parts = []
-    for length in lengths:
-        parts.append(LambdaCache(1000, [length], [0], {0: filled(length, chunk), 1: filled(length, chunk)}))
+    parts = [LambdaCache(1000, [length], [0], {layer: filled(length, chunk) for layer in (0, 1)}) for length in lengths]
     return LambdaCache.stack(parts)
 
 

@@ -1,0 +1,136 @@
+"""The check at load: what is refused, by which name, and that a refused model is left as it was."""
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from lminf_eval.cache import LayerCache
+from lminf_eval.errors import UsageError
+from lminf_eval.rope import Rotary
+from lminf_eval.selfcheck import _error, lambda_model
+from lminf_eval.spec import LambdaSpec
+
+SPEC = LambdaSpec(n_local=16, n_global=4)
+SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GPT2 = {"vocab_size": 97, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
+OPT = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "word_embed_proj_dim": 64,
+    "ffn_dim": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+
+
+def build(randomise, kind, **config):
+    return randomise(AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**config))).eval()
+
+
+def assert_refused_and_untouched(model, why):
+    ids = torch.randint(97, (2, 30))
+    with torch.inference_mode():
+        before = model(ids, use_cache=False).logits
+    buffers = {name: value.clone() for name, value in model.named_buffers()}
+    implementation = model.config._attn_implementation
+    with pytest.raises(UsageError, match=why) as error:
+        lambda_model(model, SPEC)
+    assert "\n" not in str(error.value)
+    assert repr(model.config.model_type) in str(error.value)
+    assert model.config._attn_implementation == implementation
+    assert not any(hasattr(module, "lminf") for module in model.modules())
+    assert not any("forward" in vars(module) for module in model.modules())
+    for name, value in model.named_buffers():
+        assert torch.equal(value, buffers[name]), name
+    with torch.inference_mode():
+        after = model(ids, use_cache=False).logits
+    assert torch.equal(after, before) or bool(before.isnan().any())
+
+
+def test_keys_that_change_after_their_rotation(randomise):
+    assert_refused_and_untouched(build(randomise, "hunyuan_v1_dense", **SMALL), "after rotating")
+
+
+def test_learned_absolute_positions(randomise):
+    assert_refused_and_untouched(build(randomise, "gpt2", **GPT2), "can't run the family 'gpt2'")
+    assert_refused_and_untouched(build(randomise, "opt", **OPT), "can't run the family 'opt'")
+
+
+@pytest.mark.parametrize("kind", ["stablelm", "nemotron", "olmo", "gpt_neox", "starcoder2"])
+def test_models_with_layer_norm_pass(randomise, kind):
+    small = {k: v for k, v in SMALL.items() if kind != "gpt_neox" or k != "num_key_value_heads"}
+    model = build(randomise, kind, **small)
+    patched = lambda_model(model, SPEC)
+    assert patched.model is model
+    assert set(patched.rotated.values()) == {True}
+    patched.restore()
+
+
+def test_a_layer_without_positions_is_found(randomise):
+    patched = lambda_model(build(randomise, "smollm3", **SMALL, no_rope_layers=[1, 0]), SPEC)
+    assert patched.rotated == {0: True, 1: False}
+    patched.restore()
+
+
+@pytest.mark.parametrize("where", ["model.layers.0.self_attn.k_proj.weight", "lm_head.weight", "model.norm.weight"])
+def test_not_a_number_does_not_pass(tiny_model, where):
+    model = tiny_model()
+    with torch.no_grad():
+        model.get_parameter(where).view(-1)[0] = torch.nan
+    assert_refused_and_untouched(model, "'llama'")
+
+
+def test_a_wrong_convention_is_caught(tiny_model, monkeypatch):
+    """We rotate by twice the angle that the model does."""
+    own = Rotary.rotate
+    monkeypatch.setattr(Rotary, "rotate", lambda self, x, angles: own(self, own(self, x, angles), angles))
+    assert_refused_and_untouched(tiny_model(), "after rotating")
+
+
+def test_wrong_logits_are_caught(tiny_model, monkeypatch):
+    """Rotations right, the cache wrong: the last comparison is of whole logits, through cache and decoder."""
+    past = LayerCache.past
+    with monkeypatch.context() as patch:
+        patch.setattr(LayerCache, "past", lambda self, start: (past(self, start)[0], -past(self, start)[1]))
+        assert_refused_and_untouched(tiny_model(), "logits differ")
+    with monkeypatch.context() as patch:
+        patch.setattr(LayerCache, "write", lambda self, k, v, start: None)
+        assert_refused_and_untouched(tiny_model(), "logits differ")
+
+
+@pytest.mark.parametrize("n_local", [1, 2, 3, 5])
+def test_any_window_can_be_checked(tiny_model, n_local):
+    lambda_model(tiny_model(), LambdaSpec(n_local=n_local, n_global=0)).restore()
+
+
+@pytest.mark.xfail(strict=True, reason="a single token stands at position 0, where any rotation is the identity")
+def test_a_window_of_one_token_does_not_blind_the_check(randomise):
+    """Beyond that window the starting tokens are seen at distance 1, so rotations matter."""
+    model = build(randomise, "hunyuan_v1_dense", **SMALL)
+    with pytest.raises(UsageError, match="after rotating"):
+        lambda_model(model, LambdaSpec(n_local=1, n_global=0)).restore()
+
+
+def test_half_precision_models_pass(tiny_model):
+    lambda_model(tiny_model().bfloat16(), SPEC).restore()
+    lambda_model(tiny_model().double(), SPEC).restore()
+
+
+def test_the_error_is_relative_and_keeps_nan():
+    a = torch.tensor([3.0, 4.0])
+    assert _error(a * 1.1, a) == pytest.approx(0.1)
+    assert _error(a, a) == 0
+    assert _error(torch.tensor([3.0, torch.nan]), a) != _error(torch.tensor([3.0, torch.nan]), a)
