@@ -1,0 +1,1 @@
+"""Grids of evaluations that lose nothing when they are killed."""
