@@ -1,0 +1,96 @@
+"""Checkpoints inside a document: Λ-attention's state is small, so a pass over a million tokens outlives a kill."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from lminf_eval.cache import LambdaCache, LayerCache
+from lminf_eval.errors import UsageError
+
+logger = logging.getLogger(f"lm_eval.{__name__}")  # lm-eval shows the loggers below its own name
+
+EVERY = 2**17  # tokens of one document between two checkpoints
+
+_TENSORS = [field.name for field in fields(LayerCache) if field.name != "window"]
+
+
+class Checkpoints:
+    """One file for each document that a process is inside of, in `folder`; gone when the document is done.
+
+    `salt` is what else changes a state beside the tokens (`Journal`'s identity).
+    """
+
+    def __init__(self, folder: Path, salt: bytes):
+        self.folder, self.salt = folder, salt
+        self._current: Path | None = None
+
+    def begin(self, tokens: np.ndarray, wanted: np.ndarray, capacity: int) -> None:
+        """The document to come: its input tokens, the (position, token) pairs [U, 2] wanted, its cache's capacity."""
+        digest = hashlib.sha256(self.salt)
+        for part in (tokens, wanted, np.array([capacity])):
+            digest.update(np.ascontiguousarray(part, dtype="<i8").tobytes())
+        self._current = self.folder / f"{digest.hexdigest()[:40]}.safetensors"
+
+    def load(self, cache: LambdaCache, devices: Mapping[int, torch.device]) -> tuple[int, list[np.ndarray]]:
+        """How far an earlier process came in this document: the position, and what it had found for `wanted`.
+
+        Fills the empty `cache`, layer i on devices[i]. Returns position 0 where there is nothing to go on from.
+        """
+        if not self._current.exists():
+            return 0, []
+        try:
+            with safe_open(self._current, framework="pt") as file:
+                numbers = json.loads(file.metadata()["numbers"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        except (SafetensorError, OSError, ValueError) as error:
+            logger.warning("The checkpoint %s can't be read (%s): the document is begun again", self._current, error)
+            return 0, []
+        cache.lengths, cache.origins = numbers["lengths"], numbers["origins"]
+        for i, window in numbers["windows"].items():
+            parts = (tensors[f"{i}.{name}"].to(devices[int(i)]) for name in _TENSORS)
+            cache.layers[int(i)] = LayerCache(window, *parts)
+        logger.info("Going on at token %d of a document", numbers["position"])
+        return numbers["position"], [tensors["log_probs"].numpy(), tensors["greedy"].numpy()]
+
+    def save(self, position: int, cache: LambdaCache, found: list[np.ndarray]) -> None:
+        """Replace the document's checkpoint; a kill meanwhile leaves the one before.
+
+        Raises:
+            UsageError: if it can't be written.
+        """
+        numbers: dict[str, Any] = {
+            "position": position,
+            "lengths": cache.lengths,
+            "origins": cache.origins,
+            "windows": {i: layer.window for i, layer in cache.layers.items()},
+        }
+        tensors = {f"{i}.{name}": getattr(layer, name) for i, layer in cache.layers.items() for name in _TENSORS}
+        tensors |= {"log_probs": torch.from_numpy(found[0]), "greedy": torch.from_numpy(found[1])}
+        partial = self._current.with_suffix(f".{os.getpid()}.partial")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_file({n: t.contiguous() for n, t in tensors.items()}, partial, {"numbers": json.dumps(numbers)})
+            with partial.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(partial, self._current)
+        except (OSError, SafetensorError) as error:
+            partial.unlink(missing_ok=True)
+            raise UsageError(f"journal={self.folder.parent}: a checkpoint can't be written: {error}") from error
+
+    def done(self) -> None:
+        """The current document's answers are safe: its checkpoint goes."""
+        if self._current is not None:
+            self._current.unlink(missing_ok=True)
+            self._current = None
