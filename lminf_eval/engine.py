@@ -12,7 +12,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from lminf_eval.cache import LambdaCache
 from lminf_eval.prefix import Node, forest
+from lminf_eval.sweep.checkpoint import EVERY, Checkpoints
+from lminf_eval.sweep.stop import Stop
 
 _LOGITS_AT_ONCE = 2**25  # numbers of a logits block: 128 MiB in float32
 
@@ -54,6 +57,8 @@ class Engine:
         batch_size: sequences at once; None fills a chunk's worth of tokens.
         share: compute a prefix that requests have in common once.
         bar: a tqdm bar that counts tokens.
+        stop: looked at before each chunk.
+        checkpoints: where the state inside a long document is kept.
     """
 
     def __init__(
@@ -63,9 +68,12 @@ class Engine:
         batch_size: int | None = None,
         share: bool = True,
         bar: tqdm | None = None,
+        stop: Stop | None = None,
+        checkpoints: Checkpoints | None = None,
     ):
         self.model, self.chunk_size, self.batch_size, self.share = model, chunk_size, batch_size, share
         self.bar = tqdm(disable=True) if bar is None else bar
+        self.stop, self.checkpoints = stop or Stop(), checkpoints
         self.device = model.model.device
         self.computed = 0  # tokens that went through the model
         self.reused = 0  # tokens that a request needed and another had computed
@@ -98,6 +106,7 @@ class Engine:
             found = self._run(requests, rows, state, keep=False)
             for i, (path, extras) in zip(batch, found, strict=True):
                 yield from self._members(requests, nodes[i], _joined(paths[i], path), extras)
+            self._answered()
         for i, node in enumerate(nodes):
             if not node.children:
                 continue
@@ -105,6 +114,7 @@ class Engine:
             ((path, extras),) = self._run(requests, [node], state, keep=True)
             path = _joined(paths[i], path)
             yield from self._members(requests, node, path, extras)
+            self._answered()
             below = [
                 _joined(path, extras.get((node.stop - 1, int(child.tokens[0])), (0.0, False)))
                 for child in node.children
@@ -120,8 +130,15 @@ class Engine:
         wanted = [_wanted(requests, node) for node in nodes]
         start, longest = nodes[0].start, len(nodes[0].tokens)
         results = [[np.zeros(len(pairs)), np.zeros(len(pairs), dtype=bool)] for pairs in wanted]
-        for low in range(0, longest, self.chunk_size):
+        # A state that is kept small is worth keeping on disk, and one sequence at a time can be found again.
+        keeping = bool(self.checkpoints) and isinstance(cache, LambdaCache) and len(nodes) == 1 and start == 0
+        first = self._resume(nodes[0].tokens, wanted[0], results[0], cache) if keeping else 0
+        saved = first
+        for low in range(first, longest, self.chunk_size):
             high = min(low + self.chunk_size, longest)
+            if keeping and low > saved and (self.stop.asked or low - saved >= EVERY):
+                self.checkpoints.save(low, cache, results[0])
+                saved = low
             active = [row for row, node in enumerate(nodes) if len(node.tokens) > low]
             if len(active) < len(cache.lengths):
                 cache = cache.narrow(len(active))
@@ -129,7 +146,7 @@ class Engine:
             for row in active:
                 part = nodes[row].tokens[low:high]
                 ids_BL[row, : len(part)] = part
-            output = self.model.hidden(torch.from_numpy(ids_BL).to(self.device), cache, keep or high < longest)
+            output = self._hidden(torch.from_numpy(ids_BL), cache, keep or high < longest)
             for row in active:
                 inside = slice(*np.searchsorted(wanted[row][:, 0], (start + low, start + high)))
                 pairs = wanted[row][inside]
@@ -195,7 +212,7 @@ class Engine:
                 while position < end:
                     high = min(position + self.chunk_size, end)
                     ids_1L = node.tokens[None, position - node.start : high - node.start].astype(np.int64)
-                    output = self.model.hidden(torch.from_numpy(ids_1L).to(self.device), state)
+                    output = self._hidden(torch.from_numpy(ids_1L), state)
                     self.computed += high - position
                     self.bar.update(high - position)
                     position = high
@@ -228,13 +245,34 @@ class Engine:
                 return
             if len(going) < len(indices):
                 cache, indices = cache.rows(going), [indices[row] for row in going]
-            ids_B1 = torch.tensor([[new[index][-1]] for index in indices], device=self.device)
-            output = self.model.hidden(ids_B1, cache)
+            ids_B1 = torch.tensor([[new[index][-1]] for index in indices])
+            output = self._hidden(ids_B1, cache)
             self.computed += len(indices)
             self.bar.update(len(indices))
             logits_BV = self.model.logits(output, output.last_hidden_state[:, -1])
 
     # ------------------------------------------------------------------ both
+
+    def _hidden(self, ids_BL: torch.Tensor, cache, keep: bool = True):
+        """A chunk through the model, unless we are asked to stop."""
+        if self.stop.asked:
+            self.stop.leave()
+        return self.model.hidden(ids_BL.to(self.device), cache, keep)
+
+    def _resume(self, tokens: np.ndarray, wanted: np.ndarray, found: list[np.ndarray], cache: LambdaCache) -> int:
+        """The position that an earlier process came to in this document; its `cache` and `found` are filled in."""
+        self.checkpoints.begin(tokens, wanted, cache.capacity)
+        devices = {layer.layer_idx: next(layer.parameters()).device for layer in self.model.layers}
+        position, earlier = self.checkpoints.load(cache, devices)
+        found[: len(earlier)] = earlier
+        self.reused += position
+        self.bar.update(position)
+        return position
+
+    def _answered(self) -> None:
+        """The document that was last begun is answered, and its answers were taken."""
+        if self.checkpoints:
+            self.checkpoints.done()
 
     def _batches(self, items: list[int], length: Callable[[int], int]) -> Iterator[list[int]]:
         """Runs of `items`, sorted by falling length, of batch_size, or as many as a chunk's worth of tokens allows."""
