@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from lminf_eval.attention.topk import Middle
+
 
 @dataclass
 class LayerCache:
@@ -101,6 +103,8 @@ class LambdaCache:
     lengths: list[int]  # tokens seen so far, per row
     origins: list[int]  # the position rotated by 0, per row
     layers: dict[int, LayerCache] = field(default_factory=dict)
+    middles: dict[int, list[Middle]] = field(default_factory=dict)  # per layer and row, where top-k needs them
+    readmit_from: list[int] | None = None  # per row, the position from which middle keys are seen again
 
     @classmethod
     def empty(cls, batch: int, capacity: int) -> LambdaCache:
@@ -119,8 +123,14 @@ class LambdaCache:
         return self._pick([0] * n, lambda x: x.expand(n, -1, -1, -1))
 
     def _pick(self, index: list[int], function) -> LambdaCache:
-        layers = {i: layer.map(function) for i, layer in self.layers.items()}
-        return LambdaCache(self.capacity, [self.lengths[i] for i in index], [self.origins[i] for i in index], layers)
+        return LambdaCache(
+            self.capacity,
+            [self.lengths[i] for i in index],
+            [self.origins[i] for i in index],
+            {i: layer.map(function) for i, layer in self.layers.items()},
+            {i: [rows[row] for row in index] for i, rows in self.middles.items()},
+            None if self.readmit_from is None else [self.readmit_from[i] for i in index],
+        )
 
     @classmethod
     def stack(cls, caches: list[LambdaCache]) -> LambdaCache:
@@ -134,11 +144,17 @@ class LambdaCache:
                 torch.cat([part.keys for part in parts]),
                 torch.cat([part.values for part in parts]),
             )
-        lengths = [n for cache in caches for n in cache.lengths]
-        return cls(caches[0].capacity, lengths, [n for cache in caches for n in cache.origins], layers)
+        return cls(
+            caches[0].capacity,
+            [n for cache in caches for n in cache.lengths],
+            [n for cache in caches for n in cache.origins],
+            layers,
+            {i: [middle for cache in caches for middle in cache.middles[i]] for i in caches[0].middles},
+            None if caches[0].readmit_from is None else [n for cache in caches for n in cache.readmit_from],
+        )
 
     @property
     def nbytes(self) -> int:
-        """Bytes held in keys and values, over all layers."""
+        """Bytes held in keys and values on the model's devices, over all layers."""
         tensors = [t for layer in self.layers.values() for t in (layer.sink_keys, layer.keys, layer.values)]
         return sum(t.numel() * t.element_size() for t in tensors)

@@ -22,10 +22,14 @@ _LOGITS_AT_ONCE = 2**25  # numbers of a logits block: 128 MiB in float32
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """Predict tokens[scored_from:], each from all tokens before it (0 < scored_from < len(tokens))."""
+    """Predict tokens[scored_from:], each from all tokens before it (0 < scored_from < len(tokens)).
+
+    Top-k re-admission, where the model has it, begins with the last token before those; not in a `rolling` request.
+    """
 
     tokens: Sequence[int]
     scored_from: int
+    rolling: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,8 @@ class Engine:
     def score(self, requests: Sequence[ScoreRequest]) -> Iterator[tuple[int, Score]]:
         """Each request's index and score, as they are done."""
         inputs = [np.asarray(request.tokens[:-1]) for request in requests]
-        roots = forest(inputs, self.share)
+        marks = [len(request.tokens) if request.rolling else request.scored_from - 1 for request in requests]
+        roots = forest(inputs, self.share, marks if self.model.readmits else None)
         self._begin(inputs, roots)
         nothing = np.zeros(0), np.zeros(0, dtype=bool)
         yield from self._score_siblings(requests, roots, None, [nothing] * len(roots))
@@ -129,6 +134,7 @@ class Engine:
         """
         wanted = [_wanted(requests, node) for node in nodes]
         start, longest = nodes[0].start, len(nodes[0].tokens)
+        cache.readmit_from = [node.marked_from for node in nodes]
         results = [[np.zeros(len(pairs)), np.zeros(len(pairs), dtype=bool)] for pairs in wanted]
         # A state that is kept small is worth keeping on disk, and one sequence at a time can be found again.
         keeping = bool(self.checkpoints) and isinstance(cache, LambdaCache) and len(nodes) == 1 and start == 0
@@ -136,7 +142,7 @@ class Engine:
         saved = first
         for low in range(first, longest, self.chunk_size):
             high = min(low + self.chunk_size, longest)
-            if keeping and low > saved and (self.stop.asked or low - saved >= EVERY):
+            if keeping and low > saved and (self.stop.asked or low - saved >= EVERY) and not cache.middles:
                 self.checkpoints.save(low, cache, results[0])
                 saved = low
             active = [row for row, node in enumerate(nodes) if len(node.tokens) > low]
@@ -191,7 +197,8 @@ class Engine:
     def generate(self, requests: Sequence[GenerateRequest]) -> Iterator[tuple[int, list[int]]]:
         """Each request's index and its new tokens, a stopping one included, as they are done."""
         inputs = [np.asarray(request.tokens) for request in requests]
-        roots = forest(inputs, self.share)
+        marks = [len(request.tokens) - 1 for request in requests]
+        roots = forest(inputs, self.share, marks if self.model.readmits else None)
         self._begin(inputs, roots, sum(request.max_new for request in requests))
         capacity = max((len(request.tokens) + request.max_new for request in requests), default=0)
         ready, size = [], self.batch_size or 1
@@ -207,6 +214,7 @@ class Engine:
         """(request index, its state, logits [1, V] after its last token), the longest prompts first."""
         for node in sorted(nodes, key=lambda node: -node.longest()):
             state = self.model.new_cache(1, capacity) if cache is None else cache.rows([0])
+            state.readmit_from = [node.marked_from]
             position = node.start
             for end in sorted({len(inputs[index]) for index in node.members} | {node.stop}):
                 while position < end:

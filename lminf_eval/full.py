@@ -23,6 +23,7 @@ class FullCache:
     layers: DynamicCache
     lengths: list[int]
     mask: torch.Tensor | None = None
+    readmit_from: list[int] | None = None  # nothing is ever hidden here: not used
 
     @torch.inference_mode()
     def rows(self, index: list[int]) -> FullCache:
@@ -71,6 +72,7 @@ class FullModel:
 
     def __init__(self, model: PreTrainedModel):
         self.model, self.decoder = model, model.base_model
+        self.readmits = False
         self._takes_positions = "position_ids" in inspect.signature(type(self.decoder).forward).parameters
 
     def new_cache(self, batch: int, capacity: int) -> FullCache:

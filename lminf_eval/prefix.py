@@ -8,6 +8,7 @@ from itertools import pairwise
 import numpy as np
 
 MIN_SHARED = 32  # tokens below which sharing saves less than a pass of its own costs
+_MARK = 2**31  # above every token id
 MAX_DEPTH = 8  # branchings on one path: so many states are held at once; deeper, prefixes are computed again
 
 
@@ -19,6 +20,7 @@ class Node:
     tokens: np.ndarray
     members: list[int] = field(default_factory=list)  # requests whose last input token lies in this node
     children: list[Node] = field(default_factory=list)
+    marked_from: int = 0  # the first position that carries a mark; `stop` where none does
 
     @property
     def stop(self) -> int:
@@ -33,16 +35,27 @@ class Node:
         return max([self.stop, *(child.longest() for child in self.children)])
 
 
-def forest(inputs: list[np.ndarray], share: bool = True) -> list[Node]:
+def forest(inputs: list[np.ndarray], share: bool = True, marks: list[int] | None = None) -> list[Node]:
     """The roots under which each of `inputs`, arrays of token ids, is the path to the node that names it a member.
 
-    With `share=False` every input has a root of its own.
+    With `share=False` every input has a root of its own. With `marks`, input i is computed in another way from position
+    marks[i] on, so that only inputs whose marks agree share what lies there.
     """
+    if marks is None:
+        marks = [len(tokens) for tokens in inputs]
     if not share:
-        return [Node(0, tokens, [i]) for i, tokens in enumerate(inputs)]
-    order = sorted(range(len(inputs)), key=lambda i: inputs[i].astype(">u4").tobytes())
-    agreed = [_common_prefix(inputs[a], inputs[b]) for a, b in pairwise(order)]
-    return _grow(inputs, order, agreed, 0, len(order), 0, MAX_DEPTH)
+        return [Node(0, tokens, [i], marked_from=marks[i]) for i, tokens in enumerate(inputs)]
+    marked = [tokens + _MARK * (np.arange(len(tokens)) >= mark) for tokens, mark in zip(inputs, marks, strict=True)]
+    order = sorted(range(len(inputs)), key=lambda i: marked[i].astype(">u4").tobytes())
+    agreed = [_common_prefix(marked[a], marked[b]) for a, b in pairwise(order)]
+    roots = _grow(marked, order, agreed, 0, len(order), 0, MAX_DEPTH)
+    todo = list(roots)
+    while todo:
+        node = todo.pop()
+        node.marked_from = node.start + int((node.tokens < _MARK).sum())
+        node.tokens = node.tokens % _MARK
+        todo += node.children
+    return roots
 
 
 def _grow(inputs, order, agreed, low, high, start, depth) -> list[Node]:
