@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from tqdm import tqdm
 
 from lminf_eval import __version__
-from lminf_eval.arguments import check, find_device
+from lminf_eval.arguments import check, find_device, identity
 from lminf_eval.attention.kernels import primitive
 from lminf_eval.engine import Engine, GenerateRequest, Score, ScoreRequest
 from lminf_eval.errors import UsageError
@@ -25,6 +25,9 @@ from lminf_eval.full import FullModel
 from lminf_eval.sampling import chooser
 from lminf_eval.selfcheck import lambda_model
 from lminf_eval.spec import LambdaSpec
+from lminf_eval.sweep.checkpoint import Checkpoints
+from lminf_eval.sweep.journal import Journal
+from lminf_eval.sweep.stop import Stop
 
 logger = logging.getLogger(f"lm_eval.{__name__}")  # lm-eval shows the loggers below its own name
 
@@ -34,8 +37,9 @@ UNBOUNDED = sys.maxsize  # a context length that no input reaches
 class LMInfinite(HFLM):
     """A Hugging Face causal LM under Λ-attention (`--model lminf`).
 
-    Every `--model_args` of lm-eval's `hf` works as there. Its own are those of `LambdaSpec`, and `prefix_sharing`.
-    Nothing is loaded before the first request, so that tasks can refuse their own settings first.
+    Every `--model_args` of lm-eval's `hf` works as there. Its own are those of `LambdaSpec`; `prefix_sharing`; and
+    `journal`, a folder in which answers are kept and found again (see `sweep/journal.py`). Nothing is loaded before the
+    first request, so that tasks can refuse their own settings first.
 
     Raises:
         UsageError: for an unknown or impossible argument, a model or tokenizer that can't be had, an architecture that
@@ -48,9 +52,11 @@ class LMInfinite(HFLM):
         device: str | None = None,
         batch_size: int | str | None = 1,
         prefix_sharing: bool = True,
+        journal: str | None = None,
         **kwargs: Any,
     ):
-        check(pretrained, batch_size, prefix_sharing, kwargs)
+        check(pretrained, batch_size, prefix_sharing, journal, kwargs)
+        given = dict(kwargs)
         own = LambdaSpec.model_fields.keys() & kwargs.keys()
         self.spec = LambdaSpec.parse({name: kwargs.pop(name) for name in own})
         self.prefix_sharing = prefix_sharing
@@ -59,12 +65,24 @@ class LMInfinite(HFLM):
         self._streaming = None
         self._constructed = False
         self._tokens = {"computed": 0, "reused": 0}
+        self._recalled = 0  # answers found in the journal
+        self.journal: Journal | None = None
+        self._checkpoints: Checkpoints | None = None
+        self._stop_asked = Stop()
         super().__init__(pretrained, device=find_device(device), batch_size=batch_size, **kwargs)
         self._constructed = True
         if not isinstance(pretrained, str):
             self._inspect(self.config)
         if not self.truncation:
             self.tokenizer.model_max_length = UNBOUNDED  # the tokenizer knows nothing of what we can read
+        if journal is not None:
+            self._keep_journal(journal, identity(pretrained, self.config, given))
+
+    def _keep_journal(self, folder: str, who: dict[str, Any]) -> None:
+        who["spec"] = self.spec.model_dump(exclude={"chunk_size"})
+        self.journal = Journal(folder, who)
+        self._checkpoints = Checkpoints(self.journal.folder / "checkpoints", self.journal.salt)
+        self._stop_asked.listen()
 
     # ------------------------------------------------------------------ loading, in HFLM's own steps
 
@@ -151,17 +169,18 @@ class LMInfinite(HFLM):
             todo.append(ScoreRequest(tokens, len(tokens) - len(continuation)))
         if cut:
             logger.warning("%d of %d inputs were cut on the left to max_length=%d", cut, len(requests), self.max_length)
-        answers: list = [None] * len(requests)
+        kinds = ["rolling" if strings is None else "score" for strings, _, _ in requests]
+        keys = [self._key(kind, one.tokens, one.scored_from) for kind, one in zip(kinds, todo, strict=True)]
+        answers, missing = self._recall(keys)
         with self._bar("loglikelihood", disable_tqdm) as bar:
-            engine = self._engine(bar)
-            with self._autocast():
-                for i, score in engine.score(todo):
-                    answers[i] = float(score.log_probs.sum()), bool(score.greedy.all())
-                    self._report_nan(requests[i][0], todo[i], score)
-                    if requests[i][0] is not None:
-                        self.cache_hook.add_partial("loglikelihood", requests[i][0], answers[i])
-            self._count(engine)
-        return answers
+            for place, score in self._computed(bar, "score", [todo[i] for i in missing]):
+                i = missing[place]
+                answers[i] = [float(score.log_probs.sum()), bool(score.greedy.all())]
+                self._keep(keys[i], answers[i])
+                self._report_nan(requests[i][0], todo[i], score)
+                if requests[i][0] is not None:
+                    self.cache_hook.add_partial("loglikelihood", requests[i][0], tuple(answers[i]))
+        return [tuple(answer) for answer in answers]
 
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
         """Log-probability of each whole text, the first token after the prefix token."""
@@ -187,7 +206,7 @@ class LMInfinite(HFLM):
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
         """The text each context is continued by, up to its stop sequences."""
-        todo, ends, seen = [], [], Counter()
+        prompts, keys, seen = [], [], Counter()
         for request in requests:
             context, options = request.args
             kwargs = normalize_gen_kwargs(options, self.max_gen_toks)
@@ -207,17 +226,20 @@ class LMInfinite(HFLM):
             if kwargs.get("do_sample") is False:
                 kwargs.pop("temperature", None)
             seen[context] += 1
-            choose = chooser(kwargs, self._generation_config(), f"{context} {seen[context]}")
+            draw = [torch.initial_seed(), seen[context]] if kwargs.get("do_sample") else None
+            prompts.append((tokens, max_new, until, kwargs, f"{context} {seen[context]}"))
+            keys.append(self._key("generate", tokens, [max_new, until, kwargs, draw]))
+        answers, missing = self._recall(keys)
+        todo = []
+        for tokens, max_new, until, kwargs, seed in (prompts[i] for i in missing):
+            choose = chooser(kwargs, self._generation_config(), seed)
             todo.append(GenerateRequest(tokens, max_new, self._stop(until), choose))
-            ends.append(until)
-        answers: list = [None] * len(requests)
         with self._bar("generate_until", disable_tqdm) as bar:
-            engine = self._engine(bar)
-            with self._autocast():
-                for i, tokens in engine.generate(todo):
-                    answers[i] = self._text(tokens, ends[i])
-                    self.cache_hook.add_partial("generate_until", requests[i].args, answers[i])
-            self._count(engine)
+            for place, tokens in self._computed(bar, "generate", todo):
+                i = missing[place]
+                answers[i] = self._text(tokens, prompts[i][2])
+                self._keep(keys[i], answers[i])
+                self.cache_hook.add_partial("generate_until", requests[i].args, answers[i])
         return answers
 
     def get_model_info(self) -> dict:
@@ -234,6 +256,7 @@ class LMInfinite(HFLM):
                 "attention_primitive": self._primitive(),
                 "tokens_computed": self._tokens["computed"],
                 "tokens_reused": self._tokens["reused"],
+                "requests_from_journal": self._recalled,
                 "torch_version": torch.__version__,
                 "num_threads": torch.get_num_threads(),
             }
@@ -256,11 +279,39 @@ class LMInfinite(HFLM):
         head = getattr(self.config.get_text_config(), "head_dim", None) or 64
         return primitive(torch.empty(1, 1, 1, head, dtype=self._model.dtype, device=self._model.device))
 
-    def _engine(self, bar: tqdm) -> Engine:
+    def _computed(self, bar: tqdm, what: str, requests: list) -> Iterator[tuple[int, Any]]:
+        """`Engine.score` or `Engine.generate` of `requests`; without any, no weights are read."""
+        if not requests:
+            return
         size = self.batch_size_per_gpu
-        return Engine(
-            self.streaming, self.spec.chunk_size, None if size == "auto" else int(size), self.prefix_sharing, bar
+        engine = Engine(
+            self.streaming,
+            self.spec.chunk_size,
+            None if size == "auto" else int(size),
+            self.prefix_sharing,
+            bar,
+            self._stop_asked,
+            self._checkpoints,
         )
+        with self._autocast():
+            yield from getattr(engine, what)(requests)
+        self._tokens["computed"] += engine.computed
+        self._tokens["reused"] += engine.reused
+        logger.info("%d tokens computed, %d reused from shared prefixes", engine.computed, engine.reused)
+
+    def _key(self, kind: str, tokens: list[int], options: Any) -> str:
+        return self.journal.key(kind, tokens, options) if self.journal is not None else ""
+
+    def _recall(self, keys: list[str]) -> tuple[list, list[int]]:
+        """The answers that the journal has, None elsewhere; and where that is."""
+        answers = [self.journal.get(key) if self.journal is not None else None for key in keys]
+        missing = [i for i, answer in enumerate(answers) if answer is None]
+        self._recalled += len(answers) - len(missing)
+        return answers, missing
+
+    def _keep(self, key: str, answer: Any) -> None:
+        if self.journal is not None:
+            self.journal.add(key, answer)
 
     def _autocast(self) -> torch.autocast:
         dtype = self.mixed_precision_dtype
@@ -275,11 +326,6 @@ class LMInfinite(HFLM):
             disable=disable or self.rank != 0,
             smoothing=0.1,
         )
-
-    def _count(self, engine: Engine) -> None:
-        self._tokens["computed"] += engine.computed
-        self._tokens["reused"] += engine.reused
-        logger.info("%d tokens computed, %d reused from shared prefixes", engine.computed, engine.reused)
 
     def _report_nan(self, strings: Any, request: ScoreRequest, score: Score) -> None:
         broken = np.flatnonzero(np.isnan(score.log_probs))

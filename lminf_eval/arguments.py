@@ -12,6 +12,7 @@ from lm_eval.models.huggingface import HFLM
 
 from lminf_eval.errors import UsageError
 from lminf_eval.spec import LambdaSpec, closest
+from lminf_eval.sweep.journal import fingerprint
 
 # What `hf` hands on to `from_pretrained`; anything else is a misspelling.
 _LOADING = {
@@ -29,23 +30,38 @@ _LOADING = {
     "use_safetensors",
     "variant",
 }
+_OWN = {*LambdaSpec.model_fields, "journal", "prefix_sharing"}
+# What changes how the work is done, and no answer.
+_HOW = {
+    "cache_dir",
+    "device_map",
+    "local_files_only",
+    "low_cpu_mem_usage",
+    "max_batch_size",
+    "max_cpu_memory",
+    "max_memory_per_gpu",
+    "offload_folder",
+    "parallelize",
+    "token",
+}
 _HF = {name for name in inspect.signature(HFLM.__init__).parameters if name not in ("self", "kwargs")}
 
 
-def check(pretrained: Any, batch_size: Any, prefix_sharing: Any, kwargs: dict[str, Any]) -> None:
+def check(pretrained: Any, batch_size: Any, prefix_sharing: Any, journal: Any, kwargs: dict[str, Any]) -> None:
     """Refuse what HFLM would trip over later, or quietly take.
 
     Raises:
         UsageError: for an unknown argument or an impossible value of one that isn't `LambdaSpec`'s.
     """
-    own = {*LambdaSpec.model_fields, "prefix_sharing"}
-    for name in kwargs.keys() - own - _HF - _LOADING:
+    for name in kwargs.keys() - _OWN - _HF - _LOADING:
         raise UsageError(
-            f"model_args: unknown argument {name}={kwargs[name]}{closest(name, sorted(own | _HF | _LOADING))}; own: "
-            f"{', '.join(sorted(own))}; the others are those of lm-eval's hf"
+            f"model_args: unknown argument {name}={kwargs[name]}{closest(name, sorted(_OWN | _HF | _LOADING))}; own: "
+            f"{', '.join(sorted(_OWN))}; the others are those of lm-eval's hf"
         )
     if not isinstance(prefix_sharing, bool):
         raise UsageError(f"prefix_sharing={prefix_sharing}: must be True or False")
+    if journal is not None and not (isinstance(journal, str) and isinstance(pretrained, str)):
+        raise UsageError(f"journal={journal}: must be a folder, and the model one with a name or folder of its own")
     if isinstance(pretrained, str):
         path = Path(pretrained).expanduser()
         if not pretrained:
@@ -64,6 +80,20 @@ def check(pretrained: Any, batch_size: Any, prefix_sharing: Any, kwargs: dict[st
         _check_dtype(name, kwargs.get(name))
     if kwargs.get("backend", "default") not in ("default", "causal"):
         raise UsageError(f"backend={kwargs['backend']}: must be default or causal; only causal LMs can be run")
+
+
+def identity(pretrained: str, config: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What, beside a request and the attention, changes an answer: for `Journal`.
+
+    A model in a local folder is known by its files, wherever it lies; one from the hub by name and commit.
+    """
+    who = {name: str(value) for name, value in kwargs.items() if name not in _HOW | _OWN}
+    for name, value in {"pretrained": pretrained, **who}.items():
+        if name in ("pretrained", "peft", "delta") and Path(value).expanduser().is_dir():
+            who[name] = fingerprint(Path(value).expanduser())
+        elif name == "pretrained":
+            who[name], who["revision"] = value, getattr(config, "_commit_hash", None) or who.get("revision", "main")
+    return who
 
 
 def _check_dtype(name: str, value: Any) -> None:

@@ -42,6 +42,7 @@ class Journal:
         identity: what else changes an answer beside the request: the model, its weights, dtype and attention.
 
     Attributes:
+        salt: the identity as bytes, for keys.
         damaged: lines of the folder that could not be read, a torn last line of a file aside.
 
     Raises:
@@ -52,7 +53,7 @@ class Journal:
         self.folder = Path(folder).expanduser()
         self.damaged = 0
         self._identity = {"answers": ANSWERS, **identity}
-        self._salt = _canonical(self._identity).encode()
+        self.salt = _canonical(self._identity).encode()
         self._answers: dict[str, Any] = {}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -75,7 +76,7 @@ class Journal:
 
     def key(self, kind: str, tokens: Sequence[int], options: Any) -> str:
         """The key of a request: the same for the same tokens, kind and options (JSON) under the same identity."""
-        digest = hashlib.sha256(self._salt)
+        digest = hashlib.sha256(self.salt)
         digest.update(_canonical([kind, options, len(tokens)]).encode())
         digest.update(np.asarray(tokens, dtype="<u4").tobytes())
         return digest.hexdigest()[:40]
