@@ -2,6 +2,7 @@
 
 Attention in transformers is pluggable: we register an attention function under the name "lminf", hand the model the
 identity in place of its rotary (cos, sin), and so receive queries and keys that are not rotated yet (see `rope.py`).
+The few families whose attention is not pluggable are in `families/`.
 
 Shapes: B batch, H query heads, K key-value heads, L new tokens, G starting tokens, D head dimension, V vocabulary.
 """
@@ -17,18 +18,33 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from lminf_eval.attention import banded, decode
+from lminf_eval.attention.chunk import attend_chunk
+from lminf_eval.attention.decode import attend_one
 from lminf_eval.cache import LambdaCache, LayerCache
 from lminf_eval.errors import UsageError
-from lminf_eval.rope import Angles, Rotary, backwards
+from lminf_eval.families import FAMILIES
+from lminf_eval.rope import Rotary, backwards, set_forward
 from lminf_eval.spec import LambdaSpec
+from lminf_eval.support import unsupported
 
 IMPLEMENTATION = "lminf"
+_HARMLESS = {  # what families pass to their attention function beside what we read; it changes nothing at inference
+    "dropout",
+    "is_causal",
+    "position_ids",
+    "cache_position",
+    "use_cache",
+    "output_attentions",
+    "output_hidden_states",
+    "position_embeddings",
+}
 
 
 def _attention(module: nn.Module, q, k, v, attention_mask=None, *, scaling=None, **options):
     """The function transformers calls in each layer. q [B, H, L, D] and k [B, K, L, D] come without rotation."""
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+    if attention_mask is not None:
+        options["a mask of its own"] = attention_mask
     return module.lminf.attend(module, q, k, v, scale, options).transpose(1, 2).contiguous(), None
 
 
@@ -40,8 +56,12 @@ class LambdaModel:
     """A causal LM whose attention is Λ-attention, until `restore` is called.
 
     Args:
-        model: any transformers causal LM of the `rotary_emb` kind.
+        model: any transformers causal LM whose positions are relative: of the `rotary_emb` kind, or of `families/`.
         spec: a resolved spec (n_local set) whose attention is lambda, window or streaming.
+
+    Attributes:
+        rotary: turns queries and keys to positions, or None (ALiBi).
+        slopes: ALiBi's slopes [H], or None.
 
     Raises:
         UsageError: if the family can't be patched, naming it and why.
@@ -50,27 +70,36 @@ class LambdaModel:
     def __init__(self, model: PreTrainedModel, spec: LambdaSpec):
         self.model, self.spec = model, spec
         self.decoder = model.base_model
+        self._config = model.config.get_text_config()
         self._cache: LambdaCache | None = None
         self._keep = False
         self._angles: dict = {}
         self._implementation = model.config._attn_implementation
         self.layers = attention_layers(model)
-        module = rotary_module(model)
-        self.rotary = Rotary(module, sys.modules[type(self.layers[0]).__module__].apply_rotary_pos_emb, spec.n_local)
-        self.rotated = {layer.layer_idx: True for layer in self.layers}  # layers that use positions at all
-        self._forward = vars(module).get("forward")
-        module.forward = self.rotary.identity
+        self._forwards = [vars(layer).get("forward") for layer in self.layers]
+        self.family = FAMILIES.get(model.config.model_type)
+        if self.family is None:
+            apply = sys.modules[type(self.layers[0]).__module__].apply_rotary_pos_emb
+            self.rotary, self.slopes = Rotary(rotary_module(model), apply, spec.n_local), None
+            model.set_attn_implementation(IMPLEMENTATION)
+        else:
+            self.rotary, self.slopes = self.family.rotary(model, spec.n_local), self.family.slopes(model)
+            for layer in self.layers:
+                layer.forward = partial(self.family.forward, layer)
+        self.rotated = {layer.layer_idx: self.rotary is not None for layer in self.layers}  # layers with rotations
         for layer in self.layers:
             layer.lminf = self
-        model.set_attn_implementation(IMPLEMENTATION)
 
     def restore(self) -> PreTrainedModel:
         """The model as it was; its outputs are bit-identical to before."""
-        self.model.set_attn_implementation(self._implementation)
-        for layer in self.layers:
+        if self.family is None:
+            self.model.set_attn_implementation(self._implementation)
+        for layer, forward in zip(self.layers, self._forwards, strict=True):
             del layer.lminf
-        _set_forward(self.rotary.module, self._forward)
-        self.rotary.restore()
+            if self.family is not None:
+                set_forward(layer, forward)
+        if self.rotary is not None:
+            self.rotary.restore()
         return self.model
 
     # ------------------------------------------------------------------ what the engine uses
@@ -80,6 +109,11 @@ class LambdaModel:
         return LambdaCache.empty(batch, capacity)
 
     stack = staticmethod(LambdaCache.stack)
+
+    @property
+    def readmits(self) -> bool:
+        """Whether middle keys can be seen again (`top_k`)."""
+        return False
 
     @torch.inference_mode()
     def hidden(self, ids_BL: torch.Tensor, cache: LambdaCache, keep: bool = True):
@@ -106,76 +140,59 @@ class LambdaModel:
     # ------------------------------------------------------------------ inside the forward pass
 
     def attend(self, module: nn.Module, q_BHLD, k_BKLD, v_BKLD, scale: float, options: dict) -> torch.Tensor:
-        """Λ-attention of one layer over the cache and the new tokens: [B, H, L, D]. Extends the cache."""
-        window, sinks = self._reach(options)
+        """Λ-attention of one layer over the cache and the new tokens: [B, H, L, D of v]. Extends the cache."""
+        dtype = q_BHLD.dtype
+        if self.slopes is not None:  # biases are larger than half precision can tell apart
+            q_BHLD, k_BKLD, v_BKLD = (x.to(torch.promote_types(dtype, torch.float32)) for x in (q_BHLD, k_BKLD, v_BKLD))
+        window, sinks = self._reach(module, options)
         cache, index = self._cache, module.layer_idx
         layer = cache.layers.get(index)
         if layer is None and self._keep:
             layer = cache.layers[index] = LayerCache.empty(k_BKLD, v_BKLD, window, sinks, cache.capacity)
         turn = partial(self._turn, module)
-        sink_logits, softcap = options.get("s_aux"), options.get("softcap")
+        how = {
+            "scale": scale,
+            "softcap": options.get("softcap"),
+            "sink_logits_H": options.get("s_aux"),
+            "slopes_H": self.slopes,
+        }
         if q_BHLD.shape[2] == 1 and self._keep:
-            return decode.attend_one(
-                q_BHLD,
-                k_BKLD,
-                v_BKLD,
-                layer,
-                cache.lengths,
-                cache.origins,
-                self.spec,
-                turn,
-                scale,
-                softcap,
-                sink_logits,
-            )
-        start = cache.lengths[0]
-        rows = torch.arange(start, start + q_BHLD.shape[2])
-        near = (rows - cache.origins[0])[None]
-        q, k = turn(q_BHLD, near, "near"), turn(k_BKLD, near, "near")
-        k_all, v_all = k, v_BKLD
-        if start:
-            past_k, past_v = layer.past(start)
-            k_all, v_all = torch.cat([past_k, k], 2), torch.cat([past_v, v_BKLD], 2)
-        out, lse = banded.band(q, k_all, v_all, window, scale, softcap)
-        if self._keep:
-            layer.write_sinks(k_BKLD, v_BKLD, start)
-        far = max(0, window - start)  # the first of the new tokens that has left the window behind
-        if sinks and far < q_BHLD.shape[2]:
-            k_far, v_far = k_BKLD[:, :, :sinks], v_BKLD[:, :, :sinks]
-            if start:  # some or all of them came earlier
-                k_far = torch.cat([layer.sink_keys[:, :, :start], k_far[:, :, : max(0, sinks - start)]], 2)
-                v_far = torch.cat([layer.values[:, :, : min(start, sinks)], v_far[:, :, : max(0, sinks - start)]], 2)
-            query_at, key_at = far_positions(self.spec, window, sinks, rows[far:])
-            banded.add_far(
-                out[:, :, far:],
-                lse[:, :, far:],
-                turn(q_BHLD[:, :, far:], query_at[None], "far queries"),
-                turn(k_far, key_at[None], "far keys"),
-                v_far,
-                min(sinks, start + far - window + 1),
-                scale,
-                softcap,
-            )
-        if self._keep:
-            layer.write(k, v_BKLD, start)
-        if sink_logits is not None:
-            share = lse - torch.logaddexp(lse, sink_logits.to(lse.dtype)[None, :, None])
-            out = out * share.exp().unsqueeze(-1).to(out.dtype)
-        return out
+            out = attend_one(q_BHLD, k_BKLD, v_BKLD, layer, cache.lengths, cache.origins, self.spec, turn, **how)
+        else:
+            at = cache.lengths[0], cache.origins[0]
+            out = attend_chunk(q_BHLD, k_BKLD, v_BKLD, layer, self._keep, *at, self.spec, window, sinks, turn, **how)
+        return out.to(dtype)
 
-    def _reach(self, options: dict) -> tuple[int, int]:
-        """(window, starting tokens) of a layer: the method's, or the layer's own where it slides as trained."""
-        own = options.get("sliding_window")
+    def _reach(self, module: nn.Module, options: dict) -> tuple[int, int]:
+        """(window, starting tokens) of a layer: the method's, or the layer's own where it slides as trained.
+
+        Raises:
+            UsageError: if the family's attention does what we know nothing of.
+        """
+        own, kind = options.get("sliding_window"), layer_type(module, self._config)
+        strange = [
+            name
+            for name, value in options.items()
+            if value is not None and name not in _HARMLESS | {"sliding_window", "softcap", "s_aux"}
+        ]
+        if strange:
+            raise UsageError(unsupported(self.model.config, f"its attention takes {', '.join(sorted(strange))}"))
+        if kind == "sliding_attention":
+            own = own or self._config.sliding_window
+        elif kind == "full_attention":
+            own = None
+        elif kind is not None and "attention" in kind:
+            raise UsageError(unsupported(self.model.config, f"it has layers of the kind {kind!r}"))
         return (own, 0) if own else (self.spec.n_local, self.spec.sinks)
 
     def _turn(self, module: nn.Module, x_BHSD: torch.Tensor, positions_BS: torch.Tensor, name: str) -> torch.Tensor:
         """x rotated to relative positions; the angles of one `name` are computed once per forward pass."""
         if not self.rotated[module.layer_idx]:
             return x_BHSD
-        layer_type = getattr(module, "layer_type", None)
-        key = name, layer_type, x_BHSD.device
+        kind = layer_type(module, self._config)
+        key = name, kind, x_BHSD.device
         if key not in self._angles:
-            self._angles[key] = self.rotary.angles(positions_BS, x_BHSD, layer_type)
+            self._angles[key] = self.rotary.angles(positions_BS, x_BHSD, kind)
         return self.rotary.rotate(x_BHSD, self._angles[key])
 
     def _turn_back(self, cache: LambdaCache, new: int) -> None:
@@ -192,18 +209,18 @@ class LambdaModel:
             if layer is not None and self.rotated[module.layer_idx]:
                 ring = layer.keys[:, :, layer.sinks :]
                 wide = ring.to(torch.promote_types(ring.dtype, torch.float32))
-                angles: Angles = self.rotary.angles(back_B1, wide, getattr(module, "layer_type", None))
+                angles = self.rotary.angles(back_B1, wide, layer_type(module, self._config))
                 ring.copy_(self.rotary.rotate(wide, backwards(angles)))
         cache.origins = [o + step for o, step in zip(cache.origins, steps, strict=True)]
 
 
-def far_positions(spec: LambdaSpec, window: int, sinks: int, rows_L: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where the global branch stands its queries (at positions `rows_L`) and the starting tokens, so that their
-    distance is the method's: n_local for lambda (the distance limit), the place in the cache for StreamingLLM."""
-    keys_G = torch.arange(sinks)
-    if spec.attention == "streaming":
-        return rows_L.clamp(max=window + sinks - 1), keys_G
-    return torch.full_like(rows_L, window), torch.zeros_like(keys_G)
+def layer_type(module: nn.Module, config) -> str | None:
+    """What a family calls the kind of an attention layer ("full_attention", "sliding_attention"), if it tells."""
+    for name in ("layer_type", "attention_type"):
+        if isinstance(getattr(module, name, None), str):
+            return getattr(module, name)
+    types = getattr(config, "layer_types", None)
+    return types[module.layer_idx] if types and module.layer_idx < len(types) else None
 
 
 def head_logits(model: PreTrainedModel, decoder: nn.Module, output, hidden_TC: torch.Tensor) -> torch.Tensor:
@@ -223,15 +240,7 @@ def _forward(module: nn.Module, function):
     try:
         yield
     finally:
-        _set_forward(module, before)
-
-
-def _set_forward(module: nn.Module, forward) -> None:
-    """Give a module back the forward of its own that it had (an accelerate hook), or its class's."""
-    if forward is None:
-        del module.forward
-    else:
-        module.forward = forward
+        set_forward(module, before)
 
 
 def attention_layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -240,16 +249,22 @@ def attention_layers(model: PreTrainedModel) -> list[nn.Module]:
     Raises:
         UsageError: if there are none whose queries and keys can be had before rotation.
     """
+    own = model.config.model_type in FAMILIES
     layers = [
         module
         for module in model.modules()
         if hasattr(module, "layer_idx")
         and "Attention" in type(module).__name__
-        and hasattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb")
+        and (own or hasattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb"))
     ]
     if not layers:
         raise UsageError(unsupported(model.config, "its attention has no apply_rotary_pos_emb to take over"))
     return layers
+
+
+def find_rotary(model: PreTrainedModel) -> list[nn.Module]:
+    """The modules that turn positions into (cos, sin)."""
+    return [module for name, module in model.named_modules() if name.rpartition(".")[2].startswith("rotary_emb")]
 
 
 def rotary_module(model: PreTrainedModel) -> nn.Module:
@@ -258,15 +273,7 @@ def rotary_module(model: PreTrainedModel) -> nn.Module:
     Raises:
         UsageError: if there is none, or more than one.
     """
-    found = [module for name, module in model.named_modules() if name.rpartition(".")[2].startswith("rotary_emb")]
+    found = find_rotary(model)
     if len(found) != 1:
         raise UsageError(unsupported(model.config, f"it has {len(found)} rotary_emb modules where one is expected"))
     return found[0]
-
-
-def unsupported(config, why: str) -> str:
-    """The line that refuses a family by name."""
-    return (
-        f"attention=lambda can't run the family {config.model_type!r}: {why}; "
-        "attention=full runs it as it is, and `lminf doctor` tells what is supported"
-    )

@@ -11,8 +11,8 @@ Shapes: B batch, S tokens, H heads, D head dimension, r rotated dimensions.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import nn
@@ -20,40 +20,91 @@ from torch import nn
 Angles = tuple[torch.Tensor, torch.Tensor]
 
 
-class Rotary:
-    """One model's rotary embedding.
+class Frequencies:
+    """A rotary module whose frequencies are those of one length, whatever positions it is then asked for.
 
-    Frequencies that follow the running length (dynamic, longrope) are settled at n_local and held there.
+    Of transformers' rope types only dynamic and longrope follow the running length. Left alone, they change under keys
+    that are in a cache already, so that a sequence passed in chunks is not the sequence passed at once.
+    """
+
+    def __init__(self, module: nn.Module, length: int):
+        self.module = module
+        self._forward = inspect.unwrap(type(module).forward)  # beneath the decorator that follows the running length
+        self.by_type = "layer_type" in inspect.signature(self._forward).parameters
+        self._buffers = {name: value.clone() for name, value in module.named_buffers()}
+        self._plain = {k: v for k, v in vars(module).items() if isinstance(v, (int, float, torch.Tensor))}
+        self.settle(length)
+
+    def settle(self, length: int) -> None:
+        """Take the frequencies that the family uses for sequences of `length` tokens."""
+        if not follows_length(self.module):
+            return
+        for layer_type in self.module.layer_types if self.by_type else [None]:
+            extra = [layer_type] if self.by_type else []
+            for last in (0, length - 1):  # back to the trained ones first
+                position = torch.tensor([[last]], device=next(self.module.buffers()).device)
+                with suppress(KeyError):  # a layer type without rotation
+                    type(self.module).forward(self.module, torch.zeros(1, device=position.device), position, *extra)
+
+    def angles(self, x: torch.Tensor, position_ids: torch.Tensor, *args, **kwargs) -> Angles:
+        """What the module's forward returns, without following the positions."""
+        return self._forward(self.module, x, position_ids, *args, **kwargs)
+
+    def restore(self) -> None:
+        """Put the module's frequencies back as they were found."""
+        for name, value in self._buffers.items():
+            self.module.get_buffer(name).copy_(value)
+        vars(self.module).update(self._plain)
+
+
+def follows_length(module: nn.Module) -> bool:
+    """Whether a rotary module's frequencies depend on the running length."""
+    found = getattr(module, "rope_type", "default")
+    names = found.values() if isinstance(found, dict) else [found]
+    return any("dynamic" in name or name == "longrope" for name in names)
+
+
+@contextmanager
+def held(module: nn.Module | None, length: int) -> Iterator[None]:
+    """Within it, the module's frequencies are those of `length` tokens; None is a model without such a module."""
+    if module is None or not follows_length(module):
+        yield
+        return
+    frequencies, before = Frequencies(module, length), vars(module).get("forward")
+    module.forward = frequencies.angles
+    try:
+        yield
+    finally:
+        set_forward(module, before)
+        frequencies.restore()
+
+
+class Rotary:
+    """One model's rotary embedding, its frequencies those of `n_local` tokens.
+
+    Args:
+        module: turns positions into (cos, sin).
+        apply: the family's `apply_rotary_pos_emb`.
     """
 
     def __init__(self, module: nn.Module, apply: Callable, n_local: int):
         self.module = module
         self._apply = apply
         self._takes_whole_heads: bool | None = None  # found out at the first rotation
-        self._angles = inspect.unwrap(type(module).forward)  # beneath the decorator that follows the running length
-        self._by_type = "layer_type" in inspect.signature(self._angles).parameters
-        self._before = {name: value.clone() for name, value in module.named_buffers()}
-        self._before_plain = {k: v for k, v in vars(module).items() if isinstance(v, (int, float))}
-        self._settle(n_local)
-
-    def _settle(self, n_local: int) -> None:
-        last = torch.tensor([[n_local - 1]], device=next(self.module.buffers()).device)
-        types = getattr(self.module, "layer_types", [None]) if self._by_type else [None]
-        for layer_type in types:
-            with suppress(AttributeError, KeyError):  # a layer type without rotation (NoPE)
-                self.module(torch.zeros(1, device=last.device), last, *([layer_type] if self._by_type else []))
+        self._frequencies = Frequencies(module, n_local)
+        self._before = vars(module).get("forward")
+        module.forward = self.identity
 
     def restore(self) -> None:
-        """Put the module's frequencies back as they were found."""
-        for name, value in self._before.items():
-            self.module.get_buffer(name).copy_(value)
-        vars(self.module).update(self._before_plain)
+        """Give the model its rotation back."""
+        set_forward(self.module, self._before)
+        self._frequencies.restore()
 
     @torch.no_grad()
     def angles(self, positions_BS: torch.Tensor, like: torch.Tensor, layer_type: str | None = None) -> Angles:
         """The module's (cos, sin) [B, S, r] at integer positions, in the dtype and on the device of `like`."""
-        extra = [layer_type] if self._by_type else []
-        return self._angles(self.module, like[:0], positions_BS.to(like.device), *extra)
+        extra = [layer_type] if self._frequencies.by_type else []
+        return self._frequencies.angles(like[:0], positions_BS.to(like.device), *extra)
 
     def rotate(self, x_BHSD: torch.Tensor, angles: Angles) -> torch.Tensor:
         """x turned by `angles`; where the family rotates part of a head, the rest passes through."""
@@ -76,7 +127,7 @@ class Rotary:
     @torch.no_grad()
     def identity(self, x: torch.Tensor, position_ids: torch.Tensor, *args, **kwargs) -> Angles:
         """What the model is given in place of its own (cos, sin): a rotation that changes nothing."""
-        cos, sin = self._angles(self.module, x, position_ids[:, -1:], *args, **kwargs)
+        cos, sin = self._frequencies.angles(x, position_ids[:, -1:], *args, **kwargs)
         return torch.ones_like(cos), torch.zeros_like(sin)
 
 
@@ -85,3 +136,11 @@ def backwards(angles: Angles) -> Angles:
     cos, sin = angles
     length = (cos.square() + sin.square()).sqrt()
     return cos / length, -sin / length
+
+
+def set_forward(module: nn.Module, forward: Callable | None) -> None:
+    """Give a module back the forward of its own that it had (an accelerate hook), or its class's."""
+    if forward is None:
+        del module.forward
+    else:
+        module.forward = forward

@@ -13,8 +13,18 @@ from transformers import PreTrainedModel
 
 from lminf_eval.attention.kernels import attend
 from lminf_eval.errors import UsageError
-from lminf_eval.patch import IMPLEMENTATION, LambdaModel, attention_layers, head_logits, unsupported
+from lminf_eval.families import FAMILIES
+from lminf_eval.patch import (
+    IMPLEMENTATION,
+    LambdaModel,
+    attention_layers,
+    find_rotary,
+    head_logits,
+    rotary_module,
+)
+from lminf_eval.rope import held
 from lminf_eval.spec import LambdaSpec
+from lminf_eval.support import unsupported
 
 # Relative error allowed: of a rotation done by the same function on the same numbers, and of whole-model logits that
 # another attention kernel computed. A wrong convention is off by tenths.
@@ -31,17 +41,20 @@ def lambda_model(model: PreTrainedModel, spec: LambdaSpec) -> LambdaModel:
         UsageError: where the patched model would not be the same model; `model` is then as it was.
     """
     config = model.config.get_text_config()
-    n = min(_TOKENS, spec.n_local, getattr(config, "sliding_window", None) or _TOKENS)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(config.vocab_size, (1, n), generator=generator).to(model.device)
-    with torch.inference_mode():
-        output = model.base_model(input_ids=ids, use_cache=False, return_dict=True)
+    ids = torch.randint(config.vocab_size, (1, _TOKENS), generator=generator).to(model.device)
+    visible = ids[:, : min(spec.n_local, getattr(config, "sliding_window", None) or _TOKENS)]  # no window ends in it
+    own = model.config.model_type in FAMILIES
+    rotary = next(iter(find_rotary(model)), None) if own else rotary_module(model)
+    with torch.inference_mode(), held(rotary, spec.n_local):  # the frequencies that Λ will use
+        output = model.base_model(input_ids=visible, use_cache=False, return_dict=True)
         expected = head_logits(model, model.base_model, output, output.last_hidden_state[0])
-        recorded = _record(model, ids)
+        recorded = None if own else _record(model, ids)
     patched = LambdaModel(model, spec)
     try:
-        _compare_layers(patched, recorded, ids)
-        _compare_logits(patched, expected, ids)
+        if not own:
+            _compare_layers(patched, recorded, ids)
+        _compare_logits(patched, expected, visible)
     except BaseException:
         patched.restore()
         raise

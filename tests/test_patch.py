@@ -131,7 +131,6 @@ def test_frequencies_that_follow_the_length_are_put_back(randomise, kind, last, 
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-@pytest.mark.xfail(strict=True, reason="the self-check compares with the frequencies of a text of 24 tokens")
 def test_a_window_beyond_the_trained_length_settles_the_frequencies_there(randomise):
     """Under Λ, dynamic frequencies are those of n_local: 128 here, twice what the model was trained at."""
     config = CONFIG_MAPPING["llama"](**SMALL | {"rope_parameters": DYNAMIC})

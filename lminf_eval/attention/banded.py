@@ -29,10 +29,10 @@ def band(
     """The local branch: query l, which stands at key M - L + l, sees that key and the n_local - 1 before it.
 
     Returns:
-        out [B, H, L, D] and lse [B, H, L].
+        out [B, H, L, D of v] and lse [B, H, L].
     """
     L, past = q_BHLD.shape[2], k_BKMD.shape[2] - q_BHLD.shape[2]
-    out, lse = torch.empty_like(q_BHLD), None
+    out, lse = q_BHLD.new_empty(*q_BHLD.shape[:3], v_BKMD.shape[3]), None
     for start, stop in _blocks(L, past, n_local):
         own = slice(past + start, past + stop)
         q = q_BHLD[:, :, start:stop]

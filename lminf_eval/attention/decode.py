@@ -28,12 +28,15 @@ def attend_one(
     scale: float,
     softcap: float | None = None,
     sink_logits_H: torch.Tensor | None = None,
+    slopes_H: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Λ-attention of one token per row, [B, H, 1, D], after putting its key and value into `layer`.
 
     Args:
         lengths, origins: the position of each row's new token, and what its rotations are relative to.
         turn: (x, positions [B or 1, S], a name for them) -> x rotated by the model's own rotary embedding.
+        sink_logits_H: a learned logit per head that joins the softmax with no value (gpt-oss).
+        slopes_H: ALiBi's slopes, for a model without rotations.
     """
     window, G, R = layer.window, layer.sinks, layer.ring
     B, H, _, D = q_BH1D.shape
@@ -64,6 +67,11 @@ def attend_one(
     logits = (q_BKgD @ keys.transpose(-1, -2)).to(wide) * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
+    if slopes_H is not None:
+        near_BR = (position_B[:, None] - torch.arange(last - G)) % R
+        distance_BM = torch.cat([far_distance(spec, window, G, position_B).expand(B, -1)[:, first:], near_BR], 1)
+        slopes_KG1 = slopes_H.to(logits).view(K, H // K, 1)
+        logits = logits - slopes_KG1 * distance_BM.to(logits)[:, None, None]
     visible_BM = torch.cat(
         [
             torch.arange(first, G)[None] <= position_B[:, None] - window,

@@ -6,6 +6,7 @@ Shapes: B batch, H query heads, K key-value heads (H = K * group), L queries, M 
 from __future__ import annotations
 
 import torch
+from torch.nn.functional import pad
 
 _MATH_ROWS = 512  # query rows whose logits the plain path holds at once
 
@@ -25,11 +26,15 @@ def attend(
         softcap: logits become softcap * tanh(logits / softcap).
 
     Returns:
-        out [B, H, L, D] in the dtype of q, and lse [B, H, L], float32 (float64 for float64 inputs).
+        out [B, H, L, D of v] in the dtype of q, and lse [B, H, L], float32 (float64 for float64 inputs).
     """
     name = primitive(q_BHLD, softcap)
     if name == "math":
         return _math(q_BHLD, k_BKMD, v_BKMD, scale, causal, softcap)
+    narrower = q_BHLD.shape[3] - v_BKMD.shape[3]
+    if narrower > 0:  # the fused kernels know one head dimension
+        out, lse = attend(q_BHLD, k_BKMD, pad(v_BKMD, (0, narrower)), scale, causal)
+        return out[..., :-narrower], lse
     if name == "cpu-flash":
         op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         return op(q_BHLD, k_BKMD, v_BKMD, 0.0, causal, scale=scale)

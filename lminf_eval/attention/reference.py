@@ -23,6 +23,7 @@ def lambda_attention(
     scale: float,
     softcap: float | None = None,
     sink_logits_H: torch.Tensor | None = None,
+    slopes_H: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of one whole sequence (LM-Infinite, arXiv 2308.16137, section 4; StreamingLLM, arXiv 2309.17453).
 
@@ -33,6 +34,7 @@ def lambda_attention(
         scale: factor of the logits, usually D ** -0.5.
         softcap: logits become softcap * tanh(logits / softcap) (Gemma 2).
         sink_logits_H: a learned logit per head that joins the softmax with no value (gpt-oss).
+        slopes_H: ALiBi's slopes: a bias of -slope * distance (`rotate` then returns x as it is).
 
     Returns:
         [B, H, S, D], in the dtype of q.
@@ -49,12 +51,15 @@ def lambda_attention(
     local = (distance >= 0) & (distance < spec.n_local)
     far = (distance >= spec.n_local) & (j[None, :] < spec.sinks)
     if spec.attention == "streaming":  # a starting token is as far as its place in the cache is
-        far_logits = logits(i.clamp(max=spec.n_local + spec.sinks - 1), j)
+        query_far, key_far = i.clamp(max=spec.n_local + spec.sinks - 1), j
     else:
-        far_logits = logits(torch.full_like(i, spec.n_local), torch.zeros_like(j))
-    logits_BHSS = torch.where(local, logits(i, j), far_logits)
+        query_far, key_far = torch.full_like(i, spec.n_local), torch.zeros_like(j)
+    logits_BHSS = torch.where(local, logits(i, j), logits(query_far, key_far))
     if softcap is not None:
         logits_BHSS = softcap * torch.tanh(logits_BHSS / softcap)
+    if slopes_H is not None:
+        as_if = torch.where(local, distance, query_far[:, None] - key_far[None, :])
+        logits_BHSS = logits_BHSS - slopes_H.to(logits_BHSS)[:, None, None] * as_if
     logits_BHSS = logits_BHSS.masked_fill(~(local | far), float("-inf"))
     if sink_logits_H is None:
         return logits_BHSS.softmax(-1) @ v_BHSD
