@@ -26,7 +26,7 @@ from lminf_eval.sampling import chooser
 from lminf_eval.selfcheck import lambda_model
 from lminf_eval.spec import LambdaSpec
 from lminf_eval.sweep.checkpoint import Checkpoints
-from lminf_eval.sweep.journal import Journal
+from lminf_eval.sweep.journal import HOW, Journal
 from lminf_eval.sweep.stop import Stop
 
 logger = logging.getLogger(f"lm_eval.{__name__}")  # lm-eval shows the loggers below its own name
@@ -79,7 +79,7 @@ class LMInfinite(HFLM):
             self._keep_journal(journal, identity(pretrained, self.config, given))
 
     def _keep_journal(self, folder: str, who: dict[str, Any]) -> None:
-        who["spec"] = self.spec.model_dump(exclude={"chunk_size"})
+        who["spec"] = self.spec.model_dump(exclude=HOW)
         self.journal = Journal(folder, who)
         self._checkpoints = Checkpoints(self.journal.folder / "checkpoints", self.journal.salt)
         self._stop_asked.listen()

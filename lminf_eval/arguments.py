@@ -12,7 +12,7 @@ from lm_eval.models.huggingface import HFLM
 
 from lminf_eval.errors import UsageError
 from lminf_eval.spec import LambdaSpec, closest
-from lminf_eval.sweep.journal import fingerprint
+from lminf_eval.sweep.journal import HOW, fingerprint
 
 # What `hf` hands on to `from_pretrained`; anything else is a misspelling.
 _LOADING = {
@@ -31,19 +31,6 @@ _LOADING = {
     "variant",
 }
 _OWN = {*LambdaSpec.model_fields, "journal", "prefix_sharing"}
-# What changes how the work is done, and no answer.
-_HOW = {
-    "cache_dir",
-    "device_map",
-    "local_files_only",
-    "low_cpu_mem_usage",
-    "max_batch_size",
-    "max_cpu_memory",
-    "max_memory_per_gpu",
-    "offload_folder",
-    "parallelize",
-    "token",
-}
 _HF = {name for name in inspect.signature(HFLM.__init__).parameters if name not in ("self", "kwargs")}
 
 
@@ -87,7 +74,7 @@ def identity(pretrained: str, config: Any, kwargs: dict[str, Any]) -> dict[str, 
 
     A model in a local folder is known by its files, wherever it lies; one from the hub by name and commit.
     """
-    who = {name: str(value) for name, value in kwargs.items() if name not in _HOW | _OWN}
+    who = {name: str(value) for name, value in kwargs.items() if name not in HOW | _OWN}
     for name, value in {"pretrained": pretrained, **who}.items():
         if name in ("pretrained", "peft", "delta") and Path(value).expanduser().is_dir():
             who[name] = fingerprint(Path(value).expanduser())

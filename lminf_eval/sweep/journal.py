@@ -30,6 +30,27 @@ logger = logging.getLogger(f"lm_eval.{__name__}")  # lm-eval shows the loggers b
 
 ANSWERS = 1  # raised by a release whose answers differ from those before it
 
+# Model arguments that change how the work is done, and no answer.
+HOW = {
+    "batch_size",
+    "cache_dir",
+    "chunk_size",
+    "device",
+    "device_map",
+    "journal",
+    "local_files_only",
+    "low_cpu_mem_usage",
+    "max_batch_size",
+    "max_cpu_memory",
+    "max_memory_per_gpu",
+    "offload_folder",
+    "parallel",
+    "parallelize",
+    "prefix_sharing",
+    "token",
+    "tp_size",
+}
+
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
 _CONFIGS = ("config.json", "generation_config.json", "adapter_config.json")
 
