@@ -40,11 +40,7 @@ def check(pretrained: Any, batch_size: Any, prefix_sharing: Any, journal: Any, k
     Raises:
         UsageError: for an unknown argument or an impossible value of one that isn't `LambdaSpec`'s.
     """
-    for name in kwargs.keys() - _OWN - _HF - _LOADING:
-        raise UsageError(
-            f"model_args: unknown argument {name}={kwargs[name]}{closest(name, sorted(_OWN | _HF | _LOADING))}; own: "
-            f"{', '.join(sorted(_OWN))}; the others are those of lm-eval's hf"
-        )
+    check_names(kwargs)
     if not isinstance(prefix_sharing, bool):
         raise UsageError(f"prefix_sharing={prefix_sharing}: must be True or False")
     if journal is not None and not (isinstance(journal, str) and isinstance(pretrained, str)):
@@ -67,6 +63,15 @@ def check(pretrained: Any, batch_size: Any, prefix_sharing: Any, journal: Any, k
         _check_dtype(name, kwargs.get(name))
     if kwargs.get("backend", "default") not in ("default", "causal"):
         raise UsageError(f"backend={kwargs['backend']}: must be default or causal; only causal LMs can be run")
+
+
+def check_names(args: dict[str, Any]) -> None:
+    """Refuse an argument that nobody would read, naming the nearest known one."""
+    for name in args.keys() - _OWN - _HF - _LOADING:
+        raise UsageError(
+            f"model_args: unknown argument {name}={args[name]}{closest(name, sorted(_OWN | _HF | _LOADING))}; own: "
+            f"{', '.join(sorted(_OWN))}; the others are those of lm-eval's hf"
+        )
 
 
 def identity(pretrained: str, config: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
