@@ -86,7 +86,7 @@ class Engine:
 
     def score(self, requests: Sequence[ScoreRequest]) -> Iterator[tuple[int, Score]]:
         """Each request's index and score, as they are done."""
-        inputs = [np.asarray(request.tokens[:-1]) for request in requests]
+        inputs = [np.asarray(request.tokens, dtype=np.int32)[:-1] for request in requests]
         marks = [len(request.tokens) if request.rolling else request.scored_from - 1 for request in requests]
         roots = forest(inputs, self.share, marks if self.model.readmits else None)
         self._begin(inputs, roots)
@@ -175,7 +175,7 @@ class Engine:
             inside = (back_U >= low) & (back_U < low + block)
             logits_TV = self.model.logits(output, hidden[torch.from_numpy(at_T[low : low + block]).to(hidden.device)])
             rows = torch.from_numpy(back_U[inside] - low).to(logits_TV.device)
-            tokens = torch.from_numpy(token_U[inside]).to(logits_TV.device)
+            tokens = torch.from_numpy(token_U[inside].astype(np.int64)).to(logits_TV.device)
             logits_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
             norm_T = logits_TV.logsumexp(-1)
             log_probs[inside] = (logits_TV[rows, tokens] - norm_T[rows]).double().cpu().numpy()
@@ -196,7 +196,7 @@ class Engine:
 
     def generate(self, requests: Sequence[GenerateRequest]) -> Iterator[tuple[int, list[int]]]:
         """Each request's index and its new tokens, a stopping one included, as they are done."""
-        inputs = [np.asarray(request.tokens) for request in requests]
+        inputs = [np.asarray(request.tokens, dtype=np.int32) for request in requests]
         marks = [len(request.tokens) - 1 for request in requests]
         roots = forest(inputs, self.share, marks if self.model.readmits else None)
         self._begin(inputs, roots, sum(request.max_new for request in requests))
@@ -309,15 +309,15 @@ def _wanted(requests: Sequence[ScoreRequest], node: Node) -> np.ndarray:
     last = node.stop - 1
     first = min(requests[index].scored_from for index in node.descendants()) - 1
     low = min(max(first, node.start), last)
-    positions = np.arange(low, last)
+    positions = np.arange(low, last, dtype=np.int32)
     pairs = {(len(requests[i].tokens) - 2, int(requests[i].tokens[-1])) for i in node.members}
     pairs = {(at, token) for at, token in pairs if at == last or at < low or token != node.tokens[at + 1 - node.start]}
     for child in node.children:
         if min(requests[index].scored_from for index in child.descendants()) <= node.stop:
             pairs.add((last, int(child.tokens[0])))
-    own = np.stack([positions, node.tokens[low + 1 - node.start :].astype(np.int64)], 1)
-    both = np.concatenate([own, np.array(sorted(pairs), dtype=np.int64).reshape(-1, 2)])
-    return both[np.argsort(both[:, 0], kind="stable")]
+    others = np.array(sorted(pairs), dtype=np.int32).reshape(-1, 2)
+    own = np.stack([positions, node.tokens[low + 1 - node.start :]], 1)
+    return np.insert(own, np.searchsorted(positions, others[:, 0], side="right"), others, axis=0)
 
 
 def _split(node: Node, pairs: np.ndarray, log_probs: np.ndarray, greedy: np.ndarray):

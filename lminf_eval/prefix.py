@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cmp_to_key
 from itertools import pairwise
 
 import numpy as np
 
 MIN_SHARED = 32  # tokens below which sharing saves less than a pass of its own costs
-_MARK = 2**31  # above every token id
 MAX_DEPTH = 8  # branchings on one path: so many states are held at once; deeper, prefixes are computed again
 
 
@@ -45,17 +45,23 @@ def forest(inputs: list[np.ndarray], share: bool = True, marks: list[int] | None
         marks = [len(tokens) for tokens in inputs]
     if not share:
         return [Node(0, tokens, [i], marked_from=marks[i]) for i, tokens in enumerate(inputs)]
-    marked = [tokens + _MARK * (np.arange(len(tokens)) >= mark) for tokens, mark in zip(inputs, marks, strict=True)]
-    order = sorted(range(len(inputs)), key=lambda i: marked[i].astype(">u4").tobytes())
+    # A marked token is told from the same token without a mark by its sign: ~token is negative.
+    marked = [_marked(tokens, mark) for tokens, mark in zip(inputs, marks, strict=True)]
+    order = sorted(range(len(inputs)), key=cmp_to_key(lambda a, b: _compare(marked[a], marked[b])))
     agreed = [_common_prefix(marked[a], marked[b]) for a, b in pairwise(order)]
     roots = _grow(marked, order, agreed, 0, len(order), 0, MAX_DEPTH)
     todo = list(roots)
     while todo:
         node = todo.pop()
-        node.marked_from = node.start + int((node.tokens < _MARK).sum())
-        node.tokens = node.tokens % _MARK
+        node.marked_from = node.start + int((node.tokens >= 0).sum())
+        node.tokens = _marked(node.tokens, node.marked_from - node.start)
         todo += node.children
     return roots
+
+
+def _marked(tokens: np.ndarray, mark: int) -> np.ndarray:
+    """`tokens` with those from index `mark` on marked, or their marks taken away; itself where there are none."""
+    return np.append(tokens[:mark], ~tokens[mark:]) if mark < len(tokens) else tokens
 
 
 def _grow(inputs, order, agreed, low, high, start, depth) -> list[Node]:
@@ -81,6 +87,14 @@ def _grow(inputs, order, agreed, low, high, start, depth) -> list[Node]:
         nodes.append(node)
         first = i + 1
     return nodes
+
+
+def _compare(a: np.ndarray, b: np.ndarray) -> int:
+    """Lexicographic order, without a copy of either (they may be millions of tokens long)."""
+    n = _common_prefix(a, b)
+    if n == min(len(a), len(b)):
+        return len(a) - len(b)
+    return int(a[n]) - int(b[n])
 
 
 def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
