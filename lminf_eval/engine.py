@@ -100,7 +100,7 @@ class Engine:
         """
         leaves = [i for i, node in enumerate(nodes) if not node.children]
         leaves.sort(key=lambda i: -len(nodes[i].tokens))
-        for batch in self._batches(leaves, lambda i: len(nodes[i].tokens)):
+        for batch in self._batches(nodes, leaves):
             rows = [nodes[i] for i in batch]
             if cache is None:
                 state = self.model.new_cache(len(rows), max(node.stop for node in rows))
@@ -282,12 +282,15 @@ class Engine:
         if self.checkpoints:
             self.checkpoints.done()
 
-    def _batches(self, items: list[int], length: Callable[[int], int]) -> Iterator[list[int]]:
-        """Runs of `items`, sorted by falling length, of batch_size, or as many as a chunk's worth of tokens allows."""
-        while items:
-            size = self.batch_size or max(1, self.chunk_size // min(self.chunk_size, length(items[0])))
-            yield items[:size]
-            items = items[size:]
+    def _batches(self, nodes: list[Node], leaves: list[int]) -> Iterator[list[int]]:
+        """Runs of `leaves`, sorted by falling length, of batch_size; or as many as a chunk's worth of new tokens allows,
+        and eight rows' worth of what one sees of the past, which each row reads a copy of."""
+        while leaves:
+            new = min(self.chunk_size, len(nodes[leaves[0]].tokens))
+            past = min(nodes[leaves[0]].start, self.model.reach)
+            size = self.batch_size or max(1, min(self.chunk_size // new, 8 * (past + self.chunk_size) // (past + new)))
+            yield leaves[:size]
+            leaves = leaves[size:]
 
     def _begin(self, inputs: list[np.ndarray], roots: list[Node], new: int = 0) -> None:
         """Tell the bar how many tokens there are to do: those of the forest, and at most `new` generated ones."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -72,6 +73,7 @@ class FullModel:
 
     def __init__(self, model: PreTrainedModel):
         self.model, self.decoder = model, model.base_model
+        self.reach = sys.maxsize  # tokens before it that a token sees
         self.readmits = False
         self._takes_positions = "position_ids" in inspect.signature(type(self.decoder).forward).parameters
 

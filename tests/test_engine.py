@@ -292,7 +292,6 @@ class _Largest(TorchDispatchMode):
         return result
 
 
-@pytest.mark.xfail(strict=True, reason="batch_size=None counts a row as its new tokens alone")
 def test_many_short_continuations_do_not_multiply_the_window(patched):
     """With the batch left to the engine, a row costs the window that it reads, not only its own few tokens."""
     model = patched(LambdaSpec(n_local=256, n_global=4))
