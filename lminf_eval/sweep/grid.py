@@ -103,15 +103,19 @@ class Cell:
         return " ".join([str(own.pop("attention", "lambda")), *(f"{name}={value}" for name, value in own.items())])
 
     @property
+    def label(self) -> str:
+        """The task's name, with the length where it has another one than its name says."""
+        length = (self.settings.get("metadata") or {}).get("length")
+        return self.task if length is None else _LENGTH.sub(r"\1", self.task) + f"_{length}"
+
+    @property
     def id(self) -> str:
-        """The cell's name in files: readable, then a hash of all that changes an answer, so that edits make new cells."""
-        metadata = self.settings.get("metadata") or {}
-        length = f"-{metadata['length']}" if "length" in metadata else ""
-        said = "_".join(_slug(part) for part in (self.model, self.method, self.task + length))
+        """The cell's name in files: readable, then a hash of all that changes an answer: an edit makes a new cell."""
         settings = {name: value for name, value in self.settings.items() if name not in _SHOWN}
         args = {name: value for name, value in self.model_args.items() if name not in HOW}
         counted = json.dumps([args, self.task, settings], sort_keys=True, default=str)
-        return f"{said}_{hashlib.sha256(counted.encode()).hexdigest()[:8]}"
+        said = [re.sub(r"[^\w.-]+", "-", part, flags=re.ASCII)[:48] for part in (self.model, self.method, self.label)]
+        return "__".join([*said, hashlib.sha256(counted.encode()).hexdigest()[:8]])
 
     def config(self, journal: Path, output: Path) -> dict[str, Any]:
         """The cell as a configuration file of lm-eval."""
@@ -259,7 +263,3 @@ def _check_known(task: str, ours: Iterable[str], settings: Mapping[str, Any]) ->
     manager = TaskManager(include_path=settings.get("include_path"))
     if not manager.match_tasks([task]) and not Path(task).is_file():
         raise UsageError(f"tasks: lm-eval knows no {task!r}{closest(task, {*ours, *manager.all_tasks})}")
-
-
-def _slug(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9.=-]+", "-", text).strip("-.")[:48]
