@@ -89,7 +89,7 @@ def describe_task(raw: dict[str, Any], task: str, measured: dict[str, Any]) -> d
     return {
         "task": task,
         "family": LENGTH_IN_NAME.sub("", task),
-        "length": length_in_name(task) if math.isnan(told) else told,
+        "length": told if 0 < told < math.inf else length_in_name(task),
         "task_version": text(table(raw.get("versions")).get(task)),
         "task_settings": compact({key: value for key, value in metadata.items() if key not in not_settings}),
         "n_shot": text(table(raw.get("n-shot")).get(task)) or "0",

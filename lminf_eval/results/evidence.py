@@ -62,14 +62,12 @@ class Evidence:
     def compare(self, a: pd.Series, b: pd.Series, ratio: bool = False) -> Comparison:
         """Result `a` against result `b` of the same measure: paired where both have documents, else by their errors.
 
-        `ratio` asks for a / b instead of a - b; without documents there is no interval for it.
+        `ratio` asks for a / b instead of a - b.
         """
         documents_a, documents_b, link = self.documents(a), self.documents(b), self.link(a)
         if documents_a is not None and documents_b is not None and link is not None:
             paired = compare(documents_a, documents_b, link, bool(a["higher_is_better"]), ratio)
             if paired.documents:
                 return paired
-        if ratio:
-            quotient = a["value"] / b["value"] if b["value"] else math.nan
-            return Comparison(quotient, math.nan, math.nan, "none")
-        return compare_by_errors(*((row["value"], self.standard_error(row), row["n"]) for row in (a, b)))
+        errors = ((row["value"], self.standard_error(row), row["n"]) for row in (a, b))
+        return compare_by_errors(*errors, ratio=ratio)

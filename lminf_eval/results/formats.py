@@ -15,7 +15,8 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from lminf_eval.results import escape
-from lminf_eval.results.table import Cell, Column, Table, legend, show
+from lminf_eval.results.table import Cell, Column, Table
+from lminf_eval.results.wording import legend, show
 
 STYLES = {"best": "bold", "second": "underline", "": ""}
 

@@ -17,9 +17,10 @@ from lminf_eval.results import escape, export, formats
 from lminf_eval.results.command import command_of
 from lminf_eval.results.describe import compact, environment_line, length_label, model_args, table, text
 from lminf_eval.results.evidence import Evidence
-from lminf_eval.results.plots import Plot
+from lminf_eval.results.figure import Plot
 from lminf_eval.results.style import INK
-from lminf_eval.results.table import Table, arrange, choose, show
+from lminf_eval.results.table import Table, arrange, choose
+from lminf_eval.results.wording import show
 
 TEMPLATES = Path(__file__).with_name("templates")
 MOST_ANSWERS = 300  # rows of passkey answers in one page, unless two for each run and length are more

@@ -109,18 +109,26 @@ def compare(a: pd.DataFrame, b: pd.DataFrame, link: str, higher_is_better: bool,
     return Comparison(estimate, low, high, "paired bootstrap", len(common), differing, unmatched, significant)
 
 
-def compare_by_errors(a: tuple[float, float, int], b: tuple[float, float, int]) -> Comparison:
-    """a - b from (value, standard error, documents) alone, as independent samples with a normal difference.
+def compare_by_errors(a: tuple[float, float, float], b: tuple[float, float, float], ratio: bool = False) -> Comparison:
+    """a - b, or a / b, from (value, standard error, documents) alone, as independent samples.
 
-    What is left when the documents are not at hand; wider than the paired interval, since nothing cancels.
+    What is left when the documents are not at hand; wider than the paired interval, since nothing cancels. The
+    difference is taken as normal, of a ratio its logarithm (the delta method).
     """
     (value_a, error_a, n_a), (value_b, error_b, n_b) = a, b
-    difference = float(_difference(np.array(value_a), np.array(value_b)))
-    half = NORMAL_QUANTILE * float(np.hypot(error_a, error_b))
-    if not np.isfinite(half) or not np.isfinite(difference):
-        return Comparison(difference, np.nan, np.nan, "none")
-    significant = abs(difference) > half and min(n_a, n_b) >= FEWEST_DIFFERING
-    return Comparison(difference, difference - half, difference + half, "standard errors", significant=significant)
+    contrast, nothing = (_ratio, 1.0) if ratio else (_difference, 0.0)
+    estimate = float(contrast(np.array(value_a), np.array(value_b)))
+    if ratio:
+        with np.errstate(all="ignore"):
+            half = NORMAL_QUANTILE * np.hypot(np.divide(error_a, value_a), np.divide(error_b, value_b))
+            low, high = estimate * np.exp(-half), estimate * np.exp(half)
+    else:
+        half = NORMAL_QUANTILE * np.hypot(error_a, error_b)
+        low, high = estimate - half, estimate + half
+    if not np.isfinite([estimate, low, high]).all():
+        return Comparison(estimate, np.nan, np.nan, "none")
+    significant = (low > nothing or high < nothing) and min(n_a, n_b) >= FEWEST_DIFFERING
+    return Comparison(estimate, float(low), float(high), "standard errors", significant=bool(significant))
 
 
 @lru_cache(maxsize=4)

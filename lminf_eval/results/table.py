@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import pandas as pd
@@ -12,7 +12,8 @@ import pandas as pd
 from lminf_eval.errors import UsageError
 from lminf_eval.results.describe import length_label, text
 from lminf_eval.results.evidence import MEASURE, Evidence
-from lminf_eval.results.statistics import FEWEST_DIFFERING, Comparison
+from lminf_eval.results.statistics import Comparison
+from lminf_eval.results.wording import sentence
 
 NOT_AXES = ("run", "value", "stderr", "diverged", "higher_is_better", "past_trained", "file", "seconds", "date")
 WHAT = ("family", "metric", "filter")  # what is measured; a part of the columns unless the rows tell
@@ -122,15 +123,15 @@ def primary_metrics(results: pd.DataFrame) -> dict[str, str]:
     return chosen
 
 
-def label_of(name: str):
+def label_of(name: str) -> Callable[[object], str]:
     """The function that writes a value of column `name`."""
-    if name == "length":
-        return length_label
-    return lambda value: f"{value:g}" if isinstance(value, float) and not math.isnan(value) else _text_or_empty(value)
+    return length_label if name == "length" else _plain_label
 
 
-def _text_or_empty(value: object) -> str:
-    return "" if isinstance(value, float) else text(value)
+def _plain_label(value: object) -> str:
+    if isinstance(value, float):
+        return "" if math.isnan(value) else f"{value:.12g}"
+    return text(value)
 
 
 def _axes(results: pd.DataFrame, rows: list[str], columns: list[str]) -> tuple[list[str], list[str]]:
@@ -253,53 +254,3 @@ def _against(table: Table, evidence: Evidence, baseline: str) -> None:
         if found and found[0] is not cell:
             cell.versus = evidence.compare(cell.result, found[0].result, cell.ratio)
     table.baseline = baseline
-
-
-def show(value: float) -> str:
-    """A number as the tables print it: four digits, three decimals of a small one (a loss), and a true minus sign."""
-    if math.isnan(value):
-        return "NaN"
-    if 0 < abs(value) < 0.001:
-        return f"{value:.1g}".replace("-", "−")
-    digits = 3 if abs(value) < 20 else 2 if abs(value) < 100 else 1 if abs(value) < 1000 else 0
-    return f"{value:.{digits}f}".replace("-", "−")
-
-
-def sentence(comparison: Comparison) -> str:
-    """A difference with its interval and its evidence, such as "+0.400 [0.250, 0.550], 20 documents, …"."""
-    told = ("+" if comparison.estimate > 0 else "") + show(comparison.estimate)
-    if math.isnan(comparison.low):
-        return f"{told} (no interval: {'one document' if comparison.documents == 1 else 'no documents or errors'})"
-    told += f" [{show(comparison.low)}, {show(comparison.high)}], {comparison.how}"
-    if comparison.documents:
-        told += f" on {comparison.documents} documents"
-    if comparison.unmatched:
-        told += f", {comparison.unmatched} that only one has left out"
-    if not comparison.significant:
-        few = comparison.documents and comparison.differing < FEWEST_DIFFERING
-        told += f"; not significant{f' (documents that differ: {comparison.differing})' if few else ''}"
-    return told
-
-
-def legend(table: Table) -> list[str]:
-    """What the table's signs mean, only those that it uses."""
-    cells = list(table.cells.values())
-    told = []
-    if any(not math.isnan(cell.stderr) for cell in cells):
-        told.append("±: standard error over documents; n: documents.")
-    if any(cell.mark for cell in cells):
-        told.append(
-            "Bold: the best, of a model's methods or else of the models; underlined: the runner-up. Both only where "
-            "the 95% interval of their difference leaves out zero and at least "
-            f"{FEWEST_DIFFERING} documents differ; not corrected for many comparisons."
-        )
-    if any(cell.result["past_trained"] for cell in cells):
-        told.append("†: longer than the model was trained at.")
-    if any(cell.result["diverged"] for cell in cells):
-        told.append("NaN, inf, >1000: the model diverged (no number, an infinite one, or a perplexity over 1000).")
-    if table.baseline:
-        told.append(
-            f"In parentheses: the difference to {table.baseline}, or for perplexities (×) the ratio over it, "
-            "with its 95% interval from a paired bootstrap over documents."
-        )
-    return told

@@ -158,6 +158,13 @@ def test_keys_of_before_filters(lm_eval_files):
     assert (row["metric"], row["filter"], row["value"], row["stderr"]) == ("acc", "none", 0.5, 0.1)
 
 
+@pytest.mark.parametrize("length", [math.inf, -5, 0, None, "long"])
+def test_a_length_that_is_none_leaves_the_one_in_the_name(lm_eval_files, make_passkeys, length):
+    configs = {"passkey_4k": {"metadata": {"length": length}}}
+    file = lm_eval_files.write({"passkey_4k": make_passkeys([1])}, configs=configs)
+    assert load([file]).results.iloc[0]["length"] == 4096
+
+
 def test_groups_count_the_documents_of_their_tasks(lm_eval_files):
     file = lm_eval_files.write(
         {"a": [{"acc": 1.0}] * 3, "b": [{"acc": 0.0}] * 5},

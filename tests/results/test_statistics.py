@@ -174,6 +174,10 @@ def test_comparison_by_standard_errors():
     assert (found.estimate, found.low, found.high) == pytest.approx((0.2, 0.2 - half, 0.2 + half))
     assert found.significant
     assert not compare_by_errors((0.9, 0.03, 5), (0.7, 0.04, 50)).significant
+    ratio = compare_by_errors((8.0, 0.08, 50), (10.0, 0.0, 50), ratio=True)
+    ends = [0.8 * math.exp(sign * 1.959964 * 0.01) for sign in (-1, 1)]
+    assert (ratio.estimate, ratio.low, ratio.high) == pytest.approx((0.8, *ends))
+    assert ratio.significant
     assert compare_by_errors((0.9, math.nan, 50), (0.7, 0.04, 50)).how == "none"
 
 

@@ -7,7 +7,8 @@ import pytest
 from lminf_eval.errors import UsageError
 from lminf_eval.results.evidence import Evidence
 from lminf_eval.results.load import load
-from lminf_eval.results.table import arrange, choose, legend, show
+from lminf_eval.results.table import arrange, choose
+from lminf_eval.results.wording import legend, show
 
 
 @pytest.fixture
