@@ -69,9 +69,64 @@ def table(
 def report(
     paths: ResultPaths,
     output: Annotated[Path, typer.Option("--output", "-o", help="The page to write.")] = Path("report.html"),
-    baseline: Annotated[str, typer.Option(help="A method that the others are compared with.")] = "full",
+    baseline: Annotated[str, typer.Option(help="A method to compare with; full, unless one is named.")] = "",
     figures: Annotated[Path | None, typer.Option(help="A folder for the figures as PNG and SVG.")] = None,
     trained_length: TrainedLength = None,
 ) -> None:
     """Results of any models and methods as one self-contained page: tables, figures, answers, settings, data."""
     _results_commands().report(paths, output, baseline, figures, trained_length)
+
+
+sweep = typer.Typer(
+    help="A grid of models, methods and tasks: one lm-eval run a cell, here or on SLURM, resumed where it stopped.",
+    no_args_is_help=True,
+)
+app.add_typer(sweep, name="sweep")
+
+SweepFile = Annotated[
+    Path, typer.Argument(help="The sweep: models, methods, tasks, resources, and lm-eval's own keys.")
+]
+SweepOutput = Annotated[Path, typer.Option("--output", "-o", help="The folder that the sweep is kept in.")]
+
+
+@sweep.command("plan")
+def sweep_plan(file: SweepFile, output: SweepOutput) -> None:
+    """The cells, and an estimate of tokens, time and memory for each; needs no GPU, model or network."""
+    from lminf_eval.sweep import commands
+
+    commands.plan(file, output)
+
+
+@sweep.command("run")
+def sweep_run(
+    file: SweepFile,
+    output: SweepOutput,
+    cell: Annotated[int | None, typer.Option(help="Only the cell of this number, as `plan` counts them.")] = None,
+) -> None:
+    """Do what is not done yet, here, one cell after the other.
+
+    Exit status: 0 all done, 75 stopped by SIGTERM or SIGUSR1 (the same command goes on), else a cell failed.
+    """
+    from lminf_eval.sweep import commands
+
+    raise typer.Exit(commands.run(file, output, cell))
+
+
+@sweep.command("submit")
+def sweep_submit(
+    file: SweepFile,
+    output: SweepOutput,
+    at_once: Annotated[int | None, typer.Option(min=1, help="Cells that may run at the same time.")] = None,
+) -> None:
+    """Send what is not done yet to SLURM, as array jobs."""
+    from lminf_eval.sweep import commands
+
+    commands.submit(file, output, at_once)
+
+
+@sweep.command("status")
+def sweep_status(file: SweepFile, output: SweepOutput) -> None:
+    """Which cells are done, running, failed (and why) or missing; exit status 0 where all are done."""
+    from lminf_eval.sweep import commands
+
+    raise typer.Exit(commands.status(file, output))

@@ -64,16 +64,20 @@ def table(
 def report(
     paths: Sequence[Path],
     output: Path = Path("report.html"),
-    baseline: str = "full",
+    baseline: str = "",
     figures: Path | None = None,
     trained_length: int | None = None,
 ) -> None:
     """Write the page of all results in `paths` to `output`, and its figures as PNG and SVG into the folder `figures`.
 
+    The methods are compared with `baseline`, or without one named with the model as it is where that was run.
+
     Raises:
-        UsageError: for a path that does not exist, or that cannot be written to.
+        UsageError: for a path or a baseline that does not exist, or an output that cannot be written to.
     """
     evidence = Evidence(load(paths, trained_length))
+    if baseline:
+        arrange(evidence, choose(evidence.collection.results), baseline=baseline)  # says so where there is none
     drawn = plots(evidence)
     try:
         if figures:
@@ -81,7 +85,7 @@ def report(
             for plot in drawn:
                 plot.write(figures)
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(page(evidence, drawn, baseline), encoding="utf-8")
+        output.write_text(page(evidence, drawn, baseline or "full"), encoding="utf-8")
     except OSError as error:
         raise UsageError(f"{error.filename}: {error.strerror}") from None
     print(f"{output}: {len(evidence.collection.results)} results, {len(drawn)} figures")

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import math
 import re
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import pandas as pd
 
 from lminf_eval import __version__
+from lminf_eval.errors import UsageError
 from lminf_eval.results import escape, export, formats
 from lminf_eval.results.command import command_of
 from lminf_eval.results.describe import compact, environment_line, length_label, model_args, table, text
@@ -28,7 +30,7 @@ FILTERS = ("model", "method", "task", "length", "metric")
 
 
 def page(evidence: Evidence, plots: list[Plot], baseline: str = "") -> str:
-    """The whole page as HTML. `baseline` is as for `table.arrange`, where a table has it."""
+    """The whole page as HTML. `baseline` is as for `table.arrange`; a table that lacks it goes without."""
     collection = evidence.collection
     results = collection.results
     tables = _tables(evidence, baseline)
@@ -90,12 +92,15 @@ def _tables(evidence: Evidence, baseline: str) -> list[Table]:
     groups = [group for _, group in results[has_lengths].groupby("family")]
     groups += [results[~has_lengths]] if not has_lengths.all() else []
     several = results["model_path"].nunique() > 1
-    tables = []
-    for group in groups:
-        present = (group[["method", "attention", "backend"]] == baseline).any(axis=None)
-        rows = ("model", "method") if several else ("method",)
-        tables.append(arrange(evidence, group, rows, ("length",), baseline if present else ""))
-    return tables
+    rows = ("model", "method") if several else ("method",)
+    return [_compared(evidence, group, rows, baseline) for group in groups]
+
+
+def _compared(evidence: Evidence, results: pd.DataFrame, rows: Sequence[str], baseline: str) -> Table:
+    try:
+        return arrange(evidence, results, rows, baseline=baseline)
+    except UsageError:  # these tasks were not run with the baseline, or with several that answer to it
+        return arrange(evidence, results, rows)
 
 
 def _with_downloads(table: Table, number: int) -> dict[str, Any]:

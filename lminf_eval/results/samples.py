@@ -27,7 +27,10 @@ class SamplesError(ValueError):
 def sample_files(results_file: Path, raw: dict[str, Any]) -> dict[str, Path]:
     """The samples files beside `results_file`, by task: those with its date, or the only one there is of a task."""
     date = DATE_IN_NAME.search(results_file.name)
-    beside = {file.name: file for file in results_file.parent.iterdir() if file.suffix == ".jsonl"}
+    try:
+        beside = {file.name: file for file in results_file.parent.iterdir() if file.suffix == ".jsonl"}
+    except OSError:  # a folder that may be entered but not listed
+        return {}
     found = {}
     for task in raw["results"]:
         start = f"samples_{task}_"

@@ -172,8 +172,16 @@ def test_report_names_what_it_wrote(written, tmp_path, capsys):
     assert out == f"{tmp_path / 'new' / 'report.html'}: 8 results, 2 figures\n"
     assert "left out: " in err
     assert len(list((tmp_path / "figures").glob("*.png"))) == 2
+    with pytest.raises(UsageError, match="baseline nobody: the results have full, lambda"):
+        report([written.folder], baseline="nobody")
     with pytest.raises(UsageError, match=r"config\.json"):
         report([written.folder], written.folder / "config.json" / "report.html")
+
+
+def test_several_that_answer_to_the_baseline_leave_the_page_without_one(lm_eval_files, make_passkeys):
+    for rope in ("linear", "yarn"):
+        lm_eval_files.write({"passkey_4k": make_passkeys([1] * 5)}, args={"attention": "full", "rope": rope})
+    assert "In parentheses" not in page_of(lm_eval_files)
 
 
 def test_the_command_asks_for_what_the_file_records():
