@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,18 @@ def load(paths: Iterable[Path | str], trained_length: int | None = None) -> Coll
     results["trained_length"] = trained_length or _trained_length(results)
     results["past_trained"] = (results["length"] > results["trained_length"]).fillna(False).astype(bool)
     kept = set(results["run"])
-    return Collection(results, {name: run for name, run in runs.items() if name in kept}, problems, notes)
+    return Collection(results, {name: run for name, run in runs.items() if name in kept}, _grouped(problems), notes)
+
+
+def _grouped(problems: list[Problem]) -> list[Problem]:
+    """`problems` with files of one name and one reason, such as the config of each of many models, told as one."""
+    groups: dict[tuple[str, str], list[Problem]] = {}
+    for problem in problems:
+        groups.setdefault((Path(problem.file).name, problem.reason), []).append(problem)
+    return [
+        replace(first, reason=f"{first.reason} (and {len(others)} more of that name)" if others else first.reason)
+        for first, *others in groups.values()
+    ]
 
 
 def _json_files(paths: Iterable[Path | str]) -> list[Path]:

@@ -129,6 +129,16 @@ def test_foreign_and_broken_files_are_listed_with_the_reason(lm_eval_files, make
     assert reason in str(told.value)
 
 
+def test_many_files_of_one_name_and_reason_are_told_once(lm_eval_files, make_passkeys):
+    lm_eval_files.write({"passkey_4k": make_passkeys([1])})
+    for folder in "abc":
+        (lm_eval_files.folder / folder).mkdir()
+        (lm_eval_files.folder / folder / "done.json").write_text("{}")
+    problems = load([lm_eval_files.folder]).problems
+    assert [problem.file for problem in problems] == [str(lm_eval_files.folder / "a" / "done.json")]
+    assert problems[0].reason.endswith("(and 2 more of that name)")
+
+
 WRONG = [None, 7, -1.5, "text", "", [], [[]], {}, {"a": {"b": None}}, True, 10**400]
 
 
