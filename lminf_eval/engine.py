@@ -112,10 +112,13 @@ class Engine:
             for i, (path, extras) in zip(batch, found, strict=True):
                 yield from self._members(requests, nodes[i], _joined(paths[i], path), extras)
             self._answered()
-        for i, node in enumerate(nodes):
-            if not node.children:
-                continue
-            state = self.model.new_cache(1, node.longest()) if cache is None else cache.rows([0])
+        inner = [i for i, node in enumerate(nodes) if node.children]
+        for i in inner:
+            node = nodes[i]
+            if cache is None:
+                state = self.model.new_cache(1, node.longest())
+            else:  # nobody needs it after the last one
+                state = cache if i == inner[-1] else cache.rows([0])
             ((path, extras),) = self._run(requests, [node], state, keep=True)
             path = _joined(paths[i], path)
             yield from self._members(requests, node, path, extras)
@@ -211,9 +214,14 @@ class Engine:
             yield from self._decode(requests, ready)
 
     def _prefill(self, inputs, nodes: list[Node], cache, capacity: int):
-        """(request index, its state, logits [1, V] after its last token), the longest prompts first."""
-        for node in sorted(nodes, key=lambda node: -node.longest()):
-            state = self.model.new_cache(1, capacity) if cache is None else cache.rows([0])
+        """(request index, its state, logits [1, V] after its last token), the longest of unrelated prompts first."""
+        if cache is None:
+            nodes = sorted(nodes, key=lambda node: -node.longest())
+        for node in nodes:
+            if cache is None:
+                state = self.model.new_cache(1, capacity)
+            else:  # nobody needs it after the last one
+                state = cache if node is nodes[-1] else cache.rows([0])
             state.readmit_from = [node.marked_from]
             position = node.start
             for end in sorted({len(inputs[index]) for index in node.members} | {node.stop}):
@@ -283,7 +291,7 @@ class Engine:
             self.checkpoints.done()
 
     def _batches(self, nodes: list[Node], leaves: list[int]) -> Iterator[list[int]]:
-        """Runs of `leaves`, sorted by falling length, of batch_size; or as many as a chunk's worth of new tokens allows,
+        """Runs of `leaves`, sorted by falling length, of batch_size; or as many as a chunk's worth of new tokens allow,
         and eight rows' worth of what one sees of the past, which each row reads a copy of."""
         while leaves:
             new = min(self.chunk_size, len(nodes[leaves[0]].tokens))

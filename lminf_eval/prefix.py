@@ -9,7 +9,8 @@ from itertools import pairwise
 import numpy as np
 
 MIN_SHARED = 32  # tokens below which sharing saves less than a pass of its own costs
-MAX_DEPTH = 8  # branchings on one path: so many states are held at once; deeper, prefixes are computed again
+MAX_HELD = 8  # states held at once for branches still to come; beyond, prefixes are computed again
+MAX_DEPTH = 64  # branchings on one path, for the call stack's sake; beyond, likewise
 
 
 @dataclass
@@ -49,7 +50,7 @@ def forest(inputs: list[np.ndarray], share: bool = True, marks: list[int] | None
     marked = [_marked(tokens, mark) for tokens, mark in zip(inputs, marks, strict=True)]
     order = sorted(range(len(inputs)), key=cmp_to_key(lambda a, b: _compare(marked[a], marked[b])))
     agreed = [_common_prefix(marked[a], marked[b]) for a, b in pairwise(order)]
-    roots = _grow(marked, order, agreed, 0, len(order), 0, MAX_DEPTH)
+    roots = _grow(marked, order, agreed, 0, len(order), 0, MAX_HELD, MAX_DEPTH)
     todo = list(roots)
     while todo:
         node = todo.pop()
@@ -64,28 +65,37 @@ def _marked(tokens: np.ndarray, mark: int) -> np.ndarray:
     return np.append(tokens[:mark], ~tokens[mark:]) if mark < len(tokens) else tokens
 
 
-def _grow(inputs, order, agreed, low, high, start, depth) -> list[Node]:
+def _grow(inputs, order, agreed, low, high, start, held, depth) -> list[Node]:
     """Nodes at `start` for the sorted inputs order[low:high], all of which agree before it.
 
     agreed[i] is the length of the common prefix of the i-th and the next input. Sorted neighbours share a node where
     one is a prefix of the other, or where they agree on MIN_SHARED more tokens.
+
+    Of siblings the one with the most requests comes last, and may go on with its parent's state instead of a copy. So
+    the teeth of a comb need one held state, not one each, and any tree at most the logarithm of its requests.
     """
     nested = [agreed[i] == len(inputs[order[i]]) for i in range(low, high - 1)]
-    joined = [n or (depth > 0 and agreed[low + i] - start >= MIN_SHARED) for i, n in enumerate(nested)]
-    nodes, first = [], low
-    for i in range(low, high):
-        if i < high - 1 and joined[i - low]:
+    branch = held > 0 and depth > 0
+    joined = [n or (branch and agreed[low + i] - start >= MIN_SHARED) for i, n in enumerate(nested)]
+    ends = [i + 1 for i in range(low, high) if i == high - 1 or not joined[i - low]]
+    groups = sorted(pairwise([low, *ends]), key=lambda group: group[1] - group[0])
+    nodes = []
+    for group in groups:
+        first, end = group
+        partings = [agreed[j] for j in range(first, end - 1) if not nested[j - low]]
+        left = held if start == 0 or group == groups[-1] else held - 1
+        if partings and not left:
+            nodes += _grow(inputs, order, agreed, first, end, start, 0, depth)
             continue
-        partings = [agreed[j] for j in range(first, i) if not nested[j - low]]
-        longest = inputs[order[i]]  # of nested inputs the last is the longest
+        longest = inputs[order[end - 1]]  # of nested inputs the last is the longest
         node = Node(start, longest[start : min(partings, default=len(longest))])
         inside = first
-        while inside <= i and len(inputs[order[inside]]) <= node.stop:
+        while inside < end and len(inputs[order[inside]]) <= node.stop:
             node.members.append(order[inside])
             inside += 1
-        node.children = _grow(inputs, order, agreed, inside, i + 1, node.stop, depth - 1) if inside <= i else []
+        if inside < end:
+            node.children = _grow(inputs, order, agreed, inside, end, node.stop, left, depth - 1)
         nodes.append(node)
-        first = i + 1
     return nodes
 
 

@@ -1,11 +1,14 @@
 """Scoring and generating in chunks and batches: against a whole model under the definition, and sharing against not."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lminf_eval import engine as engine_module
+from lminf_eval.cache import LambdaCache
 from lminf_eval.engine import Engine, GenerateRequest, ScoreRequest
 from lminf_eval.full import FullModel
 from lminf_eval.rope import Rotary
@@ -277,6 +280,39 @@ def test_logits_are_taken_a_few_positions_at_a_time(patched, monkeypatch):
     assert max(rows) == 8
     assert found.log_probs == pytest.approx(expected.log_probs, abs=1e-12)
     assert found.greedy.tolist() == expected.greedy.tolist()
+
+
+def test_requests_that_part_one_by_one_hold_few_states(patched, monkeypatch):
+    """Twenty prompts leave their common filler at rising depths, as passkeys do: nothing is computed twice for it."""
+    model, filler = patched(SHARED[0]), torch.randint(90, (800,)).tolist()
+    texts = [[*filler[: 40 * (n + 1)], 91, 92, 93] for n in range(20)]
+    states, most = [], 0
+
+    def kept(function):
+        def make(*args):
+            states.append(weakref.ref(made := function(*args)))
+            return made
+
+        return make
+
+    def hidden(*args):
+        nonlocal most
+        most = max(most, sum(state() is not None for state in states))
+        return own_hidden(*args)
+
+    own_hidden = model.hidden
+    monkeypatch.setattr(model, "hidden", hidden)
+    monkeypatch.setattr(model, "new_cache", kept(model.new_cache))
+    monkeypatch.setattr(LambdaCache, "rows", kept(LambdaCache.rows))
+    engine = Engine(model, 64, 1)
+    assert len(dict(engine.score([ScoreRequest(text, len(text) - 1) for text in texts]))) == 20
+    assert engine.computed == 800 + 20 * 2
+    assert most == 1  # the teeth are read off the filler's state, which the filler's next stretch then takes over
+    states.clear()
+    engine, most = Engine(model, 64, 1), 0
+    assert len(dict(engine.generate([GenerateRequest(text, 2, NEVER) for text in texts]))) == 20
+    assert engine.computed == 800 + 20 * 3 + 20
+    assert most <= 4  # the filler's, a tooth's, and the copy that goes on generating
 
 
 class _Largest(TorchDispatchMode):

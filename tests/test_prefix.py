@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lminf_eval import prefix
-from lminf_eval.prefix import MAX_DEPTH, MIN_SHARED, forest
+from lminf_eval.prefix import MAX_DEPTH, MAX_HELD, MIN_SHARED, forest
 
 
 def paths(roots):
@@ -29,6 +29,15 @@ def depth_of(roots):
     return 1 + max(depth_of(root.children) for root in roots) if roots else 0
 
 
+def held(roots, cache=False):
+    """States held at once: a node's for its children, but for the last, which may take it over."""
+    states = 0
+    for node in roots:
+        below = held(node.children, True) if node.children else 0
+        states = max(states, below + (cache and node is not roots[-1]))
+    return max(states, int(cache))
+
+
 def check(inputs, roots):
     found = paths(roots)
     assert sorted(found) == list(range(len(inputs)))
@@ -42,7 +51,8 @@ def check(inputs, roots):
             assert node.start < len(inputs[member]) <= node.stop
     for i, tokens in enumerate(inputs):
         assert np.array_equal(found[i][: len(tokens)], tokens)
-    assert depth_of(roots) <= MAX_DEPTH + 1
+    assert depth_of(roots) <= prefix.MAX_DEPTH + 1
+    assert held(roots) <= prefix.MAX_HELD
     return tokens_in(roots)
 
 
@@ -57,21 +67,21 @@ def random_inputs(rng):
 
 
 @pytest.mark.parametrize("min_shared", [1, 4, 32])
-@pytest.mark.parametrize("max_depth", [0, 1, 3, 8])
-def test_random_lists(monkeypatch, min_shared, max_depth):
+@pytest.mark.parametrize(("max_held", "max_depth"), [(0, 64), (1, 64), (2, 64), (8, 64), (8, 3), (8, 0)])
+def test_random_lists(monkeypatch, min_shared, max_held, max_depth):
     monkeypatch.setattr(prefix, "MIN_SHARED", min_shared)
+    monkeypatch.setattr(prefix, "MAX_HELD", max_held)
     monkeypatch.setattr(prefix, "MAX_DEPTH", max_depth)
     rng = np.random.default_rng(0)
-    for _ in range(100):
+    for _ in range(60):
         inputs = random_inputs(rng)
         roots = forest(inputs)
         assert check(inputs, roots) <= sum(map(len, inputs))
-        assert depth_of(roots) <= max_depth + 1
 
 
 def test_as_few_tokens_as_a_trie_where_everything_may_be_shared(monkeypatch):
     monkeypatch.setattr(prefix, "MIN_SHARED", 1)
-    monkeypatch.setattr(prefix, "MAX_DEPTH", 10**6)
+    monkeypatch.setattr(prefix, "MAX_HELD", 10**6)
     rng = np.random.default_rng(0)
     for _ in range(50):
         inputs = random_inputs(rng)
@@ -130,6 +140,20 @@ def test_a_comb_of_hundreds_of_teeth():
     roots = forest(inputs)
     assert check(inputs, roots) < sum(map(len, inputs))
     assert depth_of(roots) == MAX_DEPTH + 1
+    assert held(roots) == 1
+
+
+def test_a_comb_that_fits_is_computed_once():
+    inputs = [np.concatenate([np.zeros(40 * (n + 1), dtype=np.int64), [n + 1]]) for n in range(50)]
+    assert check(inputs, forest(inputs)) == 50 * 40 + 50
+
+
+def test_a_full_binary_tree_holds_no_more_states_than_it_may():
+    """All 1024 sequences of ten steps, each step 40 tokens of zeros or ones."""
+    inputs = [np.repeat([(n >> bit) & 1 for bit in range(10)], 40) for n in range(1024)]
+    roots = forest(inputs)
+    check(inputs, roots)
+    assert held(roots) == MAX_HELD
 
 
 def test_the_order_of_requests_changes_nothing_but_names():
