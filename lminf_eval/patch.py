@@ -18,8 +18,11 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from lminf_eval.attention import alibi
 from lminf_eval.attention.chunk import attend_chunk
 from lminf_eval.attention.decode import attend_one
+from lminf_eval.attention.kernels import merge
+from lminf_eval.attention.topk import Middle
 from lminf_eval.cache import LambdaCache, LayerCache
 from lminf_eval.errors import UsageError
 from lminf_eval.families import FAMILIES
@@ -111,9 +114,14 @@ class LambdaModel:
     stack = staticmethod(LambdaCache.stack)
 
     @property
+    def reach(self) -> int:
+        """How many tokens before it a token sees at most, top-k aside."""
+        return self.spec.n_local + self.spec.sinks
+
+    @property
     def readmits(self) -> bool:
         """Whether middle keys can be seen again (`top_k`)."""
-        return False
+        return self.spec.top_k > 0
 
     @torch.inference_mode()
     def hidden(self, ids_BL: torch.Tensor, cache: LambdaCache, keep: bool = True):
@@ -150,18 +158,41 @@ class LambdaModel:
         if layer is None and self._keep:
             layer = cache.layers[index] = LayerCache.empty(k_BKLD, v_BKLD, window, sinks, cache.capacity)
         turn = partial(self._turn, module)
-        how = {
-            "scale": scale,
-            "softcap": options.get("softcap"),
-            "sink_logits_H": options.get("s_aux"),
-            "slopes_H": self.slopes,
-        }
+        how = {"scale": scale, "softcap": options.get("softcap"), "slopes_H": self.slopes}
         if q_BHLD.shape[2] == 1 and self._keep:
-            out = attend_one(q_BHLD, k_BKLD, v_BKLD, layer, cache.lengths, cache.origins, self.spec, turn, **how)
+            out, lse = attend_one(q_BHLD, k_BKLD, v_BKLD, layer, cache.lengths, cache.origins, self.spec, turn, **how)
         else:
             at = cache.lengths[0], cache.origins[0]
-            out = attend_chunk(q_BHLD, k_BKLD, v_BKLD, layer, self._keep, *at, self.spec, window, sinks, turn, **how)
+            out, lse = attend_chunk(
+                q_BHLD, k_BKLD, v_BKLD, layer, self._keep, *at, self.spec, window, sinks, turn, **how
+            )
+        if self.readmits and index >= self.spec.top_k_from_layer and sinks and cache.capacity > window + sinks:
+            self._readmit(index, out, lse, q_BHLD, k_BKLD, v_BKLD, turn, **how)
+        if options.get("s_aux") is not None:  # a learned logit per head joins the softmax, with no value (gpt-oss)
+            share = lse - torch.logaddexp(lse, options["s_aux"].to(lse.dtype)[None, :, None])
+            out = out * share.exp().unsqueeze(-1).to(out.dtype)
         return out.to(dtype)
+
+    def _readmit(self, index: int, out, lse, q_BHLD, k_BKLD, v_BKLD, turn, scale, softcap, slopes_H) -> None:
+        """Merge each new token's best middle keys into `out` and `lse`, in place, in the rows that have come so far."""
+        cache, spec, L = self._cache, self.spec, q_BHLD.shape[2]
+        zero = torch.zeros(1, 1, dtype=torch.long)
+        if slopes_H is None:
+            keys = turn(k_BKLD, zero, "middle keys")
+            queries = turn(q_BHLD, zero + spec.top_k_distance, "middle queries")
+        else:
+            keys = alibi.keys_at(k_BKLD, zero[0])
+            queries = alibi.queries_at(q_BHLD, zero[0] + spec.top_k_distance, slopes_H / scale)
+        middles = cache.middles.get(index, [Middle()] * len(cache.lengths))
+        middles = [middle.append(keys[row], v_BKLD[row]) for row, middle in enumerate(middles)]
+        if self._keep:
+            cache.middles[index] = middles
+        for row, (start, readmit_from) in enumerate(zip(cache.lengths, cache.readmit_from or [], strict=False)):
+            first = max(0, readmit_from - start)
+            stop_L = torch.arange(start + first, start + L) - spec.n_local + 1  # where each token's window begins
+            if first < L and int(stop_L[-1]) > spec.sinks:
+                found = middles[row].attend(queries[row, :, first:], spec.sinks, stop_L, spec.top_k, scale, softcap)
+                merge(out[row, :, first:], lse[row, :, first:], *found)
 
     def _reach(self, module: nn.Module, options: dict) -> tuple[int, int]:
         """(window, starting tokens) of a layer: the method's, or the layer's own where it slides as trained.

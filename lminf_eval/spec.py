@@ -28,12 +28,29 @@ class LambdaSpec(BaseModel):
         None, ge=1, description="window in tokens; default: the length the model was pre-trained at"
     )
     n_global: int = Field(10, ge=0, description="starting tokens every token sees")
+    top_k: int = Field(
+        0, ge=0, description="middle keys seen again by each head from the last prompt token on; 0: none"
+    )
+    top_k_from_layer: int = Field(0, ge=0, description="first layer that sees middle keys again")
+    top_k_distance: int | None = Field(
+        None, ge=0, description="distance at which they are scored; default: half of n_local"
+    )
+    rope: Literal["linear", "dynamic", "yarn"] | None = Field(
+        None, description="position scaling, with attention=full: a baseline"
+    )
+    rope_factor: float | None = Field(None, gt=1, description="how much further rope= is to reach")
     chunk_size: int = Field(2048, ge=1, description="tokens of one sequence that pass through the model at once")
 
     @model_validator(mode="after")
     def _branches_fit(self) -> LambdaSpec:
         if self.attention in ("lambda", "streaming") and self.n_local is not None and self.n_global >= self.n_local:
             raise ValueError(f"n_global={self.n_global} must be smaller than n_local={self.n_local}")
+        if self.top_k and self.attention != "lambda":
+            raise ValueError(f"top_k={self.top_k} goes with attention=lambda, not with attention={self.attention}")
+        if self.rope and self.attention != "full":
+            raise ValueError(f"rope={self.rope} goes with attention=full, not with attention={self.attention}")
+        if (self.rope is None) != (self.rope_factor is None):
+            raise ValueError("rope and rope_factor go together, as in rope=yarn,rope_factor=4")
         return self
 
     @classmethod
@@ -54,19 +71,21 @@ class LambdaSpec(BaseModel):
         return 0 if self.attention == "window" else self.n_global
 
     def resolve(self, config: Any) -> tuple[LambdaSpec, str]:
-        """This spec with n_local filled in from a transformers `config`, and the reason for its value.
+        """This spec with n_local and top_k_distance filled in from a transformers `config`, and why n_local is that.
 
         Raises:
             UsageError: if the config tells no length, or one that n_global does not fit in.
         """
-        if self.n_local is not None:
-            return self, "set by n_local"
-        n_local, why = trained_length(config)
+        n_local, why = (self.n_local, "set by n_local") if self.n_local is not None else trained_length(config)
         if n_local is None:
             raise UsageError(
                 f"n_local: the config of {config.model_type!r} tells no pre-training length; pass n_local=<tokens>"
             )
-        return LambdaSpec.parse({**self.model_dump(), "n_local": n_local}), why
+        layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+        if self.top_k and layers is not None and self.top_k_from_layer >= layers:
+            raise UsageError(f"top_k_from_layer={self.top_k_from_layer} must be less than the model's {layers} layers")
+        distance = n_local // 2 if self.top_k_distance is None else self.top_k_distance
+        return LambdaSpec.parse({**self.model_dump(), "n_local": n_local, "top_k_distance": distance}), why
 
 
 def trained_length(config: Any) -> tuple[int | None, str]:

@@ -1,4 +1,4 @@
-"""A chunk of new tokens against the cache: the band over window and chunk, the starting tokens, learned sinks.
+"""A chunk of new tokens against the cache: the band over window and chunk, and the starting tokens.
 
 Shapes: B rows, H query heads, K key-value heads, L new tokens, G starting tokens, D head dimension.
 """
@@ -28,10 +28,9 @@ def attend_chunk(
     turn: Callable[[torch.Tensor, torch.Tensor, str], torch.Tensor],
     scale: float,
     softcap: float | None = None,
-    sink_logits_H: torch.Tensor | None = None,
     slopes_H: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Λ-attention of L new tokens, the same positions in all rows: [B, H, L, D].
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Λ-attention of L new tokens, the same positions in all rows: out [B, H, L, D] and lse [B, H, L].
 
     Args:
         layer: what is remembered of the tokens before; None where there are none and nothing is kept.
@@ -39,7 +38,6 @@ def attend_chunk(
         start, origin: the first new token's position, and the position that rotations are relative to.
         window, sinks: this layer's reach: the method's n_local and n_global, or its own sliding window and none.
         turn: (x, positions [1, S], a name for them) -> x rotated by the model's own rotary embedding.
-        sink_logits_H: a learned logit per head that joins the softmax with no value (gpt-oss).
         slopes_H: ALiBi's slopes, for a model without rotations.
     """
     L = q_BHLD.shape[2]
@@ -73,10 +71,7 @@ def attend_chunk(
         banded.add_far(out[:, :, far:], lse[:, :, far:], q_far, k_far, v_far, seen, scale, softcap)
     if keep:
         layer.write(k, v_BKLD, start)
-    if sink_logits_H is not None:
-        share = lse - torch.logaddexp(lse, sink_logits_H.to(lse.dtype)[None, :, None])
-        out = out * share.exp().unsqueeze(-1).to(out.dtype)
-    return out
+    return out, lse
 
 
 def far_positions(spec: LambdaSpec, window: int, sinks: int, rows_L: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -27,15 +27,13 @@ def attend_one(
     turn: Callable[[torch.Tensor, torch.Tensor, str], torch.Tensor],
     scale: float,
     softcap: float | None = None,
-    sink_logits_H: torch.Tensor | None = None,
     slopes_H: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Λ-attention of one token per row, [B, H, 1, D], after putting its key and value into `layer`.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Λ-attention of one token per row, after putting its key and value into `layer`: out [B, H, 1, D], lse [B, H, 1].
 
     Args:
         lengths, origins: the position of each row's new token, and what its rotations are relative to.
         turn: (x, positions [B or 1, S], a name for them) -> x rotated by the model's own rotary embedding.
-        sink_logits_H: a learned logit per head that joins the softmax with no value (gpt-oss).
         slopes_H: ALiBi's slopes, for a model without rotations.
     """
     window, G, R = layer.window, layer.sinks, layer.ring
@@ -81,12 +79,9 @@ def attend_one(
     )
     if not visible_BM.all():
         logits = logits.masked_fill(~visible_BM.to(logits.device)[:, None, None], float("-inf"))
-    if sink_logits_H is not None:
-        extra = sink_logits_H.to(wide).view(1, K, H // K, 1).expand(B, -1, -1, -1)
-        weights = torch.cat([logits, extra], -1).softmax(-1)[..., :-1]
-    else:
-        weights = logits.softmax(-1)
-    return (weights.to(values.dtype) @ values).view(B, H, 1, -1)
+    lse_BKg = logits.logsumexp(-1)
+    weights = (logits - lse_BKg.unsqueeze(-1)).exp_()
+    return (weights.to(values.dtype) @ values).view(B, H, 1, -1), lse_BKg.view(B, H, 1)
 
 
 def far_distance(spec: LambdaSpec, window: int, sinks: int, position_B: torch.Tensor) -> torch.Tensor:

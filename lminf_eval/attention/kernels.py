@@ -31,10 +31,12 @@ def attend(
     name = primitive(q_BHLD, softcap)
     if name == "math":
         return _math(q_BHLD, k_BKMD, v_BKMD, scale, causal, softcap)
-    narrower = q_BHLD.shape[3] - v_BKMD.shape[3]
-    if narrower > 0:  # the fused kernels know one head dimension
-        out, lse = attend(q_BHLD, k_BKMD, pad(v_BKMD, (0, narrower)), scale, causal)
-        return out[..., :-narrower], lse
+    D = v_BKMD.shape[3]
+    if q_BHLD.shape[3] != D:  # the fused kernels know one head dimension
+        widest = max(D, q_BHLD.shape[3])
+        q, k, v = (pad(x, (0, widest - x.shape[3])) for x in (q_BHLD, k_BKMD, v_BKMD))
+        out, lse = attend(q, k, v, scale, causal)
+        return out[..., :D], lse
     if name == "cpu-flash":
         op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         return op(q_BHLD, k_BKMD, v_BKMD, 0.0, causal, scale=scale)

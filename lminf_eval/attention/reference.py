@@ -24,6 +24,7 @@ def lambda_attention(
     softcap: float | None = None,
     sink_logits_H: torch.Tensor | None = None,
     slopes_H: torch.Tensor | None = None,
+    readmit_from: int | None = None,
 ) -> torch.Tensor:
     """Attention of one whole sequence (LM-Infinite, arXiv 2308.16137, section 4; StreamingLLM, arXiv 2309.17453).
 
@@ -35,6 +36,8 @@ def lambda_attention(
         softcap: logits become softcap * tanh(logits / softcap) (Gemma 2).
         sink_logits_H: a learned logit per head that joins the softmax with no value (gpt-oss).
         slopes_H: ALiBi's slopes: a bias of -slope * distance (`rotate` then returns x as it is).
+        readmit_from: from this query on, each head also sees the spec's `top_k` best of the keys that neither branch
+            shows, scored as if at distance `top_k_distance`; None in layers, and for requests, without top-k.
 
     Returns:
         [B, H, S, D], in the dtype of q.
@@ -55,12 +58,22 @@ def lambda_attention(
     else:
         query_far, key_far = torch.full_like(i, spec.n_local), torch.zeros_like(j)
     logits_BHSS = torch.where(local, logits(i, j), logits(query_far, key_far))
+    as_if = torch.where(local, distance, query_far[:, None] - key_far[None, :])
+    middle = (distance > 0) & ~local & ~far
+    if readmit_from is not None:
+        middle_logits = logits(torch.full_like(i, spec.top_k_distance), torch.zeros_like(j))
+        logits_BHSS = torch.where(middle, middle_logits, logits_BHSS)
+        as_if = torch.where(middle, torch.full_like(as_if, spec.top_k_distance), as_if)
     if softcap is not None:
         logits_BHSS = softcap * torch.tanh(logits_BHSS / softcap)
     if slopes_H is not None:
-        as_if = torch.where(local, distance, query_far[:, None] - key_far[None, :])
         logits_BHSS = logits_BHSS - slopes_H.to(logits_BHSS)[:, None, None] * as_if
-    logits_BHSS = logits_BHSS.masked_fill(~(local | far), float("-inf"))
+    visible = (local | far).expand(logits_BHSS.shape)
+    if readmit_from is not None:
+        middle = middle & (i[:, None] >= readmit_from)
+        best = logits_BHSS.masked_fill(~middle, float("-inf")).topk(min(spec.top_k, len(j)), -1).indices
+        visible = visible | (torch.zeros_like(visible).scatter(-1, best, True) & middle)
+    logits_BHSS = logits_BHSS.masked_fill(~visible, float("-inf"))
     if sink_logits_H is None:
         return logits_BHSS.softmax(-1) @ v_BHSD
     sink_BHS1 = sink_logits_H.to(logits_BHSS.dtype)[None, :, None, None].expand(*logits_BHSS.shape[:3], 1)
