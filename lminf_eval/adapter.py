@@ -22,7 +22,7 @@ from lminf_eval.attention.kernels import primitive
 from lminf_eval.engine import Engine, GenerateRequest, Score, ScoreRequest
 from lminf_eval.errors import UsageError
 from lminf_eval.full import FullModel
-from lminf_eval.sampling import chooser
+from lminf_eval.sampling import check_options, chooser
 from lminf_eval.selfcheck import lambda_model
 from lminf_eval.spec import LambdaSpec
 from lminf_eval.sweep.checkpoint import Checkpoints
@@ -59,6 +59,9 @@ class LMInfinite(HFLM):
         given = dict(kwargs)
         own = LambdaSpec.model_fields.keys() & kwargs.keys()
         self.spec = LambdaSpec.parse({name: kwargs.pop(name) for name in own})
+        for name in ("attn_implementation", "mixed_precision_dtype"):  # they are the plain model's
+            if self.spec.attention != "full" and kwargs.get(name) is not None:
+                raise UsageError(f"{name}={kwargs[name]}: goes with attention=full only")
         self.prefix_sharing = prefix_sharing
         self.n_local_from = ""
         self._unread: dict[str, Any] | None = None  # the arguments the weights will be loaded with
@@ -113,8 +116,6 @@ class LMInfinite(HFLM):
             )
 
     def _create_model(self, pretrained: str, **kwargs: Any) -> None:
-        if self.spec.attention != "full" and "attn_implementation" in kwargs:
-            raise UsageError("attn_implementation: lminf brings its own attention; it goes with attention=full only")
         self._unread = {"pretrained": pretrained, **kwargs}
         self._model = _Unread()
 
@@ -172,6 +173,9 @@ class LMInfinite(HFLM):
         kinds = ["rolling" if strings is None else "score" for strings, _, _ in requests]
         keys = [self._key(kind, one.tokens, one.scored_from) for kind, one in zip(kinds, todo, strict=True)]
         answers, missing = self._recall(keys)
+        for i in [i for i in missing if not requests[i][2]]:  # nothing to predict
+            answers[i] = [0.0, True]
+        missing = [i for i in missing if requests[i][2]]
         with self._bar("loglikelihood", disable_tqdm) as bar:
             for place, score in self._computed(bar, "score", [todo[i] for i in missing]):
                 i = missing[place]
@@ -225,6 +229,7 @@ class LMInfinite(HFLM):
                 raise UsageError("a context encodes to no tokens; generation needs at least one")
             if kwargs.get("do_sample") is False:
                 kwargs.pop("temperature", None)
+            check_options(kwargs)
             seen[context] += 1
             draw = [torch.initial_seed(), seen[context]] if kwargs.get("do_sample") else None
             prompts.append((tokens, max_new, until, kwargs, f"{context} {seen[context]}"))

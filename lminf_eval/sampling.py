@@ -38,6 +38,20 @@ _OPTIONS = {"do_sample", *_ALWAYS, *_SAMPLED, *_FIXED}
 Choose = Callable[[list[int], torch.Tensor], int]
 
 
+def check_options(options: dict[str, Any]) -> None:
+    """Refuse options that `chooser` doesn't know.
+
+    Raises:
+        UsageError: naming the option and those that are supported.
+    """
+    for name, value in options.items():
+        if name not in _OPTIONS and value is not None:
+            known = ", ".join(sorted({*_OPTIONS, "until", "max_gen_toks"}))
+            raise UsageError(f"generation option {name}={value} is not supported; allowed: {known}")
+        if name in _FIXED and value not in (None, _FIXED[name]):
+            raise UsageError(f"generation option {name}={value}: only {name}={_FIXED[name]} is supported")
+
+
 def chooser(options: dict[str, Any], defaults: GenerationConfig, request: str = "") -> Choose | None:
     """What picks the next token from (tokens so far, logits [V]); None for plain greedy decoding.
 
@@ -50,13 +64,8 @@ def chooser(options: dict[str, Any], defaults: GenerationConfig, request: str = 
     Raises:
         UsageError: for an option that isn't supported, naming it and those that are, or an impossible value.
     """
+    check_options(options)
     options = {name: value for name, value in options.items() if value is not None}
-    for name, value in options.items():
-        if name not in _OPTIONS:
-            known = ", ".join(sorted({*_OPTIONS, "until", "max_gen_toks"}))
-            raise UsageError(f"generation option {name}={value} is not supported; allowed: {known}")
-        if name in _FIXED and value != _FIXED[name]:
-            raise UsageError(f"generation option {name}={value}: only {name}={_FIXED[name]} is supported")
     sample = bool(options.get("do_sample", False))
     processors = LogitsProcessorList()
     for name, (neutral, processor) in {**_ALWAYS, **(_SAMPLED if sample else {})}.items():
