@@ -189,7 +189,7 @@ class LambdaModel:
             cache.middles[index] = middles
         for row, (start, readmit_from) in enumerate(zip(cache.lengths, cache.readmit_from or [], strict=False)):
             first = max(0, readmit_from - start)
-            stop_L = torch.arange(start + first, start + L) - spec.n_local + 1  # where each token's window begins
+            stop_L = torch.arange(start, start + L)[first:] - spec.n_local + 1  # where each token's window begins
             if first < L and int(stop_L[-1]) > spec.sinks:
                 found = middles[row].attend(queries[row, :, first:], spec.sinks, stop_L, spec.top_k, scale, softcap)
                 merge(out[row, :, first:], lse[row, :, first:], *found)

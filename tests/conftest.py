@@ -117,15 +117,18 @@ def tiny_model():
 
 @pytest.fixture(scope="session")
 def reference_logits():
-    """`reference_logits(model, spec, ids [B, S])` -> logits [B, S, V] of the whole model under the definition.
+    """`reference_logits(model, spec, ids [B, S], readmit_from)` -> logits [B, S, V] of the model under the definition.
 
-    Every layer's attention is `attention/reference.py` over the whole sequence at once, at absolute positions.
+    Every layer's attention is `attention/reference.py` over the whole sequence at once, at absolute positions; with
+    top-k re-admission from the position `readmit_from` on.
     """
     from lminf_eval.attention.reference import lambda_attention
     from lminf_eval.selfcheck import lambda_model
     from lminf_eval.spec import LambdaSpec
 
-    def logits(model: torch.nn.Module, spec: LambdaSpec, ids: torch.Tensor) -> torch.Tensor:
+    def logits(
+        model: torch.nn.Module, spec: LambdaSpec, ids: torch.Tensor, readmit_from: int | None = None
+    ) -> torch.Tensor:
         patched = lambda_model(model, spec)
 
         def attend(module, q, k, v, scale, options):
@@ -135,7 +138,9 @@ def reference_logits():
 
             own = options.get("sliding_window")
             layer = LambdaSpec(attention="window", n_local=own) if own else spec
-            return lambda_attention(q, k, v, rotate, layer, scale, options.get("softcap"), options.get("s_aux"))
+            again = None if own or module.layer_idx < spec.top_k_from_layer else readmit_from
+            extra = {"softcap": options.get("softcap"), "sink_logits_H": options.get("s_aux"), "readmit_from": again}
+            return lambda_attention(q, k, v, rotate, layer, scale, **extra)
 
         patched.attend = attend
         try:
