@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lminf_eval.results.samples import DATE_IN_NAME
+from lminf_eval.sweep.journal import HOW
 
 METHOD_SETTINGS = ("n_local", "n_global", "top_k", "top_k_from_layer", "top_k_distance", "rope", "rope_factor")
 USED_BY = {  # the settings that change what an attention computes; the others are not part of its name
@@ -22,13 +23,12 @@ USED_BY = {  # the settings that change what an attention computes; the others a
     "streaming": ("n_local", "n_global", "rope", "rope_factor"),
     "lambda": METHOD_SETTINGS,
 }
-# Where and how fast a model runs: two results that differ in nothing else measure the same.
-RUNTIME_ARGS = {
-    *("batch_size", "max_batch_size", "device", "device_map", "parallelize", "max_memory_per_gpu", "max_cpu_memory"),
-    *("offload_folder", "trust_remote_code", "chunk_size", "prefix_sharing", "parallel", "tp_size", "journal"),
-    *("tensor_parallel_size", "data_parallel_size", "pipeline_parallel_size", "gpu_memory_utilization", "swap_space"),
-    *("num_concurrent", "max_retries", "timeout", "verify_certificate"),
+# Where and how fast a model runs, here or in lm-eval's other backends: what differs in nothing else measures the same.
+RUNTIME_ARGS = HOW | {
+    *("trust_remote_code", "tensor_parallel_size", "data_parallel_size", "pipeline_parallel_size", "swap_space"),
+    *("gpu_memory_utilization", "num_concurrent", "max_retries", "timeout", "verify_certificate", "base_url"),
 }
+SECRET = re.compile(r"(^|_)(token|api_key|password|secret)$")
 MODEL_KEYS = ("pretrained", "model", "path", "engine")
 UNITS = {"k": 1024, "m": 1024**2}
 LENGTH_IN_NAME = re.compile(r"_(\d+)([km])$")
@@ -124,17 +124,19 @@ def higher_is_better(raw: dict[str, Any], task: str, metric: str) -> bool | None
 
 
 def model_args(given: Any) -> dict[str, str]:
-    """`--model_args` as a table of texts, from a table, from "a=1,b=2", or from JSON in a string."""
+    """`--model_args` as a table of texts, from a table, from "a=1,b=2", or from JSON in a string; secrets hidden."""
     if isinstance(given, str):
-        if given.lstrip().startswith("{"):
-            try:
-                return model_args(json.loads(given))
-            except (json.JSONDecodeError, RecursionError):
-                return {}
-        # A value may hold commas of its own (a list): a part without "=" belongs to the part before it.
-        parts = re.split(r",(?=[^,=]+=)", given)
-        return {key.strip(): value.strip() for key, found, value in (part.partition("=") for part in parts) if found}
-    return {text(key): text(value) for key, value in table(given).items()}
+        try:
+            given = json.loads(given) if given.lstrip().startswith("{") else _pairs(given)
+        except (ValueError, RecursionError):
+            return {}
+    return {text(key): "hidden" if SECRET.search(text(key)) else text(value) for key, value in table(given).items()}
+
+
+def _pairs(given: str) -> dict[str, str]:
+    # A value may hold commas of its own (a list): a part without "=" belongs to the part before it.
+    parts = re.split(r",(?=[^,=]+=)", given)
+    return {key.strip(): value.strip() for key, found, value in (part.partition("=") for part in parts) if found}
 
 
 def trained_length(raw: dict[str, Any], args: dict[str, str], backend: str) -> float:

@@ -254,6 +254,8 @@ def test_broken_samples_tell_the_reason(tmp_path, content, reason):
         ("pretrained=a,stop=[1,2],x=3", {"pretrained": "a", "stop": "[1,2]", "x": "3"}),
         ('{"pretrained": "a", "n": 3}', {"pretrained": "a", "n": "3"}),
         ({"pretrained": "a", "n": 3}, {"pretrained": "a", "n": "3"}),
+        ("pretrained=a,token=hf_x", {"pretrained": "a", "token": "hidden"}),
+        ({"pretrained": "a", "api_key": "x"}, {"pretrained": "a", "api_key": "hidden"}),
         ("", {}),
         ("{broken", {}),
         (None, {}),
