@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from tqdm import tqdm
 
-from lminf_eval import __version__
+from lminf_eval import __version__, support
 from lminf_eval.arguments import check, find_device, identity
 from lminf_eval.attention.kernels import primitive
 from lminf_eval.engine import Engine, GenerateRequest, Score, ScoreRequest
@@ -101,6 +101,7 @@ class LMInfinite(HFLM):
         if getattr(config, "is_encoder_decoder", False):
             raise UsageError(f"the family {config.model_type!r} is an encoder-decoder; only causal LMs can be run")
         if self.spec.attention != "full":
+            support.check(config)
             self.spec, self.n_local_from = self.spec.resolve(config)
 
     def _create_tokenizer(self, pretrained, tokenizer, **kwargs: Any) -> None:
@@ -154,28 +155,32 @@ class LMInfinite(HFLM):
 
     def _loglikelihood_tokens(
         self,
-        requests: list[tuple[tuple[str, str] | None, list[int], list[int]]],
+        requests: list[tuple[tuple[str, str] | None, Sequence[int], Sequence[int]]],
         disable_tqdm: bool = False,
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
-        """(log-probability, all greedy) of each (strings, context tokens, continuation tokens)."""
+        """(log-probability, all greedy) of each (strings, context tokens, continuation tokens).
+
+        The strings are None in a rolling request.
+        """
         todo, cut = [], 0
-        for _, context, continuation in requests:
+        for strings, context, continuation in requests:
             if len(continuation) > self.max_length:
                 longest = f"max_length={self.max_length}: a continuation has {len(continuation)} tokens"
                 raise UsageError(f"{longest}; raise or drop max_length")
-            whole = (context or [self.prefix_token_id]) + continuation  # a tokenizer may make nothing of spaces
+            before = context if len(context) else [self.prefix_token_id]  # a tokenizer may make nothing of spaces
+            whole = np.concatenate([before, continuation]).astype(np.int32)
             tokens = whole[-(self.max_length + 1) :]
             cut += len(tokens) < len(whole)
-            todo.append(ScoreRequest(tokens, len(tokens) - len(continuation)))
+            todo.append(ScoreRequest(tokens, len(tokens) - len(continuation), rolling=strings is None))
         if cut:
             logger.warning("%d of %d inputs were cut on the left to max_length=%d", cut, len(requests), self.max_length)
         kinds = ["rolling" if strings is None else "score" for strings, _, _ in requests]
         keys = [self._key(kind, one.tokens, one.scored_from) for kind, one in zip(kinds, todo, strict=True)]
         answers, missing = self._recall(keys)
-        for i in [i for i in missing if not requests[i][2]]:  # nothing to predict
+        for i in [i for i in missing if not len(requests[i][2])]:  # nothing to predict
             answers[i] = [0.0, True]
-        missing = [i for i in missing if requests[i][2]]
+        missing = [i for i in missing if len(requests[i][2])]
         with self._bar("loglikelihood", disable_tqdm) as bar:
             for place, score in self._computed(bar, "score", [todo[i] for i in missing]):
                 i = missing[place]
@@ -198,7 +203,7 @@ class LMInfinite(HFLM):
                 context_len=1,
             )
             for context, continuation in map(utils.make_disjoint_window, rolling):
-                windows.append((None, context, continuation))
+                windows.append((None, context, np.array(continuation, dtype=np.int32)))  # not a list of a million
                 owners.append(i)
         totals = [0.0] * len(requests)
         scores = self._loglikelihood_tokens(windows, disable_tqdm)
@@ -304,7 +309,7 @@ class LMInfinite(HFLM):
         self._tokens["reused"] += engine.reused
         logger.info("%d tokens computed, %d reused from shared prefixes", engine.computed, engine.reused)
 
-    def _key(self, kind: str, tokens: list[int], options: Any) -> str:
+    def _key(self, kind: str, tokens: Sequence[int], options: Any) -> str:
         return self.journal.key(kind, tokens, options) if self.journal is not None else ""
 
     def _recall(self, keys: list[str]) -> tuple[list, list[int]]:
