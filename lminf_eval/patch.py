@@ -79,6 +79,7 @@ class LambdaModel:
         self._angles: dict = {}
         self._implementation = model.config._attn_implementation
         self.layers = attention_layers(model)
+        self.rotated: dict[int, bool] = {}  # which layers turn queries and keys by their positions
         self._forwards = [vars(layer).get("forward") for layer in self.layers]
         self.family = FAMILIES.get(model.config.model_type)
         if self.family is None:
@@ -89,9 +90,10 @@ class LambdaModel:
             self.rotary, self.slopes = self.family.rotary(model, spec.n_local), self.family.slopes(model)
             for layer in self.layers:
                 layer.forward = partial(self.family.forward, layer)
-        self.rotated = {layer.layer_idx: self.rotary is not None for layer in self.layers}  # layers with rotations
         for layer in self.layers:
             layer.lminf = self
+            kind = layer_type(layer, self._config)
+            self.rotated[layer.layer_idx] = self.rotary is not None and self.rotary.knows(kind)
 
     def restore(self) -> PreTrainedModel:
         """The model as it was; its outputs are bit-identical to before."""
@@ -152,7 +154,7 @@ class LambdaModel:
         dtype = q_BHLD.dtype
         if self.slopes is not None:  # biases are larger than half precision can tell apart
             q_BHLD, k_BKLD, v_BKLD = (x.to(torch.promote_types(dtype, torch.float32)) for x in (q_BHLD, k_BKLD, v_BKLD))
-        window, sinks = self._reach(module, options)
+        window, sinks, top_k = self._reach(module, options)
         cache, index = self._cache, module.layer_idx
         layer = cache.layers.get(index)
         if layer is None and self._keep:
@@ -166,7 +168,7 @@ class LambdaModel:
             out, lse = attend_chunk(
                 q_BHLD, k_BKLD, v_BKLD, layer, self._keep, *at, self.spec, window, sinks, turn, **how
             )
-        if self.readmits and index >= self.spec.top_k_from_layer and sinks and cache.capacity > window + sinks:
+        if top_k and cache.capacity > window + sinks:
             self._readmit(index, out, lse, q_BHLD, k_BKLD, v_BKLD, turn, **how)
         if options.get("s_aux") is not None:  # a learned logit per head joins the softmax, with no value (gpt-oss)
             share = lse - torch.logaddexp(lse, options["s_aux"].to(lse.dtype)[None, :, None])
@@ -194,8 +196,8 @@ class LambdaModel:
                 found = middles[row].attend(queries[row, :, first:], spec.sinks, stop_L, spec.top_k, scale, softcap)
                 merge(out[row, :, first:], lse[row, :, first:], *found)
 
-    def _reach(self, module: nn.Module, options: dict) -> tuple[int, int]:
-        """(window, starting tokens) of a layer: the method's, or the layer's own where it slides as trained.
+    def _reach(self, module: nn.Module, options: dict) -> tuple[int, int, int]:
+        """(window, starting tokens, top_k) of a layer: the method's, or its own window where it slides as trained.
 
         Raises:
             UsageError: if the family's attention does what we know nothing of.
@@ -214,7 +216,9 @@ class LambdaModel:
             own = None
         elif kind is not None and "attention" in kind:
             raise UsageError(unsupported(self.model.config, f"it has layers of the kind {kind!r}"))
-        return (own, 0) if own else (self.spec.n_local, self.spec.sinks)
+        if own:
+            return own, 0, 0
+        return self.spec.n_local, self.spec.sinks, self.spec.top_k * (module.layer_idx >= self.spec.top_k_from_layer)
 
     def _turn(self, module: nn.Module, x_BHSD: torch.Tensor, positions_BS: torch.Tensor, name: str) -> torch.Tensor:
         """x rotated to relative positions; the angles of one `name` are computed once per forward pass."""

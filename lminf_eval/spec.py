@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from lminf_eval.errors import UsageError
 
@@ -40,6 +40,13 @@ class LambdaSpec(BaseModel):
     )
     rope_factor: float | None = Field(None, gt=1, description="how much further rope= is to reach")
     chunk_size: int = Field(2048, ge=1, description="tokens of one sequence that pass through the model at once")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_values(cls, value: Any) -> Any:
+        if isinstance(value, bool):  # Python takes True for 1
+            raise ValueError("must be a number or a name, not True or False")
+        return value
 
     @model_validator(mode="after")
     def _branches_fit(self) -> LambdaSpec:
@@ -121,6 +128,5 @@ def closest(name: str, known: Iterable[str]) -> str:
 
 def _sentence(problem: Mapping[str, Any]) -> str:
     name = ".".join(str(part) for part in problem["loc"])
-    if not name:
-        return problem["msg"].removeprefix("Value error, ")
-    return f"{name}={problem['input']}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{name}={problem['input']}: {message[0].lower()}{message[1:]}" if name else message

@@ -42,6 +42,7 @@ def test_values_may_come_as_strings():
         ({"chunk_size": 0}, ["chunk_size=0", "greater than or equal to 1"]),
         ({"attention": "sparse"}, ["attention=sparse", "'lambda'", "'full'", "'streaming'", "'window'"]),
         ({"n_locl": 8}, ["n_locl=8"]),
+        ({"n_local": True}, ["n_local=True", "must be a number"]),
     ],
 )
 def test_a_bad_value_is_one_line_that_names_it(args, named):

@@ -51,21 +51,21 @@ def test_single_tokens_are_joined_so_that_a_long_generation_keeps_few_pieces():
     assert sum(k.shape[1] for k, _ in middle.pieces) == 530
 
 
-@pytest.mark.parametrize("config", [{}, {"num_key_value_heads": 4}])
+@pytest.mark.parametrize("n_global", [0, 3])
 @pytest.mark.parametrize("chunk_size", [1, 7, 40, 1000])
 @pytest.mark.parametrize("share", [False, True])
-def test_continuations_are_scored_by_the_definition(tiny_model, reference_logits, config, chunk_size, share):
-    model = tiny_model(**config)
+def test_continuations_are_scored_by_the_definition(tiny_model, reference_logits, n_global, chunk_size, share):
+    model, spec = tiny_model(), SPEC.model_copy(update={"n_global": n_global})
     context = torch.randint(97, (90,)).tolist()
     ends = [torch.randint(97, (n,)).tolist() for n in (1, 2, 3, 30)]
     requests = [ScoreRequest(context[: 90 - cut] + end, 90 - cut) for end in ends for cut in (0, 41)]
     requests.append(ScoreRequest(context, 1, rolling=True))
-    patched = lambda_model(model, SPEC)
+    patched = lambda_model(model, spec)
     found = dict(Engine(patched, chunk_size, 3, share).score(requests))
     patched.restore()
     for i, request in enumerate(requests):
         readmit_from = None if request.rolling else request.scored_from - 1
-        logits = reference_logits(model, SPEC, torch.tensor([request.tokens]), readmit_from)[0].double().log_softmax(-1)
+        logits = reference_logits(model, spec, torch.tensor([request.tokens]), readmit_from)[0].double().log_softmax(-1)
         for at, value in zip(range(request.scored_from, len(request.tokens)), found[i].log_probs, strict=True):
             assert abs(float(logits[at - 1, request.tokens[at]]) - value) < 1e-4
 
