@@ -57,7 +57,10 @@ def table(
     else:
         sys.stdout.write(WRITERS[form](arranged))
     if export_to:
-        export.write(collection.results, export_to)
+        try:
+            export.write(collection.results, export_to)
+        except OSError as error:
+            raise UsageError(f"{export_to}: {error.strerror}") from None
     _complain(evidence)
 
 

@@ -69,12 +69,12 @@ def find_link(measured: Iterable[tuple[pd.DataFrame, float]]) -> str | None:
     finite = [(documents, value) for documents, value in measured if np.isfinite(value) and len(documents)]
     if not finite:
         return None
-    agree = (
-        link
-        for link in LINKS
-        if all(np.isclose(evaluate(documents, link), value, rtol=1e-6, atol=1e-12) for documents, value in finite)
-    )
-    return next(agree, None)
+    return next((link for link in LINKS if all(gives(documents, link, value) for documents, value in finite)), None)
+
+
+def gives(documents: pd.DataFrame, link: str, value: float) -> bool:
+    """Whether the metric over `documents` is the reported `value`, to the digits that samples are written with."""
+    return bool(np.isclose(evaluate(documents, link), value, rtol=1e-6, atol=1e-12, equal_nan=True))
 
 
 def bootstrap_interval(documents: pd.DataFrame, link: str, higher_is_better: bool) -> tuple[float, float, float]:

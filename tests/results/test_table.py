@@ -202,6 +202,21 @@ def test_unusable_samples_are_listed_and_the_rest_stands(lm_eval_files, make_pas
     assert table.notes[0].endswith("standard errors")
 
 
+def test_samples_that_lack_documents_are_not_used_and_do_not_harm_the_others(lm_eval_files, make_passkeys):
+    for attention, hits in (("lambda", GOOD), ("window", MIDDLE), ("full", BAD)):
+        file = lm_eval_files.write({"passkey_4k": make_passkeys(hits)}, args={"attention": attention})
+        if attention == "window":
+            samples = file.with_name(file.name.replace("results", "samples_passkey_4k")).with_suffix(".jsonl")
+            samples.write_text("".join(samples.read_text().splitlines(keepends=True)[:15]))
+    evidence = Evidence(load([lm_eval_files.folder]))
+    results = evidence.collection.results.set_index("attention", drop=False)
+    assert evidence.compare(results.loc["lambda"], results.loc["full"]).how == "paired bootstrap"
+    assert evidence.compare(results.loc["lambda"], results.loc["window"]).how == "standard errors"
+    assert evidence.compare(results.loc["full"], results.loc["window"]).how == "standard errors"
+    assert [problem.file for problem in evidence.problems] == [str(samples)]
+    assert evidence.problems[0].reason.startswith("does not give the reported acc")
+
+
 def test_numbers_keep_three_digits_and_a_true_minus():
     shown = [
         show(value) for value in (0.12345, -0.5, 12.3456, 23.456, 123.46, 12345.6, -0.00042, 0, math.nan, math.inf)
