@@ -1,5 +1,6 @@
 """The command line `lminf`. A command's module is imported when the command runs, so that `--help` answers at once."""
 
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated
@@ -130,3 +131,40 @@ def sweep_status(file: SweepFile, output: SweepOutput) -> None:
     from lminf_eval.sweep import commands
 
     raise typer.Exit(commands.status(file, output))
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the results.")] = Path("lminf-demo"),
+    quick: Annotated[
+        bool, typer.Option(help="One passkey in place of three at each length: about half the time.")
+    ] = False,
+    print_model: Annotated[bool, typer.Option(help="Fetch the demo's model, print its folder, and exit.")] = False,
+) -> None:
+    """A real model (SmolLM2-135M), with and without the method, inside and beyond its training length."""
+    if print_model:
+        from lminf_eval.smollm2 import fetch
+
+        print(fetch(log=lambda line: print(line, file=sys.stderr)))
+        return
+    from lminf_eval.demo import demo as run_demo
+
+    run_demo(output, quick)
+
+
+@app.command()
+def doctor(
+    pretrained: Annotated[str | None, typer.Option(help="Model: a folder, or a name on the hub.")] = None,
+    length: Annotated[int, typer.Option(min=1, help="Tokens of the longest input.")] = 32768,
+    model_args: Annotated[str, typer.Option(help="As for lm_eval: n_local=2048,dtype=bfloat16,…")] = "",
+    batch_size: Annotated[int, typer.Option(min=1)] = 1,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:<number>.")] = None,
+    families: Annotated[bool, typer.Option("--families", help="List what is supported, and exit.")] = False,
+) -> None:
+    """What is installed, whether a model can be run and how, and the memory it will take; no weight is read."""
+    from lminf_eval import doctor
+
+    if families:
+        doctor.families()
+    else:
+        doctor.doctor(pretrained, length, model_args, batch_size, device)
