@@ -303,7 +303,7 @@ class LMInfinite(HFLM):
             self._stop_asked,
             self._checkpoints,
         )
-        with self._autocast():
+        with self._stop_asked.deferred(), self._autocast():
             yield from getattr(engine, what)(requests)
         self._tokens["computed"] += engine.computed
         self._tokens["reused"] += engine.reused

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import signal
 import threading
+from collections.abc import Iterator
 
 logger = logging.getLogger(f"lm_eval.{__name__}")  # lm-eval shows the loggers below its own name
 
@@ -15,20 +18,40 @@ SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(s
 class Stop:
     """Whether this process was asked to stop.
 
-    A signal alone interrupts nothing: whoever works looks at `asked` where stopping is cheap, and calls `leave`.
+    A signal ends the process at once, but inside `deferred`: there whoever works looks at `asked` where stopping is
+    cheap, and calls `leave`.
     """
 
     def __init__(self):
         self.asked = ""  # the name of the signal that asked
+        self._deferred = False
+        self._process = 0
 
     def listen(self) -> None:
         """Take the signals from now on; Python allows that in the main thread only, elsewhere nothing is done."""
         if threading.current_thread() is threading.main_thread():
+            self._process = os.getpid()
             for number in SIGNALS:
                 signal.signal(number, self._ask)
 
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Inside, a signal only asks; who has not left by the end leaves there."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+        if self.asked:
+            self.leave()
+
     def _ask(self, number: int, _frame) -> None:
+        if os.getpid() != self._process:  # a forked worker, of lm-eval's bootstrap say, inherits the handler
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
         self.asked = signal.Signals(number).name
+        if not self._deferred:
+            self.leave()
 
     def leave(self) -> None:
         """End the process with the status `STOPPED`."""
