@@ -46,11 +46,12 @@ def check(pretrained: Any, batch_size: Any, prefix_sharing: Any, journal: Any, k
     if journal is not None and not (isinstance(journal, str) and isinstance(pretrained, str)):
         raise UsageError(f"journal={journal}: must be a folder, and the model one with a name or folder of its own")
     if isinstance(pretrained, str):
-        path = Path(pretrained).expanduser()
         if not pretrained:
             raise UsageError("pretrained: it is missing; pass pretrained=<a directory or hub name>")
-        if (path.is_absolute() or pretrained.startswith((".", "~")) or pretrained.count("/") > 1) and not path.is_dir():
-            raise UsageError(f"pretrained={pretrained}: there is no such directory")
+        local = pretrained.startswith(("/", ".", "~")) or pretrained.count("/") > 1 or Path(pretrained).is_absolute()
+        if local and not Path(pretrained).is_dir():
+            shell = " (the shell leaves a ~ here as it is)" if pretrained.startswith("~") else ""
+            raise UsageError(f"pretrained={pretrained}: there is no such directory{shell}")
     elif not isinstance(pretrained, torch.nn.Module):
         raise UsageError(f"pretrained={pretrained}: must be a directory (./{pretrained}?), a hub name or a model")
     if not re.fullmatch(r"0*[1-9]\d*|auto(:\d*\.?\d+)?", str(batch_size)):
