@@ -92,7 +92,7 @@ def load(paths: Iterable[Path | str], trained_length: int | None = None) -> Coll
         )
     results, notes = _newest(pd.DataFrame(rows))
     results["trained_length"] = trained_length or _trained_length(results)
-    results["past_trained"] = (results["length"] > results["trained_length"]).fillna(False).astype(bool)
+    results["past_trained"] = results["length"] > results["trained_length"]
     kept = set(results["run"])
     return Collection(results, {name: run for name, run in runs.items() if name in kept}, _grouped(problems), notes)
 

@@ -225,7 +225,9 @@ def _contest(best: pd.Series, second: pd.Series) -> str:
         if told in differing and implied in differing:
             differing.remove(implied)
     names = (" ".join(_written(name, result) for name in differing) for result in (best, second))
-    measured = f"{best['family']} {best['metric']} {length_label(best['length'])}".rstrip()
+    length = length_label(best["length"])
+    told_by_length = best["task"] == f"{best['family']}_{length}"
+    measured = f"{best['family' if told_by_length else 'task']} {best['metric']} {length}".rstrip()
     model = "" if "model" in differing else f", {best['model']}"
     return f"{measured}{model}: {' − '.join(names)}"
 

@@ -42,8 +42,7 @@ def legend(table: Table) -> list[str]:
     cells = list(table.cells.values())
     told = []
     errors = [cell.stderr for cell in cells if not math.isnan(cell.stderr) and not cell.result["diverged"]]
-    if errors:
-        told.append("±: standard error over documents; n: documents.")
+    told.append("n: documents; ±: standard error over them." if errors else "n: documents.")
     if 0 in errors:
         told.append("±0: every document scored the same; with few documents that is no certainty.")
     if any(cell.mark for cell in cells):
