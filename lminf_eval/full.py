@@ -11,7 +11,8 @@ import torch
 from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel
 
-from lminf_eval.patch import head_logits
+from lminf_eval.patch import find_rotary, head_logits
+from lminf_eval.rope import Frequencies, follows_length
 
 
 @dataclass
@@ -21,6 +22,7 @@ class FullCache:
     Sequences of unequal length are padded on the left; `mask` [B, S] is False there, and None where nothing is padded.
     """
 
+    capacity: int  # tokens the longest sequence will have
     layers: DynamicCache
     lengths: list[int]
     mask: torch.Tensor | None = None
@@ -33,7 +35,7 @@ class FullCache:
         if layers.get_seq_length():
             layers.batch_select_indices(torch.tensor(index, device=layers.layers[0].keys.device))
         mask = None if self.mask is None else self.mask[index]
-        return FullCache(layers, [self.lengths[i] for i in index], mask)
+        return FullCache(self.capacity, layers, [self.lengths[i] for i in index], mask)
 
     def narrow(self, n: int) -> FullCache:
         """A copy with the first n rows."""
@@ -59,7 +61,7 @@ class FullCache:
             ]
             layers.update(*padded, i)
         mask = torch.arange(longest)[None] >= longest - torch.tensor(lengths)[:, None]
-        return cls(layers, lengths, None if mask.all() else mask)
+        return cls(max(cache.capacity for cache in caches), layers, lengths, None if mask.all() else mask)
 
     @property
     def nbytes(self) -> int:
@@ -69,24 +71,43 @@ class FullCache:
 
 
 class FullModel:
-    """A causal LM with its own attention (`attention=full`); the same methods as `LambdaModel`."""
+    """A causal LM with its own attention (`attention=full`); the same methods as `LambdaModel`.
+
+    Attributes:
+        by_length: whether its rotary frequencies follow the length of the sequence (dynamic NTK, LongRoPE). Then they
+            are those of a cache's capacity from its first chunk on, as if the whole sequence passed at once, and
+            sequences of unequal length can share neither a batch nor a prefix.
+    """
 
     def __init__(self, model: PreTrainedModel):
         self.model, self.decoder = model, model.base_model
+        self._held = [Frequencies(module, 1) for module in find_rotary(model) if follows_length(module)]
+        self.by_length = bool(self._held)
+        self._length = 1
         self.reach = sys.maxsize  # tokens before it that a token sees
         self.readmits = False
         self._takes_positions = "position_ids" in inspect.signature(type(self.decoder).forward).parameters
 
     def new_cache(self, batch: int, capacity: int) -> FullCache:
-        """State for `batch` sequences; it grows as they do."""
-        return FullCache(DynamicCache(), [0] * batch)
+        """State for `batch` sequences of `capacity` tokens; it grows as they do."""
+        return FullCache(capacity, DynamicCache(), [0] * batch)
 
     stack = staticmethod(FullCache.stack)
+
+    def restore(self) -> PreTrainedModel:
+        """The model as it was: its frequencies follow each forward pass again."""
+        for frequencies in self._held:
+            frequencies.restore()
+        return self.model
 
     @torch.inference_mode()
     def hidden(self, ids_BL: torch.Tensor, cache: FullCache, keep: bool = True):
         """The decoder's output for the next L tokens of each row; `last_hidden_state` is [B, L, hidden]."""
         B, L = ids_BL.shape
+        if cache.capacity != self._length:
+            self._length = cache.capacity
+            for frequencies in self._held:
+                frequencies.settle(cache.capacity)
         options = {}
         if cache.mask is not None:
             cache.mask = torch.cat([cache.mask, torch.ones(B, L, dtype=torch.bool)], 1)

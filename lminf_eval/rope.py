@@ -21,20 +21,25 @@ Angles = tuple[torch.Tensor, torch.Tensor]
 
 
 class Frequencies:
-    """A rotary module whose frequencies are those of one length, whatever positions it is then asked for.
+    """A rotary module whose frequencies are those of one length, whatever it is then asked for, until `restore`.
 
     Of transformers' rope types only dynamic and longrope follow the running length. Left alone, they change under keys
     that are in a cache already, so that a sequence passed in chunks is not the sequence passed at once.
     """
 
+    @torch.inference_mode(False)  # the module's buffers must stay ordinary tensors
     def __init__(self, module: nn.Module, length: int):
         self.module = module
         self._forward = inspect.unwrap(type(module).forward)  # beneath the decorator that follows the running length
         self.by_type = "layer_type" in inspect.signature(self._forward).parameters
-        self._buffers = {name: value.clone() for name, value in module.named_buffers()}
+        buffers = module.named_buffers(remove_duplicate=False)  # transformers lets one stand in for another
+        self._buffers = {name: (buffer, buffer.clone()) for name, buffer in buffers}
         self._plain = {k: v for k, v in vars(module).items() if isinstance(v, (int, float, torch.Tensor))}
+        self._before = vars(module).get("forward")
+        module.forward = self.angles
         self.settle(length)
 
+    @torch.inference_mode(False)
     def settle(self, length: int) -> None:
         """Take the frequencies that the family uses for sequences of `length` tokens."""
         if not follows_length(self.module):
@@ -50,10 +55,12 @@ class Frequencies:
         """What the module's forward returns, without following the positions."""
         return self._forward(self.module, x, position_ids, *args, **kwargs)
 
+    @torch.inference_mode()  # where every tensor may be written
     def restore(self) -> None:
-        """Put the module's frequencies back as they were found."""
-        for name, value in self._buffers.items():
-            self.module.get_buffer(name).copy_(value)
+        """Put the module's forward and its frequencies back as they were found."""
+        set_forward(self.module, self._before)
+        for name, (buffer, value) in self._buffers.items():
+            setattr(self.module, name, buffer.copy_(value))
         vars(self.module).update(self._plain)
 
 
@@ -70,12 +77,10 @@ def held(module: nn.Module | None, length: int) -> Iterator[None]:
     if module is None or not follows_length(module):
         yield
         return
-    frequencies, before = Frequencies(module, length), vars(module).get("forward")
-    module.forward = frequencies.angles
+    frequencies = Frequencies(module, length)
     try:
         yield
     finally:
-        set_forward(module, before)
         frequencies.restore()
 
 
@@ -92,12 +97,10 @@ class Rotary:
         self._apply = apply
         self._takes_whole_heads: bool | None = None  # found out at the first rotation
         self._frequencies = Frequencies(module, n_local)
-        self._before = vars(module).get("forward")
         module.forward = self.identity
 
     def restore(self) -> None:
         """Give the model its rotation back."""
-        set_forward(self.module, self._before)
         self._frequencies.restore()
 
     @torch.no_grad()
@@ -105,6 +108,10 @@ class Rotary:
         """The module's (cos, sin) [B, S, r] at integer positions, in the dtype and on the device of `like`."""
         extra = [layer_type] if self._frequencies.by_type else []
         return self._frequencies.angles(like[:0], positions_BS.to(like.device), *extra)
+
+    def knows(self, layer_type: str | None) -> bool:
+        """Whether layers of this type are rotated at all, as far as the module tells."""
+        return not self._frequencies.by_type or hasattr(self.module, f"{layer_type}_inv_freq")
 
     def rotate(self, x_BHSD: torch.Tensor, angles: Angles) -> torch.Tensor:
         """x turned by `angles`; where the family rotates part of a head, the rest passes through."""

@@ -40,6 +40,8 @@ def lambda_model(model: PreTrainedModel, spec: LambdaSpec) -> LambdaModel:
     Raises:
         UsageError: where the patched model would not be the same model; `model` is then as it was.
     """
+    if any(hasattr(layer, "lminf") for layer in attention_layers(model)):
+        raise UsageError("the model is a Λ model already; `restore()` that one first")
     config = model.config.get_text_config()
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(config.vocab_size, (1, _TOKENS), generator=generator).to(model.device)
@@ -50,6 +52,10 @@ def lambda_model(model: PreTrainedModel, spec: LambdaSpec) -> LambdaModel:
         output = model.base_model(input_ids=visible, use_cache=False, return_dict=True)
         expected = head_logits(model, model.base_model, output, output.last_hidden_state[0])
         recorded = None if own else _record(model, ids)
+    if not expected.isfinite().all():
+        raise UsageError(
+            f"{model.config.model_type!r}: the model's own logits are not finite numbers; check its weights"
+        )
     patched = LambdaModel(model, spec)
     try:
         if not own:
@@ -97,7 +103,7 @@ def _compare_layers(patched: LambdaModel, recorded: dict, ids: torch.Tensor) -> 
         expected_q, expected_k, out = recorded[module.layer_idx]
         limit = _ROTATION.get(q.dtype, _HALF_ROTATION)
         seen.add(module.layer_idx)
-        for rotated in (True, False):
+        for rotated in (patched.rotated[module.layer_idx], False):
             patched.rotated[module.layer_idx] = rotated
             found = [patched._turn(module, x, positions, "near") for x in (q, k)]
             if max(_error(found[0], expected_q), _error(found[1], expected_k)) < limit:

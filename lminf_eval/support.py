@@ -22,11 +22,24 @@ from transformers.utils import logging
 from lminf_eval.errors import UsageError
 
 # Families of tests/test_families.py: each is held there to a dense float64 oracle.
-TESTED = frozenset()
+_TESTED = """
+    afmoe apertus arcee bitnet bloom codegen cohere cohere2 cohere2_moe cwm dots1 ernie4_5 ernie4_5_moe
+    exaone4 exaone_moe falcon flex_olmo gemma gemma2 gemma3_text glm glm4 glm4_moe gpt_neox gpt_oss gptj
+    granite granitemoe granitemoeshared helium hyperclovax jais2 jetmoe llama mimo_v2_flash minimax_m2
+    ministral mistral mixtral modernbert-decoder mpt nanochat nemotron olmo olmo2 olmo3 olmoe persimmon
+    phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 stablelm starcoder2 vaultgemma
+"""
+TESTED = frozenset(_TESTED.split())
 
 _OWN = {"gptj": "gptj", "codegen": "gptj", "mpt": "mpt", "bloom": "bloom", "falcon": "falcon"}
 _ABSOLUTE_AFTER_ALL = "it normalises queries and keys after rotating them, so its logits depend on absolute positions"
 _REFUSED = {
+    "beam": "it scales queries by their absolute position",
+    "diffllama": "its layers attend twice, with one set of keys and two of values",
+    "doge": "its attention hides keys by their values",
+    "granite_swa": "it has a rotary embedding per layer",
+    "granitemoe_swa": "it has a rotary embedding per layer",
+    "hrm_text": "its layers pass over each token several times",
     "hunyuan_v1_dense": _ABSOLUTE_AFTER_ALL,
     "hunyuan_v1_moe": _ABSOLUTE_AFTER_ALL,
 }

@@ -44,6 +44,10 @@ class PairedRotary:
     def restore(self) -> None:
         """Nothing of the model was changed."""
 
+    def knows(self, layer_type: str | None) -> bool:
+        """Whether layers of this type are rotated: all are."""
+        return True
+
     def angles(self, positions_BS: torch.Tensor, like: torch.Tensor, layer_type: str | None = None) -> Angles:
         """(cos, sin) [B, S, r / 2] at integer positions, in the dtype and on the device of `like`."""
         turns = positions_BS.to(like.device)[..., None].float() * self.frequencies.to(like.device)

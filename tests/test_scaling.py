@@ -1,0 +1,113 @@
+"""Position scaling: a model made from the edited config, in one pass, is what the engine's chunks must give."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from lminf_eval.errors import UsageError
+from lminf_eval.full import FullModel
+from lminf_eval.scaling import apply_rope
+from lminf_eval.spec import LambdaSpec
+
+SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+}
+BY_HAND = {  # what a user would write into config.json
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "dynamic": {"rope_type": "dynamic", "factor": 4.0},
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+}
+
+
+def llama(randomise, rope=None, max_position_embeddings=32):
+    config = CONFIG_MAPPING["llama"](**SMALL | {"max_position_embeddings": max_position_embeddings})
+    config.rope_parameters |= rope or {}
+    return randomise(AutoModelForCausalLM.from_config(config)).eval()
+
+
+def in_chunks(full, ids, chunk):
+    cache, found = full.new_cache(1, ids.shape[1]), []
+    for start in range(0, ids.shape[1], chunk):
+        output = full.hidden(ids[:, start : start + chunk], cache)
+        found.append(full.logits(output, output.last_hidden_state[0]))
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("rope", BY_HAND)
+@torch.no_grad()
+def test_chunks_give_what_one_pass_of_that_config_gives(randomise, rope):
+    """100 tokens, three times the trained length; dynamic NTK is that of 100 tokens from the first chunk on."""
+    ids = torch.randint(97, (1, 100))
+    expected = llama(randomise, BY_HAND[rope], 32 if rope == "dynamic" else 128)(ids).logits[0]
+    plain = llama(randomise)
+    assert (plain(ids).logits[0] - expected).abs().max() > 0.05 * expected.abs().max()  # the scaling shows
+
+    config = CONFIG_MAPPING["llama"](**SMALL)
+    apply_rope(config, LambdaSpec(attention="full", rope=rope, rope_factor=4))
+    full = FullModel(randomise(AutoModelForCausalLM.from_config(config)).eval())
+    assert full.by_length == (rope == "dynamic")
+    for chunk in (100, 33, 7):
+        torch.testing.assert_close(in_chunks(full, ids, chunk), expected, rtol=0, atol=1e-5 * expected.abs().max())
+
+
+@torch.no_grad()
+def test_each_cache_has_the_frequencies_of_its_own_length(randomise):
+    model = llama(randomise, BY_HAND["dynamic"])
+    texts = [torch.randint(97, (1, n)) for n in (90, 20, 60)]  # longer, shorter than trained, between
+    expected = [model(text).logits[0] for text in texts]
+    full = FullModel(model)
+    for text, logits in zip(texts, expected, strict=True):
+        torch.testing.assert_close(in_chunks(full, text, 16), logits, rtol=0, atol=1e-5 * logits.abs().max())
+    again = full.restore()(texts[0]).logits[0]
+    assert torch.equal(again, expected[0])
+
+
+def test_layers_that_slide_are_left_alone():
+    config = CONFIG_MAPPING["gemma3_text"](**SMALL)
+    before = dict(config.rope_parameters["sliding_attention"])
+    apply_rope(config, LambdaSpec(attention="full", rope="linear", rope_factor=8))
+    assert config.rope_parameters["sliding_attention"] == before
+    assert config.rope_parameters["full_attention"]["factor"] == 8
+
+
+def test_nothing_is_edited_without_rope():
+    config = CONFIG_MAPPING["llama"](**SMALL)
+    before = config.to_dict()
+    apply_rope(config, LambdaSpec(attention="full"))
+    assert config.to_dict() == before
+
+
+@pytest.mark.parametrize(
+    ("family", "more", "why"),
+    [
+        ("gpt2", {}, "no rotary positions"),
+        ("mpt", {}, "no rotary positions"),
+        ("falcon", {"alibi": True}, "no rotary positions"),
+        ("llama", {"rope_parameters": BY_HAND["linear"] | {"rope_theta": 1e4}}, "scaled already, by 'linear'"),
+    ],
+)
+def test_what_cannot_be_scaled_is_refused(family, more, why):
+    with pytest.raises(UsageError, match=why):
+        apply_rope(CONFIG_MAPPING[family](**more), LambdaSpec(attention="full", rope="yarn", rope_factor=4))
+
+
+@pytest.mark.parametrize(
+    ("args", "why"),
+    [
+        ({"rope": "yarn", "rope_factor": 4}, "rope=yarn goes with attention=full"),
+        ({"attention": "full", "rope": "yarn"}, "go together"),
+        ({"attention": "full", "rope_factor": 4}, "go together"),
+        ({"attention": "full", "rope": "yarn", "rope_factor": 1}, "greater than 1"),
+        ({"attention": "full", "rope": "ntk", "rope_factor": 4}, "'linear', 'dynamic' or 'yarn'"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(args, why):
+    with pytest.raises(UsageError, match=why):
+        LambdaSpec.parse(args)
