@@ -5,6 +5,8 @@ Shapes: B batch, H query heads, K key-value heads (H = K * group), L queries, M 
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch.nn.functional import pad
 
@@ -37,11 +39,13 @@ def attend(
         q, k, v = (pad(x, (0, widest - x.shape[3])) for x in (q_BHLD, k_BKMD, v_BKMD))
         out, lse = attend(q, k, v, scale, causal)
         return out[..., :D], lse
-    if name == "cpu-flash":
+    if name == "cpu-flash" and (q_BHLD.shape[1] == k_BKMD.shape[1] or _cpu_flash_groups_heads()):
         op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         return op(q_BHLD, k_BKMD, v_BKMD, 0.0, causal, scale=scale)
     group = q_BHLD.shape[1] // k_BKMD.shape[1]
     k_BHMD, v_BHMD = k_BKMD.repeat_interleave(group, 1), v_BKMD.repeat_interleave(group, 1)
+    if name == "cpu-flash":
+        return attend(q_BHLD, k_BHMD, v_BHMD, scale, causal)
     if name == "cuda-flash":
         out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
             q_BHLD, k_BHMD, v_BHMD, 0.0, causal, False, scale=scale
@@ -65,6 +69,19 @@ def primitive(q: torch.Tensor, softcap: float | None = None) -> str:
         if q.dtype != torch.float64:
             return "cuda-efficient"
     return "math"
+
+
+@cache
+def _cpu_flash_groups_heads() -> bool:
+    """Whether this release's CPU kernel shares key-value heads among query heads; older ones want as many of both."""
+    q, k = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 3, 8)
+    op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    try:
+        grouped, _ = op(q, k, k, 0.0, True)
+    except RuntimeError:
+        return False
+    wide = k.repeat_interleave(2, 1)
+    return torch.allclose(grouped, op(q, wide, wide, 0.0, True)[0], atol=1e-5)
 
 
 def merge(out: torch.Tensor, lse: torch.Tensor, other_out: torch.Tensor, other_lse: torch.Tensor) -> None:

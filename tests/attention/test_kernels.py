@@ -158,3 +158,12 @@ def test_routes_on_cuda(dtype, D, expected, L, M, causal):
     expected_out, expected_lse = written_out(q, k, v, D**-0.5, causal)
     torch.testing.assert_close(out.double(), expected_out, rtol=0, atol=TOLERANCE[dtype])
     torch.testing.assert_close(lse.double(), expected_lse, rtol=0, atol=TOLERANCE[dtype])
+
+
+def test_a_cpu_kernel_that_wants_equal_heads_gets_them(monkeypatch):
+    """Older torch releases: key-value heads are repeated for the kernel, with the same answer."""
+    q, k, v = torch.randn(2, 6, 5, 8), torch.randn(2, 3, 5, 8), torch.randn(2, 3, 5, 8)
+    shared = kernels.attend(q, k, v, 0.3, True)
+    monkeypatch.setattr(kernels, "_cpu_flash_groups_heads", lambda: False)
+    for found, expected in zip(kernels.attend(q, k, v, 0.3, True), shared, strict=True):
+        assert torch.allclose(found, expected, atol=1e-6)
