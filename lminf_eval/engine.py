@@ -5,6 +5,8 @@ Shapes: B rows, L tokens of a chunk, T positions whose logits are wanted, U (pos
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +18,8 @@ from lminf_eval.cache import LambdaCache
 from lminf_eval.prefix import Node, forest
 from lminf_eval.sweep.checkpoint import EVERY, Checkpoints
 from lminf_eval.sweep.stop import Stop
+
+logger = logging.getLogger(f"lm_eval.{__name__}")  # lm-eval shows the loggers below its own name
 
 _LOGITS_AT_ONCE = 2**25  # numbers of a logits block: 128 MiB in float32
 
@@ -243,10 +247,20 @@ class Engine:
         cache, logits_BV, indices = self.model.stack(list(states)), torch.cat(logits), list(indices)
         new: dict[int, list[int]] = {index: [] for index in indices}
         while True:
-            likely_B = logits_BV.argmax(-1).tolist()
+            highest_B, likely_B = (x.tolist() for x in logits_BV.max(-1))  # NaN wins where there is one
             going = []
             for row, index in enumerate(indices):
                 request = requests[index]
+                if math.isnan(highest_B[row]):
+                    at = len(request.tokens) + len(new[index]) - 1
+                    logger.warning(
+                        "NaN: the logits after position %d, request of %d tokens; it ends there",
+                        at,
+                        len(request.tokens),
+                    )
+                    self.bar.update(request.max_new - len(new[index]))
+                    yield index, new[index]
+                    continue
                 if request.choose is None:
                     token = likely_B[row]
                 else:

@@ -395,6 +395,12 @@ def test_nan_is_reported_with_its_place_and_kept(attention, tiny_llama, caplog):
     assert [w for w in warnings if f"the first at position {at} of a request of {n} tokens" in w and " and on" in w]
     (total,) = model.loglikelihood_rolling(rolling("before q after"))
     assert math.isnan(total)
+    caplog.clear()
+    for options in ({}, {"do_sample": True}):
+        first, second = model.generate_until(prompts(["q", context], max_gen_toks=3, **options))
+        assert first == ""
+        assert second
+    assert caplog.text.count("NaN: the logits after position 0, request of 1 tokens") == 2
 
 
 # ---------------------------------------------------------------------- weights wait
