@@ -62,6 +62,9 @@ def _tokens(cell: Cell) -> int | None:
             documents = int(limit) if documents is None else min(documents, int(limit))
         elif documents is not None:
             documents = math.ceil(documents * limit)
+    samples = cell.settings.get("samples")
+    if isinstance(samples, dict) and cell.task in samples:
+        documents = len(samples[cell.task])
     if cell.length is None or documents is None:
         return None
     return documents * (cell.length + _NEW_TOKENS.get(family, 0))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import re
 import typing
 from collections.abc import Iterable, Iterator, Mapping
@@ -97,7 +98,7 @@ class Cell:
     @property
     def method(self) -> str:
         """The attention and what else the method sets, as in `lambda n_local=1024`."""
-        own = {name: self.model_args[name] for name in LambdaSpec.model_fields if name in self.model_args}
+        own = {n: self.model_args[n] for n in LambdaSpec.model_fields if n in self.model_args and n not in HOW}
         if self.settings["model"] != MODEL_NAME:
             return self.settings["model"]
         return " ".join([str(own.pop("attention", "lambda")), *(f"{name}={value}" for name, value in own.items())])
@@ -160,7 +161,7 @@ def cells(content: Mapping[str, Any]) -> list[Cell]:
         if not isinstance(model.get("pretrained"), str):
             raise UsageError(f"models[{number}]: it has no pretrained, a folder or a hub name")
         for method in sweep.methods:
-            args = {name: value for name, value in {**model, **method}.items() if name != "resources"}
+            args = {name: _home(value) for name, value in {**model, **method}.items() if name != "resources"}
             _check_args(args, settings["model"])
             for task, length, own, resources in tasks:
                 merged = {**sweep.resources, **model.get("resources", {}), **resources}
@@ -247,6 +248,11 @@ def _our_tasks() -> dict[str, int]:
     stems = (file.stem for file in Path(task_folder()).glob("*/*.yaml"))
     lengths = {stem: _tokens(match[2] + match[3]) for stem in stems if (match := _LENGTH.fullmatch(stem))}
     return dict(sorted(lengths.items(), key=lambda item: item[1]))
+
+
+def _home(value: Any) -> Any:
+    """A path that begins with ~ as a shell would hand it on."""
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
 
 
 def _tokens(length: int | str) -> int:
