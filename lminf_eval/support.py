@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
@@ -94,7 +95,7 @@ def families_table() -> list[Support]:
     rows = set()
     with _quiet():  # default configs warn about themselves
         for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-            with suppress(ValueError, KeyError):  # a family without a default config
+            with suppress(ValueError, KeyError, StrictDataclassError):  # a family without a default config
                 rows.add(support(CONFIG_MAPPING[name]()))
     return sorted(rows, key=lambda row: (row.kind == "none", row.family))
 

@@ -321,6 +321,23 @@ def test_the_table_names_what_is_tested_here():
     assert {name.split()[0] for name in FAMILIES} == TESTED
 
 
+def test_a_model_whose_layers_all_slide_says_so(randomise, caplog):
+    for name, said in {"mistral sliding": True, "gemma2": False, "mistral": False}.items():
+        caplog.clear()
+        lambda_model(build(randomise, name), LambdaSpec(n_local=W, n_global=G)).restore()
+        assert ("all layers slide as trained, over 8 tokens" in caplog.text) == said
+
+
+def test_a_bias_that_the_model_rounds_is_not_held_against_it(randomise):
+    """Falcon-RW has its bias in bfloat16 even in float32: exact at its slopes, off by rounding in its products."""
+    model = build(randomise, "falcon rw", num_attention_heads=32, hidden_size=256)
+    ids, spec = torch.randint(3, 97, (1, S)), LambdaSpec(n_local=W, n_global=G)
+    expected = oracle(model, spec, ids)
+    patched = lambda_model(model, spec)
+    assert error(run(patched, ids, [20]), expected) < 1e-4
+    patched.restore()
+
+
 @pytest.mark.parametrize("name", ["mpt", "bloom", "falcon rw"])
 def test_alibi_is_exact_at_any_position(randomise, name):
     """The counter moved by whole rings past 2 ** 24, where float32 knows only even numbers; no output changes."""

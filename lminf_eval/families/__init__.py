@@ -24,11 +24,13 @@ class Family:
             `module.lminf.attend`.
         rotary: (model, n_local) -> an object with the methods of `rope.Rotary`, or None where nothing rotates.
         slopes: (model) -> ALiBi's slopes [H], or None.
+        rounds_bias: whether its own ALiBi bias is rounded to bfloat16 whatever the model's dtype; ours is exact.
     """
 
     forward: Callable
     rotary: Callable[[Any, int], Any]
     slopes: Callable[[Any], torch.Tensor | None]
+    rounds_bias: bool = False
 
 
 _GPTJ = Family(gptj.forward, gptj.rotary, lambda model: None)
@@ -37,5 +39,5 @@ FAMILIES = {
     "codegen": _GPTJ,
     "mpt": Family(mpt.forward, lambda model, n_local: None, mpt.slopes),
     "bloom": Family(bloom.forward, lambda model, n_local: None, bloom.slopes),
-    "falcon": Family(falcon.forward, falcon.rotary, falcon.slopes),
+    "falcon": Family(falcon.forward, falcon.rotary, falcon.slopes, rounds_bias=True),
 }

@@ -1,0 +1,77 @@
+"""What a config alone tells of its family: how it is run, or the reason why it isn't."""
+
+import pytest
+from transformers import AutoConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from lminf_eval import families
+from lminf_eval.errors import UsageError
+from lminf_eval.support import TESTED, check, families_table, support
+
+REFUSED = {
+    "deepseek_v3": "multi-head latent attention",
+    "minicpm3": "multi-head latent attention",
+    "mamba": "state-space",
+    "mamba2": "state-space",
+    "rwkv": "recurrent",
+    "jamba": "state-space",
+    "qwen3_next": "recurrent",
+    "lfm2": "convolutional",
+    "recurrent_gemma": "recurrent",
+    "t5": "encoder-decoder",
+    "bart": "encoder-decoder",
+    "gpt2": "positions are absolute",
+    "opt": "positions are absolute",
+    "gpt_neo": "positions are absolute",
+    "gpt_bigcode": "positions are absolute",
+    "xglm": "positions are absolute",
+    "hunyuan_v1_dense": "normalises queries and keys after rotating",
+    "hunyuan_v1_moe": "normalises queries and keys after rotating",
+    "diffllama": "attend twice",
+    "llama4_text": "chunked_attention",
+    "gpt_neox_japanese": "pluggable",
+    "clip": "no causal language model",
+    "vit": "no causal language model",
+}
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_a_family_out_of_reach_is_refused_by_name_and_reason(family):
+    with pytest.raises(UsageError, match=f"'{family}': .*{REFUSED[family]}") as refusal:
+        check(CONFIG_MAPPING[family]())
+    assert "\n" not in str(refusal.value)
+    runs_at_all = REFUSED[family] not in ("encoder-decoder", "no causal language model")
+    assert ("attention=full" in str(refusal.value)) == runs_at_all
+
+
+@pytest.mark.parametrize(
+    ("family", "more", "kind", "where"),
+    [
+        ("llama", {}, "rotary", "patch.py"),
+        ("gpt_oss", {}, "rotary", "patch.py"),
+        ("codegen", {}, "rotary", "families/gptj.py"),
+        ("mpt", {}, "ALiBi", "families/mpt.py"),
+        ("bloom", {}, "ALiBi", "families/bloom.py"),
+        ("falcon", {}, "rotary", "families/falcon.py"),
+        ("falcon", {"alibi": True}, "ALiBi", "families/falcon.py"),
+    ],
+)
+def test_where_a_family_is_taken_over(family, more, kind, where):
+    found = support(CONFIG_MAPPING[family](**more))
+    assert (found.kind, found.where, found.reason, found.tested) == (kind, where, "", True)
+    check(CONFIG_MAPPING[family](**more))
+
+
+def test_a_config_from_a_folder_is_enough(tiny_llama):
+    assert support(AutoConfig.from_pretrained(tiny_llama())).kind == "rotary"
+
+
+def test_the_table_is_of_every_causal_family_and_of_the_code():
+    rows = families_table()
+    by_name = {row.family: row for row in rows}
+    assert len(rows) == len(by_name) > 100
+    assert by_name.keys() >= TESTED
+    assert all(by_name[name].kind != "none" for name in TESTED)
+    assert {row.family for row in rows if row.where.startswith("families/")} == families.FAMILIES.keys()
+    assert all(bool(row.reason) == (row.kind == "none") == (not row.where) for row in rows)
+    assert not any(row.tested for row in rows if row.kind == "none")
