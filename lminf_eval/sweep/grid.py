@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from lminf_eval.errors import UsageError
 from lminf_eval.plugin import MODEL_NAME, task_folder
@@ -63,6 +63,11 @@ class _Task(BaseModel):
     lengths: list[int | str] | None = None
     resources: dict[str, Any] = {}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _from_its_name(cls, value: Any) -> Any:
+        return {"task": value} if isinstance(value, str) else value
+
 
 class _Sweep(BaseModel):
     """A sweep's file; every other key is one of lm-eval's, for all cells."""
@@ -71,7 +76,7 @@ class _Sweep(BaseModel):
 
     models: list[dict[str, Any]] = Field(min_length=1)
     methods: list[dict[str, Any]] = Field([{}], min_length=1)
-    tasks: list[str | _Task] = Field(min_length=1)
+    tasks: list[_Task] = Field(min_length=1)
     resources: dict[str, Any] = {}
 
 
@@ -218,12 +223,11 @@ def _check_args(args: Mapping[str, Any], backend: str) -> None:
         check_names(args)
 
 
-def _tasks(entries: Iterable[str | _Task], settings: Mapping[str, Any]) -> Iterator[tuple[str, int | None, dict, dict]]:
+def _tasks(entries: Iterable[_Task], settings: Mapping[str, Any]) -> Iterator[tuple[str, int | None, dict, dict]]:
     """(lm-eval's name, length, lm-eval's keys for it, resources) of each task and length."""
     ours = _our_tasks()
     families = {match[1] for name in ours if (match := _LENGTH.fullmatch(name))}
     for entry in entries:
-        entry = _Task(task=entry) if isinstance(entry, str) else entry
         own = _settings(entry.model_extra, f"tasks.{entry.task}.", set(_Task.model_fields))
         if entry.task in families:
             names = [name for name in ours if name.startswith(f"{entry.task}_")]
