@@ -93,7 +93,7 @@ def demo(output: Path, quick: bool) -> None:
 
 def run(model: Path, output: Path, plan: Plan, methods: tuple[Method, ...] = METHODS) -> None:
     """`demo` with any model and plan."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -18,7 +18,6 @@ import transformers
 from lm_eval.models.utils_hf import get_dtype
 from lm_eval.utils import simple_parse_args_string
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from lminf_eval import support
@@ -43,7 +42,7 @@ def doctor(pretrained: str | None, length: int, model_args: str, batch_size: int
     args = simple_parse_args_string(model_args)
     pretrained = pretrained or args.pop("pretrained", None)
     device = find_device(device or args.pop("device", None))
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     _print(console, "installed", [*versions(), *devices(), *hook()])
     if pretrained is None:
         return
@@ -64,11 +63,10 @@ def doctor(pretrained: str | None, length: int, model_args: str, batch_size: int
 
 def families() -> None:
     """Print each causal LM family of the installed transformers, and how Λ-attention runs it, or why it can't."""
-    table = Table("family", "positions", "by", "", box=None, pad_edge=False)
+    console = Console(highlight=False, soft_wrap=True)
     for row in support.families_table():
         told = row.reason or ("tested against the definition" if row.tested else "checked at each load")
-        table.add_row(*map(Text, (row.family, row.kind, row.where, told)))
-    Console().print(table)
+        console.print(Text(f"{row.family:<28}  {row.kind:<6}  {row.where:<19}  {told}"))
 
 
 def versions() -> list[Row]:

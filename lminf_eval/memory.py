@@ -14,8 +14,8 @@ from lminf_eval.spec import LambdaSpec
 def memory(config: Any, spec: LambdaSpec, length: int, batch_size: int, dtype: torch.dtype) -> dict[str, int]:
     """Bytes, beside those of Python and its libraries, when the longest input has `length` tokens.
 
-    Held to a measurement once: SmolLM2-135M in float32 on a CPU, N = 8192, W = 2048, C = 2048, B = 1, lambda. These add up
-    to 1.10 GB; the process grew by 1.18 GB, from the 0.49 GB of Python with its libraries.
+    Held to a measurement once: SmolLM2-135M in float32 on a CPU, N = 8192, W = 2048, C = 2048, B = 1, lambda. These add
+    up to 1.10 GB; the process grew by 1.18 GB, from the 0.49 GB of Python with its libraries.
 
     Args:
         spec: resolved (n_local set), unless its attention is full.
@@ -27,7 +27,7 @@ def memory(config: Any, spec: LambdaSpec, length: int, batch_size: int, dtype: t
     - keys and values: in each layer 2 s B K D (G + min(W, N)); its own W and no G where a layer slides as trained
     - keys and values of full: in each layer 2 s B K D N
     - keys and values for top-k, in host memory: the same, where `top_k` is set
-    - logits: 4 V T for T = min(B C, 2^25 / V) rows in float32, three times (a block, its exponentials, the block before)
+    - logits: 4 V T for T = min(B C, 2^25 / V) rows in float32, thrice (with exponentials, and the block before)
     - activations of one chunk: s B C (4 hidden + 3 max(intermediate, H D)), and one layer's keys and values in order,
       before and after turning: 4 s B K D min(N, W + C)
     """

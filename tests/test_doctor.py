@@ -1,0 +1,133 @@
+"""`lminf doctor` against what is there, and its memory formula against models that are built."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoConfig, GPT2Config, LlamaConfig, LlamaForCausalLM, MistralConfig
+
+from lminf_eval import __version__, doctor
+from lminf_eval.errors import UsageError
+from lminf_eval.memory import memory, parameters
+from lminf_eval.spec import LambdaSpec
+
+
+def shown(capsys, pretrained, length=4096, model_args="", batch_size=1):
+    doctor.doctor(str(pretrained) if pretrained else None, length, model_args, batch_size, "cpu")
+    lines = capsys.readouterr().out.splitlines()
+    return {line[:28].strip().split("  ")[0]: line for line in lines if line.startswith("  ")}
+
+
+def test_it_tells_what_is_installed(capsys):
+    rows = shown(capsys, None)
+    assert __version__ in rows["lminf-eval"]
+    assert torch.__version__ in rows["torch"]
+    assert f"{torch.get_num_threads()} threads" in rows["cpu"]
+    assert "lm_eval knows --model lminf (LMInfinite)" in rows["model"]
+    assert "family" not in rows
+
+
+def test_it_tells_how_a_model_is_run(capsys, tiny_llama):
+    rows = shown(capsys, tiny_llama(), model_args="n_global=3,dtype=bfloat16")
+    assert "llama" in rows["family"]
+    assert "rotary" in rows["positions"]
+    assert "64 (max_position_embeddings)" in rows["n_local"]
+    assert rows["n_global"].endswith("3")
+    assert "torch.bfloat16" in rows["primitive"]
+
+
+def test_no_weight_is_needed(capsys, tmp_path):
+    LlamaConfig(num_hidden_layers=2, vocab_size=100, hidden_size=64, num_attention_heads=4).save_pretrained(tmp_path)
+    assert "llama" in shown(capsys, tmp_path)["family"]
+
+
+def test_full_runs_what_lambda_cannot(capsys, tmp_path):
+    GPT2Config(n_layer=2, n_embd=32, n_head=4, vocab_size=100).save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="'gpt2'.*absolute"):
+        shown(capsys, tmp_path)
+    assert "weights" in shown(capsys, tmp_path, model_args="attention=full")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ("n_locl=3", "unknown argument n_locl=3.*n_local"),
+        ("n_local=0", "n_local=0"),
+        ("n_local=8,n_global=9", "n_global=9 must be smaller than n_local=8"),
+        ("dtype=float31", "dtype=float31"),
+    ],
+)
+def test_bad_arguments_are_told(args, message, tiny_llama):
+    with pytest.raises(UsageError, match=message):
+        doctor.doctor(str(tiny_llama()), 4096, args, 1, "cpu")
+
+
+def test_a_missing_folder_and_an_unreachable_hub_are_one_line(tmp_path, monkeypatch):
+    with pytest.raises(UsageError, match="no such directory"):
+        doctor.doctor(str(tmp_path / "none"), 4096, "", 1, "cpu")
+    command = "from lminf_eval.cli import app; app(['doctor', '--pretrained', 'nobody/nothing'])"
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("lminf: pretrained=nobody/nothing: its config can't be read")
+    assert "Traceback" not in done.stderr
+    assert "lminf-eval" in done.stdout
+
+
+def test_the_hook_switched_off_is_told():
+    command = "from lminf_eval.doctor import hook; print(dict(hook()))"
+    environment = {"PATH": "", "LMINF_EVAL_AUTOLOAD": "0", "PYTHONPATH": ":".join(filter(None, sys.path))}
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "lm_eval does not know --model lminf" in done.stdout
+    assert "--include_path" in done.stdout
+    assert "'start-up hook': 'active'" not in done.stdout
+
+
+def test_families_lists_both_kinds(capsys):
+    doctor.families()
+    rows = capsys.readouterr().out.splitlines()
+    assert any(row.startswith("llama ") and "rotary" in row for row in rows)
+    assert any(row.startswith("gpt2 ") and "absolute" in row for row in rows)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_are_those_of_the_model(tiny_llama, tied):
+    folder = tiny_llama(tie_word_embeddings=tied)
+    model = LlamaForCausalLM.from_pretrained(folder)
+    assert parameters(AutoConfig.from_pretrained(folder)) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("attention", ["lambda", "window", "full"])
+def test_kept_keys_and_values_are_those_of_the_cache(tiny_model, attention):
+    from lminf_eval.full import FullModel
+    from lminf_eval.selfcheck import lambda_model
+
+    model = tiny_model()
+    spec = LambdaSpec(attention=attention, n_local=16, n_global=4)
+    running = FullModel(model) if attention == "full" else lambda_model(model, spec)
+    cache = running.new_cache(2, 50)
+    running.hidden(torch.zeros(2, 50, dtype=torch.long), cache)
+    layers = cache.layers.layers if attention == "full" else cache.layers.values()
+    held = sum(4 * (layer.keys.numel() + layer.values.numel()) for layer in layers)
+    assert memory(model.config, spec, 50, 2, torch.float32)["keys and values"] == held
+
+
+def test_full_grows_with_the_length_and_lambda_does_not():
+    config, spec = LlamaConfig(), LambdaSpec(n_local=2048)
+    short, long = (memory(config, spec, length, 1, torch.bfloat16) for length in (2**15, 2**20))
+    assert long.pop("keys and values of full") == 32 * short.pop("keys and values of full")
+    assert long == short
+
+
+def test_layers_that_slide_as_trained_keep_their_own_window():
+    config = MistralConfig(sliding_window=100, num_hidden_layers=2)
+    needed = memory(config, LambdaSpec(n_local=2048), 10_000, 1, torch.float16)
+    assert needed["keys and values"] == 2 * 2 * 2 * 8 * 128 * 100  # layers, keys and values, bytes, heads, dimension
+
+
+def test_the_sum_is_shown(capsys, tiny_llama):
+    rows = shown(capsys, tiny_llama(), length=10**6)
+    assert "attention=full: 512 MB" in rows["keys and values"]  # 2 layers, 2 heads of 16, 2 x 4 bytes
+    assert "beside Python" in rows["together"]
