@@ -219,7 +219,9 @@ def test_rulers_niah_single_1_as_it_comes(tiny_llama):
     )
     samples = ours["samples"]["niah_single_1"]
     assert [sample["doc"]["max_length"] for sample in samples] == [4096, 4096]
-    assert all(3500 < sample["doc"]["length"] <= 4096 for sample in samples)
+    lengths = [sample["doc"]["length"] for sample in samples]  # room for 128 generated tokens included
+    assert all(2000 < length <= 4096 for length in lengths)
     assert all(isinstance(sample["resps"][0][0], str) for sample in samples)
     assert 0 <= ours["results"]["niah_single_1"]["4096,none"] <= 1
-    assert ours["config"]["lminf"]["tokens_computed"] > 7000
+    told = ours["config"]["lminf"]
+    assert told["tokens_computed"] + told["tokens_reused"] > sum(lengths) - 2 * 128
