@@ -44,7 +44,7 @@ def test_no_weight_is_needed(capsys, tmp_path):
 
 def test_full_runs_what_lambda_cannot(capsys, tmp_path):
     GPT2Config(n_layer=2, n_embd=32, n_head=4, vocab_size=100).save_pretrained(tmp_path)
-    with pytest.raises(UsageError, match="'gpt2'.*absolute"):
+    with pytest.raises(UsageError, match=r"'gpt2'.*absolute"):
         shown(capsys, tmp_path)
     assert "weights" in shown(capsys, tmp_path, model_args="attention=full")
 
