@@ -14,6 +14,7 @@ import transformers
 from lm_eval import utils
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from lminf_eval import __version__, support
@@ -128,7 +129,7 @@ class LMInfinite(HFLM):
             logger.info("Loading the weights of %s", self._unread["pretrained"])
             try:
                 super()._create_model(**self._unread)
-            except (OSError, ValueError, ImportError) as error:
+            except (OSError, ValueError, ImportError, SafetensorError) as error:
                 line = _first_line(f"pretrained={self.pretrained}: its weights can't be read", error)
                 raise UsageError(line) from error
             self._model.eval()

@@ -421,6 +421,21 @@ def test_weights_are_read_at_the_first_request_only(folder, monkeypatch):
     assert model.get_model_info()["model_num_parameters"] == model.model.num_parameters()
 
 
+@pytest.mark.parametrize("damage", ["missing", "cut short"])
+def test_weights_that_cannot_be_read(damage, tiny_llama):
+    folder = tiny_llama(max_position_embeddings=512)
+    weights = folder / "model.safetensors"
+    if damage == "missing":
+        weights.unlink()
+    else:
+        weights.write_bytes(weights.read_bytes()[:-1000])
+    model = lminf(folder)
+    with pytest.raises(UsageError, match="its weights can't be read: ") as refused:
+        model.loglikelihood(pairs(("a", "b")))
+    assert f"pretrained={folder}" in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
 def test_the_progress_bar_counts_tokens(folder, capsys):
     model = lminf(folder)
     model.loglikelihood_rolling(rolling(TEXT[:300]))
