@@ -168,3 +168,39 @@ def doctor(
         doctor.families()
     else:
         doctor.doctor(pretrained, length, model_args, batch_size, device)
+
+
+@app.command()
+def prepare(
+    config: Annotated[Path, typer.Argument(help="A sweep, or a configuration file of lm-eval (lm_eval run --config).")],
+    check: Annotated[bool, typer.Option("--check", help="Fetch nothing: say what is missing.")] = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The JSON of what was resolved.")] = None,
+) -> None:
+    """Fetch and try all that a run reads, models and data, so that it works without a network (HF_HUB_OFFLINE=1).
+
+    Exit status 1 where anything is missing, after a line for each.
+    """
+    from lminf_eval.prepare import prepare
+
+    raise typer.Exit(prepare(config, check, output))
+
+
+@app.command()
+def diagnose(
+    pretrained: Annotated[str, typer.Option(help="Model: a folder, or a name on the hub.")],
+    length: Annotated[int, typer.Option(min=1, help="Tokens of the text to run.")] = 16384,
+    layers: Annotated[str, typer.Option(help="Layers to look at, as in 0,8,16; by default four.")] = "",
+    n_local: Annotated[int | None, typer.Option(min=1, help="Window; by default the pre-training length.")] = None,
+    text: Annotated[Path | None, typer.Option(help="A text file; by default Python's reference manual.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of figures and numbers.")] = Path(
+        "lminf-diagnosis"
+    ),
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or float64.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:<number>.")] = None,
+) -> None:
+    """Attention logits, attention entropy and hidden states beyond the trained length, with and without the method."""
+    try:
+        from lminf_eval import diagnose
+    except ModuleNotFoundError as error:
+        raise UsageError(f"figures need {error.name}: pip install 'lminf-eval[report]'") from None
+    diagnose.diagnose(pretrained, length, layers, n_local, text, output, dtype, device)

@@ -1,6 +1,6 @@
 """One pass of a text through a model, with a recorder at chosen layers; nothing of it is quadratic in length.
 
-Full attention is measured as Λ-attention whose window is the whole text: one code path, and every distance the true one.
+Full attention is measured as Λ-attention whose window is the whole text: one code path, every distance the true one.
 
 Shapes: B one row, H query heads, K key-value heads, L tokens of a chunk, N tokens of the text, S chosen queries,
 D head dimension, P kept positions, C hidden size.

@@ -1,0 +1,154 @@
+"""The figures: a panel for each layer; logits against distance, entropy against position, hidden states on two axes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from lminf_eval.diagnosis.tables import Tables
+from lminf_eval.results.describe import length_label
+from lminf_eval.results.figure import SETTINGS, Plot
+from lminf_eval.results.style import FIRST_OF_ATTENTION, GRID, INK, VERMILION
+
+_FULL, _OURS = FIRST_OF_ATTENTION["full"], FIRST_OF_ATTENTION["lambda"]
+_GROUPS = 24  # of neighbouring queries whose entropies are averaged for the line
+
+Row = Callable[[Tables, Sequence[Axes], int, int], list[Line2D]]
+
+
+def figures(found: Tables, model: str, n_local: int, n_global: int) -> list[Plot]:
+    """One figure for each of the three factors, and one with all of them."""
+    rows = {
+        "logits": (logits_row, f"Attention logits against distance: {model}", _LOGITS),
+        "entropy": (entropy_row, f"Attention entropy against position: {model}", _ENTROPY),
+        "hidden-states": (states_row, f"Hidden states: {model}", _STATES),
+    }
+    with matplotlib.rc_context(SETTINGS):
+        single = [
+            Plot(name, title, caption, _figure([row], title, found, n_local, n_global))
+            for name, (row, title, caption) in rows.items()
+        ]
+        title = f"Within and beyond n_local = {n_local:,}: {model}"
+        whole = _figure([row for row, _, _ in rows.values()], title, found, n_local, n_global)
+    return [*single, Plot("diagnosis", title, " ".join([_LOGITS, _ENTROPY, _STATES]), whole)]
+
+
+_LOGITS = (
+    "Attention logits by the distance at which a query sees a key, over all heads: the highest and the mean of each "
+    "bin; bins widen with distance. Λ-attention sees its starting tokens as if at n_local."
+)
+_ENTROPY = (
+    "Entropy of the attention, the mean over heads: points are single queries, lines their local means; the grey line "
+    "is the logarithm of the position, the entropy of attending evenly to all that came before."
+)
+_STATES = (
+    "What the layer's block puts out, on the two principal axes of positions below n_local; the axes are linear in the "
+    "middle (three standard deviations) and logarithmic outside."
+)
+
+
+def logits_row(found: Tables, row: Sequence[Axes], n_local: int, n_global: int) -> list[Line2D]:
+    """The highest and the mean logit of each bin of distance."""
+    far = found.logits[found.logits["distance_from"] > 0]  # the distance 0 has no place on a logarithmic axis
+    for axes, (_, of_layer) in zip(row, far.groupby("layer"), strict=True):
+        for method, logits in of_layer.groupby("method"):
+            look = FIRST_OF_ATTENTION[method]
+            bins = logits.assign(total=logits["mean"] * logits["pairs"]).groupby("distance_from")
+            middle = np.sqrt(bins["distance_from"].first() * bins["distance_to"].first())
+            highest, mean = bins["max"].max(), bins["total"].sum() / bins["pairs"].sum()
+            if method == "lambda":  # the starting tokens, all as if at one distance, belong to no line
+                held = [n_local, n_local], [highest.get(n_local, np.nan), mean.get(n_local, np.nan)]
+                axes.plot(*held, linestyle="", color=look.color, marker=look.marker, markerfacecolor="none")
+                middle, highest, mean = (x[x.index < n_local] for x in (middle, highest, mean))
+            axes.plot(middle, highest, color=look.color, linestyle=look.line, marker=look.marker, markevery=4)
+            axes.plot(middle, mean, color=look.color, linestyle=look.line, linewidth=1, alpha=0.6)
+        _tokens_axis(axes, far["distance_to"].max() + 1, n_local, "distance (tokens)")
+    row[0].set_ylabel("logit")
+    held = Line2D(
+        [], [], linestyle="", marker="o", color=_OURS.color, markerfacecolor="none", label="lambda, first tokens"
+    )
+    thin = Line2D([], [], color=INK, linewidth=1, alpha=0.6, label="thin lines: mean")
+    return [*_method_handles(": highest"), held, thin]
+
+
+def entropy_row(found: Tables, row: Sequence[Axes], n_local: int, n_global: int) -> list[Line2D]:
+    """The entropy of each query's attention, and its bound."""
+    for axes, (_, of_layer) in zip(row, found.entropy.groupby("layer"), strict=True):
+        position = np.sort(of_layer["position"].unique()) + 1
+        axes.plot(position, np.log(position), color=GRID, linewidth=1)
+        for method, queries in of_layer.groupby("method"):
+            look = FIRST_OF_ATTENTION[method]
+            at = queries["position"] + 1
+            axes.plot(at, queries["entropy"], ".", color=look.color, markersize=3, alpha=0.4)
+            groups = queries.assign(at=np.log(at)).groupby(pd.cut(np.log(at), _GROUPS), observed=True)
+            middle = np.exp(groups["at"].mean())
+            axes.plot(middle, groups["entropy"].mean(), color=look.color, linestyle=look.line)
+        _tokens_axis(axes, position[-1], n_local, "position (tokens)")
+    row[0].set_ylabel("entropy (nats)")
+    return [*_method_handles(), Line2D([], [], color=GRID, linewidth=1, label="log(position)")]
+
+
+def states_row(found: Tables, row: Sequence[Axes], n_local: int, n_global: int) -> list[Line2D]:
+    """Hidden states on two axes: the starting tokens, the trained range, and what lies beyond under each method."""
+    small = {"linestyle": "", "markersize": 2.5}
+    for axes, (layer, states) in zip(row, found.states.groupby("layer"), strict=True):
+        of_full, beyond = states["method"] == "full", states["position"] >= n_local
+        first = of_full & (states["position"] < n_global)
+        usual = of_full & ~beyond & ~first
+        groups = [
+            (states[usual], {"color": GRID, "marker": "o", "alpha": 0.5, **small}),
+            (states[of_full & beyond], {"color": _FULL.color, "marker": _FULL.marker, "alpha": 0.35, **small}),
+            (states[~of_full & beyond], {"color": _OURS.color, "marker": _OURS.marker, "alpha": 0.35, **small}),
+            (states[first], {"color": VERMILION, "marker": "*", "linestyle": "", "markersize": 7}),
+        ]
+        for group, look in groups:
+            axes.plot(group["pc1"], group["pc2"], markeredgewidth=0, **look)
+        axes.set_xscale("symlog", linthresh=3 * states[usual]["pc1"].std())
+        axes.set_yscale("symlog", linthresh=3 * states[usual]["pc2"].std())
+        axes.set_xticks([0], [""])
+        axes.set_yticks([0], [""])
+        axes.minorticks_off()
+        axes.set_xlabel(f"axis 1 ({found.shares[layer][0]:.0%} of variance)")
+        axes.set_ylabel(f"axis 2 ({found.shares[layer][1]:.0%})")
+    labels = ["within n_local", "full, beyond", "lambda, beyond", f"first {n_global} tokens"]
+    return [
+        Line2D([], [], **(look | {"alpha": 1, "markersize": 7 if i == 3 else 5}), label=label)
+        for i, (label, (_, look)) in enumerate(zip(labels, groups, strict=True))
+    ]
+
+
+def _figure(rows: list[Row], title: str, found: Tables, n_local: int, n_global: int) -> Figure:
+    layers = sorted(found.shares)
+    figure = Figure(figsize=(1.6 + 2.5 * len(layers), 0.7 + 2.6 * len(rows)), layout="constrained")
+    grid = figure.subplots(len(rows), len(layers), squeeze=False)
+    for draw, row in zip(rows, grid, strict=True):
+        handles = draw(found, row, n_local, n_global)
+        row[-1].legend(handles=handles, loc="center left", bbox_to_anchor=(1.03, 0.5), frameon=False, fontsize=8.5)
+    for axes, layer in zip(grid[0], layers, strict=True):
+        axes.set_title(f"layer {layer}", fontsize=9.5)
+    figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=11)
+    return figure
+
+
+def _method_handles(what: str = "") -> list[Line2D]:
+    looks = {"full": _FULL, "lambda": _OURS}
+    return [
+        Line2D([], [], color=look.color, linestyle=look.line, marker=look.marker, label=f"{method}{what}")
+        for method, look in looks.items()
+    ]
+
+
+def _tokens_axis(axes: Axes, reach: int, n_local: int, label: str) -> None:
+    axes.set_xscale("log", base=2)
+    ticks = [2**power for power in range(0, int(np.log2(reach)) + 1, 4)]
+    axes.set_xticks(ticks, [length_label(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel(label)
+    axes.grid(axis="y", color=GRID, alpha=0.3, linewidth=0.7)
+    axes.axvline(n_local, color=INK, linewidth=1, linestyle=(0, (2, 2)))
