@@ -1,0 +1,113 @@
+"""Every command of the README, run as it stands there; and its tables, held to the code."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lminf_eval.arguments import _OWN
+from lminf_eval.spec import LambdaSpec
+
+CHECKOUT = Path(__file__).parents[2]
+README = (CHECKOUT / "README.md").read_text(encoding="utf-8")
+FENCED = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+COMMANDS = [line for _, block in FENCED for line in block.splitlines()]
+
+MODEL = "MODEL=$(lminf demo --print-model)"  # tests/test_demo.py has it; a tiny model stands in here
+MAKE = [command for command in COMMANDS if command.startswith("make ")]
+PIP = [command for command in COMMANDS if command.startswith("pip install ")]
+RUN = [command for command in COMMANDS if re.match(r"([A-Z_]+=\d )?(lm_eval|lminf) ", command)]
+
+
+def rows(heading: str) -> list[list[str]]:
+    """The cells of the first table below a heading, without their backquotes."""
+    section = README.partition(f"{heading}\n")[2]
+    table = re.search(r"(?:^\|.*\|\n)+", section, re.MULTILINE)[0]
+    return [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+
+
+def bash(command: str, folder: Path, **variables: str) -> str:
+    """Standard output of a command, with the scripts of this Python first."""
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "HF_HUB_OFFLINE": "1",
+        **variables,
+    }
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", command], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, f"{command}\n{done.stderr}"
+    return done.stdout
+
+
+def test_no_command_is_left_out():
+    assert {language for language, _ in FENCED} == {"sh"}
+    assert sorted(COMMANDS) == sorted([*MAKE, *PIP, MODEL, *RUN])
+    assert all((MAKE, PIP, RUN))
+
+
+@pytest.mark.parametrize("command", MAKE)
+def test_make_knows_its_targets(command):
+    steps = bash(f"{command} --dry-run --always-make", CHECKOUT)
+    assert "-m venv .venv" in steps
+    assert {"make demo": ".venv/bin/lminf demo", "make test": ".venv/bin/python -m pytest"}[command] in steps
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", PIP)
+def test_pip_would_install(command):
+    pip = f"{sys.executable} -m {command} --dry-run --no-deps --no-index --no-build-isolation --force-reinstall"
+    assert "Would install lminf-eval" in bash(pip, CHECKOUT)
+
+
+def test_the_extras_are_there():
+    project = (CHECKOUT / "pyproject.toml").read_text(encoding="utf-8")
+    for extra in re.findall(r"\[(\w+)\]", " ".join(PIP)):
+        assert re.search(rf"^{extra} = \[", project, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_the_commands_run_one_after_the_other(tmp_path, tiny_llama):
+    model = str(tiny_llama(max_position_embeddings=8192))
+    printed = {command: bash(command, tmp_path, MODEL=model) for command in RUN}
+    evaluated = [json.loads(file.read_text())["results"] for file in sorted(tmp_path.glob("results/*/results_*.json"))]
+    assert [list(results) for results in evaluated] == [["passkey_32k"], ["passkey_32k"], ["pydocs_ppl_16k"]]
+    assert evaluated[2]["pydocs_ppl_16k"]["nll_tail,none"] > 0
+    table = next(out for command, out in printed.items() if command.startswith("lminf table"))
+    assert "full" in table
+    assert "lambda" in table
+    assert "<html" in (tmp_path / "report.html").read_text()
+    doctor = next(out for command, out in printed.items() if "doctor --pretrained" in command)
+    assert "memory for 65,536 tokens" in doctor
+    tasks = next(out for command, out in printed.items() if command.startswith("LMINF_EVAL_AUTOLOAD=0"))
+    assert "lambada_openai" in tasks
+    assert "pydocs_ppl" not in tasks
+
+
+def test_the_model_arguments_are_those_of_the_adapter():
+    told = {name: default for name, default, _ in rows("### Model arguments")}
+    assert told.keys() == _OWN
+    for name, field in LambdaSpec.model_fields.items():
+        if field.default is not None:
+            assert told[name] == str(field.default)
+
+
+def test_the_tasks_are_those_of_the_folder():
+    for pattern, lengths, _ in rows("### Tasks"):
+        group = pattern.removesuffix("_*")
+        first, last = lengths.split(" … ")
+        files = {path.stem for path in CHECKOUT.glob(f"tasks/*/{group}_*.yaml")}
+        assert {f"{group}_{first}", f"{group}_{last}"} <= files
+    groups = {path.stem for path in CHECKOUT.glob("tasks/*/[!_]*.yaml")}
+    groups = {name for name in groups if not re.search(r"_\d+[km]$", name)}
+    assert groups == {pattern.removesuffix("_*") for pattern, _, _ in rows("### Tasks")}
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", README):
+        assert (CHECKOUT / target).exists(), target
