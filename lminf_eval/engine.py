@@ -90,6 +90,11 @@ class Engine:
 
     def score(self, requests: Sequence[ScoreRequest]) -> Iterator[tuple[int, Score]]:
         """Each request's index and score, as they are done."""
+        for group in self._groups([len(request.tokens) for request in requests]):
+            for index, score in self._score([requests[i] for i in group]):
+                yield group[index], score
+
+    def _score(self, requests: Sequence[ScoreRequest]) -> Iterator[tuple[int, Score]]:
         inputs = [np.asarray(request.tokens, dtype=np.int32)[:-1] for request in requests]
         marks = [len(request.tokens) if request.rolling else request.scored_from - 1 for request in requests]
         roots = forest(inputs, self.share, marks if self.model.readmits else None)
@@ -203,6 +208,11 @@ class Engine:
 
     def generate(self, requests: Sequence[GenerateRequest]) -> Iterator[tuple[int, list[int]]]:
         """Each request's index and its new tokens, a stopping one included, as they are done."""
+        for group in self._groups([len(request.tokens) + request.max_new for request in requests]):
+            for index, new in self._generate([requests[i] for i in group]):
+                yield group[index], new
+
+    def _generate(self, requests: Sequence[GenerateRequest]) -> Iterator[tuple[int, list[int]]]:
         inputs = [np.asarray(request.tokens, dtype=np.int32) for request in requests]
         marks = [len(request.tokens) - 1 for request in requests]
         roots = forest(inputs, self.share, marks if self.model.readmits else None)
@@ -282,6 +292,12 @@ class Engine:
             logits_BV = self.model.logits(output, output.last_hidden_state[:, -1])
 
     # ------------------------------------------------------------------ both
+
+    def _groups(self, lengths: list[int]) -> list[list[int]]:
+        """Which of the requests with these final lengths may share prefixes and batches: all, as a rule."""
+        if not self.model.by_length:
+            return [list(range(len(lengths)))]
+        return [[i for i, n in enumerate(lengths) if n == length] for length in sorted(set(lengths), reverse=True)]
 
     def _hidden(self, ids_BL: torch.Tensor, cache, keep: bool = True):
         """A chunk through the model, unless we are asked to stop."""

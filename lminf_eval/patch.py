@@ -114,6 +114,7 @@ class LambdaModel:
         return LambdaCache.empty(batch, capacity)
 
     stack = staticmethod(LambdaCache.stack)
+    by_length = False  # frequencies are those of n_local, whatever a sequence's length
 
     @property
     def reach(self) -> int:

@@ -94,7 +94,7 @@ class Rotary:
 
     def __init__(self, module: nn.Module, apply: Callable, n_local: int):
         self.module = module
-        self._apply = apply
+        self._apply = apply if "k" in inspect.signature(apply).parameters else _alone(apply)
         self._takes_whole_heads: bool | None = None  # found out at the first rotation
         self._frequencies = Frequencies(module, n_local)
         module.forward = self.identity
@@ -136,6 +136,11 @@ class Rotary:
         """What the model is given in place of its own (cos, sin): a rotation that changes nothing."""
         cos, sin = self._frequencies.angles(x, position_ids[:, -1:], *args, **kwargs)
         return torch.ones_like(cos), torch.zeros_like(sin)
+
+
+def _alone(apply: Callable) -> Callable:
+    """A family's function that takes one tensor (Gemma 3n), as those that take queries and keys."""
+    return lambda q, k, cos, sin: (apply(q, cos, sin), k)
 
 
 def backwards(angles: Angles) -> Angles:

@@ -54,6 +54,20 @@ MOE = {  # four experts, two a token, by all the names that families have for it
     "shared_expert_intermediate_size": 16,
 }
 GPTJ = {"rotary_dim": 4, "n_inner": 48, "max_position_embeddings": 128}
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+}
+GEMMA4 = {
+    "vocab_size_per_layer_input": 97,
+    "hidden_size_per_layer_input": 8,
+    "num_kv_shared_layers": 1,
+    "global_head_dim": 32,
+}
+GEMMA3N = GEMMA4 | {"laurel_rank": 4, "altup_num_inputs": 2, "activation_sparsity_pattern": None}
 FALCON_RW = {
     "new_decoder_architecture": False,
     "multi_query": False,
@@ -94,6 +108,9 @@ FAMILIES = {
     "gemma": WIDE,
     "gemma2": {"sliding_window": 8} | WIDE,  # soft-capped logits
     "gemma3_text": SLIDING | WIDE,  # two rotary bases
+    "gemma3": {"text_config": SMALL | SLIDING | WIDE, "vision_config": VISION, "mm_tokens_per_image": 4},
+    "gemma3n_text": SLIDING | WIDE | GEMMA3N,  # later layers share the keys of earlier ones
+    "gemma4_text": SLIDING | WIDE | GEMMA4,
     "vaultgemma": {"sliding_window": 8} | WIDE,
     "olmo": {"clip_qkv": 1.0},
     "olmo2": {},
@@ -136,6 +153,13 @@ FAMILIES = {
     "bitnet": {},
     "hyperclovax": WIDE,
     "modernbert-decoder": {"sliding_window": 8},
+    "aria_text": MOE,
+    "flint": MOE | WIDE,
+    "hy_v3": MOE | WIDE,
+    "kolibri1": SLIDING | MOE | WIDE,
+    "laguna": SLIDING | MOE | WIDE,
+    "mellum": SLIDING | MOE | WIDE,
+    "solar_open": MOE | WIDE,
     "gptj": GPTJ,
     "codegen": GPTJ,
     "mpt": {},

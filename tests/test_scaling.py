@@ -1,12 +1,15 @@
 """Position scaling: a model made from the edited config, in one pass, is what the engine's chunks must give."""
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from lminf_eval.engine import Engine, GenerateRequest, ScoreRequest
 from lminf_eval.errors import UsageError
 from lminf_eval.full import FullModel
+from lminf_eval.rope import held
 from lminf_eval.scaling import apply_rope
 from lminf_eval.spec import LambdaSpec
 
@@ -67,6 +70,31 @@ def test_each_cache_has_the_frequencies_of_its_own_length(randomise):
         torch.testing.assert_close(in_chunks(full, text, 16), logits, rtol=0, atol=1e-5 * logits.abs().max())
     again = full.restore()(texts[0]).logits[0]
     assert torch.equal(again, expected[0])
+
+
+@torch.no_grad()
+def test_the_engine_keeps_lengths_apart(randomise):
+    """Requests of several lengths with a common prefix: each has the frequencies of its own length."""
+    model = llama(randomise, BY_HAND["dynamic"])
+    prefix = torch.randint(97, (50,)).tolist()
+    texts = [prefix + torch.randint(97, (n,)).tolist() for n in (20, 20, 40, 5)]
+    expected = []
+    for text in texts:
+        with held(model.model.rotary_emb, len(text) - 1):  # the model itself stays at the longest text it has seen
+            log_probs = model(torch.tensor([text[:-1]])).logits[0].log_softmax(-1)
+        expected.append(log_probs[torch.arange(49, len(text) - 1), text[50:]].numpy())
+    engine = Engine(FullModel(model), 16)
+    scores = dict(engine.score([ScoreRequest(text, 50) for text in texts]))
+    assert engine.reused > 0  # the two of one length do share
+    for i, log_probs in enumerate(expected):
+        np.testing.assert_allclose(scores[i].log_probs, log_probs, atol=1e-4)
+
+    found = dict(engine.generate([GenerateRequest(text, 4, lambda new: False) for text in texts]))
+    for i, text in enumerate(texts):
+        for token in found[i]:
+            with held(model.model.rotary_emb, len(texts[i]) + 4):  # those of the longest it may come to
+                assert model(torch.tensor([text])).logits[0, -1].argmax().item() == token
+            text = [*text, token]
 
 
 def test_layers_that_slide_are_left_alone():
