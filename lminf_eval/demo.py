@@ -29,7 +29,7 @@ from lminf_eval.smollm2 import NAME, fetch
 
 PERPLEXITY, PASSKEY_INSIDE, PASSKEY_BEYOND = "pydocs_ppl_16k", "passkey_4k", "passkey_16k"
 START_SECONDS = 15  # of an lm_eval command before its first token, most of it reading lm-eval's own task files
-RECORD = "done.json"
+RECORD = "done"
 
 
 @dataclass(frozen=True)
@@ -118,8 +118,9 @@ def run(model: Path, output: Path, plan: Plan, methods: tuple[Method, ...] = MET
             raise
         seconds = max(time.monotonic() - began - START_SECONDS, 1.0) / (plan.tokens * method.cost)
     console.print(table({method.name: measured(output / method.folder, plan.inside) for method in methods}, plan))
-    console.print(Text(_versions(model)))
-    console.print(Text(f"\nresults: {output.resolve()}\nto repeat a row:\n"))
+    console.print(Text(f"{_versions()}\n\nresults: {output.resolve()}"))
+    console.print(Text(write_report(output)))
+    console.print(Text("\nto repeat a row:\n"))
     for method in methods:
         console.print(
             Text(shlex.join(["lm_eval", *commands[method], "--output_path", str(output / method.folder)]) + "\n")
@@ -213,6 +214,16 @@ def table(rows: Mapping[str, Mapping[str, str]], plan: Plan) -> Table:
     return shown
 
 
+def write_report(output: Path) -> str:
+    """Write the page of `lminf report` into `output`; the line that says where it is, or what it needs."""
+    try:
+        from lminf_eval.results import commands
+    except ModuleNotFoundError as error:
+        return f"figures need {error.name}: pip install 'lminf-eval[report]', then lminf report {output}"
+    commands.report([output], page := output / "report.html")
+    return f"figures, answers, settings: {page.resolve()}"
+
+
 def seconds_per_token(model: Path) -> float:
     """Time for a token of a short text, measured now."""
     import torch
@@ -240,6 +251,6 @@ def _installed() -> dict[str, str]:
     return {name: metadata.version(name) for name in names}
 
 
-def _versions(model: Path) -> str:
+def _versions() -> str:
     packages = ", ".join(f"{name} {version}" for name, version in _installed().items())
     return f"{packages}, Python {platform.python_version()}, {os.cpu_count()} CPU cores, float32"

@@ -12,6 +12,7 @@ import time
 import pytest
 from rich.console import Console
 
+import lminf_eval.results
 from lminf_eval import demo
 from lminf_eval.demo import METHODS, PASSKEY_BEYOND, PASSKEY_INSIDE, PERPLEXITY, WHOLE, Method, Plan
 from lminf_eval.errors import UsageError
@@ -103,6 +104,7 @@ def test_rows_have_folders_and_commands_of_their_own(tmp_path):
 def test_finished_rows_are_not_run_again(results, tmp_path, monkeypatch, capsys):
     for method in TWO:
         results(method, words=demo.command(method, tmp_path, SMALL))
+    monkeypatch.setattr(demo, "write_report", lambda output: f"a page in {output}")
     monkeypatch.setattr(demo.subprocess, "Popen", lambda *args, **kwargs: pytest.fail("a finished row was run"))
     demo.run(tmp_path, tmp_path, Plan(SMALL.documents, 500, inside=300, metadata=SMALL.metadata), TWO)
     printed = capsys.readouterr().out
@@ -161,7 +163,19 @@ def test_stopped_and_started_again_it_ends_with_the_table(tmp_path, tiny_llama):
         row = next(line for line in second.stdout.splitlines() if line.startswith(f"│ {method.name} "))
         assert [cell.strip() for cell in row.strip("│").split("│")] == [method.name, *cells.values()]
         assert 4 < float(cells["inside"]) < 12  # random weights, 512 tokens: about log 512
-    assert not {"nan"} & set(second.stdout.split())
+    page = (output / "report.html").read_text()
+    assert "n_local=32" in page
+    assert str(output / "report.html") in second.stdout
+    assert "left out" not in second.stderr
+
+
+def test_without_the_report_extra_the_demo_says_so(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for name in [name for name in sys.modules if name.startswith("lminf_eval.results")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(lminf_eval.results, "commands", raising=False)
+    assert "pip install 'lminf-eval[report]'" in demo.write_report(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
