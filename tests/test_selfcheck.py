@@ -133,3 +133,10 @@ def test_the_error_is_relative_and_keeps_nan():
     assert _error(a * 1.1, a) == pytest.approx(0.1)
     assert _error(a, a) == 0
     assert _error(torch.tensor([3.0, torch.nan]), a) != _error(torch.tensor([3.0, torch.nan]), a)
+
+
+def test_a_model_is_patched_once(tiny_model):
+    patched = lambda_model(tiny_model(), SPEC)
+    with pytest.raises(UsageError, match="a Λ model already"):
+        lambda_model(patched.model, SPEC)
+    lambda_model(patched.restore(), SPEC).restore()
