@@ -21,6 +21,7 @@ from lminf_eval.spec import LambdaSpec
 from lminf_eval.tokenizer import load_tokenizer
 
 _PANELS = 4
+_LEAST = 32  # tokens of a range that what lies beyond is compared with
 
 
 def diagnose(
@@ -47,6 +48,8 @@ def diagnose(
     config = load_config(pretrained, {})
     support.check(config)
     spec, why = LambdaSpec.parse({} if n_local is None else {"n_local": n_local}).resolve(config)
+    if spec.n_local < _LEAST:
+        raise UsageError(f"n_local={spec.n_local} ({why}): must be {_LEAST} or more, to tell a range by; see --n-local")
     if length <= spec.n_local:
         raise UsageError(f"length={length}: must be more than n_local={spec.n_local} ({why}); see --length, --n-local")
     chosen = choose_layers(layers, config.get_text_config().num_hidden_layers)
@@ -72,7 +75,7 @@ def diagnose(
             plot.write(output)
     except OSError as error:
         raise UsageError(f"{error.filename}: {error.strerror}") from None
-    print(in_words(found, spec.n_local, length))
+    print(in_words(found, spec.n_local, spec.n_global, length))
     print(f"figures (PNG, SVG) and numbers (CSV): {plain(str(output))}")
 
 
@@ -101,20 +104,21 @@ def write(found: Tables, folder: Path) -> None:
         table.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g", lineterminator="\n")
 
 
-def in_words(found: Tables, n_local: int, length: int) -> str:
+def in_words(found: Tables, n_local: int, n_global: int, length: int) -> str:
     """What is seen, a line for each method: the means of the summary over the layers."""
     layers = ", ".join(map(str, found.summary["layer"].unique()))
-    lines = [f"beyond n_local={n_local}, in {length} tokens, mean over layers {layers}:"]
+    lines = [
+        f"beyond n_local={n_local}, in {length} tokens, mean over layers {layers}:",
+        f"  {'':<6}  {'logits out of range':<19}  {'entropy (nats)':<14}  hidden states' distance (within: 1)",
+    ]
     for method, mean in found.summary.groupby("method").mean().iterrows():
-        lines.append(
-            f"  {method:<6}  {mean['logits_outside']:.2%} of logits outside the range within n_local; entropy "
-            f"{mean['entropy_within']:.2f} nats before n_local, {mean['entropy_beyond']:.2f} at the end; hidden states "
-            f"{mean['drift']:.2f} spreads from the middle at the end"
-        )
-    first = found.summary[found.summary["method"] == "full"]["first_tokens"].max()
-    return "\n".join(
-        [*lines, f"  first tokens: up to {first:.1f} spreads from the middle of the others' hidden states"]
+        entropy = f"{mean['entropy_within']:.2f} → {mean['entropy_beyond']:.2f}"
+        lines.append(f"  {method:<6}  {mean['logits_outside']:<19.2%}  {entropy:<14}  {mean['drift']:.2f}")
+    full = found.summary[found.summary["method"] == "full"].set_index("layer")["first_tokens"]
+    lines.append(
+        f"  first {n_global} tokens: hidden states up to {full.max():.1f} times as far (layer {full.idxmax()})"
     )
+    return "\n".join(lines)
 
 
 def _read(text: Path | None) -> str:

@@ -44,8 +44,9 @@ def test_files_and_words(tiny_llama, tmp_path):
     assert reach["lambda"] == 64
     assert reach["full"] > 128
     summary = tables["summary"].set_index("method")
-    assert f"lambda  {summary['logits_outside']['lambda']:.2%} of logits outside" in done.output
-    assert f"{summary['entropy_beyond']['full']:.2f} at the end" in done.output
+    for method, row in summary.iterrows():
+        told = [f"{row['logits_outside']:.2%}", f"{row['entropy_within']:.2f} → {row['entropy_beyond']:.2f}"]
+        assert f"{method} {' '.join(told)} {row['drift']:.2f}" in " ".join(done.output.split())
     assert str(folder) in done.output.replace("\n", "")
     svg = (folder / "diagnosis.svg").read_text()
     assert all(word in svg for word in ("log(position)", "first 10 tokens", "lambda, beyond", "layer 1"))
@@ -63,6 +64,7 @@ BAD = [
     ({"layers": "-1"}, "layers=-1: '-1' is no layer"),
     ({"length": 64}, "length=64: must be more than n_local=64 (max_position_embeddings)"),
     ({"n_local": 4}, "n_global=10 must be smaller than n_local=4"),
+    ({"n_local": 31}, "n_local=31 (set by n_local): must be 32 or more"),
     ({"length": 10**7}, "length=10000000: the text has"),
     ({"dtype": "int8"}, "dtype=int8: must be auto"),
     ({"device": "abacus"}, "device=abacus: no such kind of device"),

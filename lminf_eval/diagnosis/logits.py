@@ -90,15 +90,15 @@ class LogitStatistics:
         shape = heads, len(per_bin)
         self.pairs = torch.zeros(shape, dtype=torch.long, device=device)
         self.total = torch.zeros(shape, dtype=torch.float64, device=device)
-        self.highest = torch.full(shape, -math.inf, device=device)
-        self.lowest = torch.full(shape, math.inf, device=device)
-        self._range = torch.tensor([[math.inf, -math.inf]], device=device).repeat(heads, 1)
+        self.highest = torch.full_like(self.total, -math.inf)
+        self.lowest = torch.full_like(self.total, math.inf)
+        self._range = torch.tensor([[math.inf, -math.inf]]).repeat(heads, 1).to(self.total)
         self.outside = torch.zeros(heads, dtype=torch.long, device=device)
         self.beyond = 0
 
     def add(self, logits_HSM: torch.Tensor, distance_SM: torch.Tensor, positions_S: torch.Tensor) -> None:
         """Positions never descend from call to call: the range within n_local is known before it is asked for."""
-        seen = distance_SM >= 0
+        logits_HSM, seen = logits_HSM.double(), distance_SM >= 0
         within = positions_S < self.n_local
         if within.any():
             found = logits_HSM[:, within][:, seen[within]]
@@ -112,6 +112,6 @@ class LogitStatistics:
         values_HP = logits_HSM[:, seen]
         bins_HP = self._bin_of_distance[distance_SM[seen]].expand_as(values_HP)
         self.pairs.scatter_add_(1, bins_HP, torch.ones_like(bins_HP))
-        self.total.scatter_add_(1, bins_HP, values_HP.double())
+        self.total.scatter_add_(1, bins_HP, values_HP)
         self.highest.scatter_reduce_(1, bins_HP, values_HP, "amax")
         self.lowest.scatter_reduce_(1, bins_HP, values_HP, "amin")

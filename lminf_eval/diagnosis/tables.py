@@ -22,9 +22,9 @@ class Tables:
             at positions below n_local, so that both methods, and what lies beyond, are seen in the trained range's own
             directions.
         summary: logits_outside, the share of the logits of queries beyond n_local that is outside the range of those
-            within it (each head's own); entropy_within and entropy_beyond, means over the last eighth before n_local
-            and over the last eighth of the text; first_tokens and drift, how far the starting tokens, and the last
-            eighth, are from the middle of the trained range, as a multiple of its own tokens' (root of mean squares).
+            within it (each head's own); entropy_within and entropy_beyond, means over the last quarter before n_local
+            and over the last quarter of the text; first_tokens and drift, how far the starting tokens, and the last
+            quarter, are from the middle of the trained range, as a multiple of its own tokens' (root of mean squares).
         shares: of the variance below n_local, what the two axes hold: by layer, [2].
     """
 
@@ -74,10 +74,10 @@ def tables(measures: dict[str, Measures], n_local: int, n_global: int, length: i
             spread = _rms(far_P[(at >= n_global) & (at < n_local)])
             of_layer = {
                 "logits_outside": float(found.logits.outside.sum()) / (found.logits.beyond * heads),
-                "entropy_within": found.entropy[_eighth(measure.positions, n_local)].mean(),
-                "entropy_beyond": found.entropy[_eighth(measure.positions, length)].mean(),
+                "entropy_within": found.entropy[_quarter(measure.positions, n_local)].mean(),
+                "entropy_beyond": found.entropy[_quarter(measure.positions, length)].mean(),
                 "first_tokens": _rms(far_P[at < n_global]) / spread,
-                "drift": _rms(far_P[_eighth(at, length)]) / spread,
+                "drift": _rms(far_P[_quarter(at, length)]) / spread,
             }
             summary.append({**about, **of_layer})
     return Tables(pd.concat(logits), pd.concat(entropy), pd.concat(states), pd.DataFrame(summary), shares)
@@ -95,9 +95,9 @@ def principal_axes(x_PC: torch.Tensor) -> tuple[torch.Tensor, np.ndarray]:
     return axes_2C * signs, (strength[:2].square() / strength.square().sum()).numpy()
 
 
-def _eighth(positions: np.ndarray, end: int) -> np.ndarray:
-    """Which positions are in the last eighth before `end`."""
-    return (positions >= end * 7 / 8) & (positions < end)
+def _quarter(positions: np.ndarray, end: int) -> np.ndarray:
+    """Which positions are in the last quarter before `end`."""
+    return (positions >= end * 3 / 4) & (positions < end)
 
 
 def _rms(x: np.ndarray) -> float:

@@ -102,9 +102,9 @@ def test_logits_are_those_of_a_dense_computation(method, ids, tiny_model):
         assert (layer.logits.pairs[:, e] == values_HP.shape[1]).all()
         if values_HP.shape[1]:
             close = {"rtol": 0, "atol": 1e-4}
-            torch.testing.assert_close(layer.logits.total[:, e], values_HP.double().sum(1), **close)
-            torch.testing.assert_close(layer.logits.highest[:, e], values_HP.amax(1), **close)
-            torch.testing.assert_close(layer.logits.lowest[:, e], values_HP.amin(1), **close)
+            torch.testing.assert_close(layer.logits.total[:, e].float(), values_HP.sum(1), **close)
+            torch.testing.assert_close(layer.logits.highest[:, e].float(), values_HP.amax(1), **close)
+            torch.testing.assert_close(layer.logits.lowest[:, e].float(), values_HP.amin(1), **close)
     within = found.positions < N_LOCAL
     inside_HP = logits_HNN[:, within][:, distance_SN[within] >= 0]
     beyond_HP = logits_HNN[:, ~within][:, distance_SN[~within] >= 0]
