@@ -6,6 +6,8 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ from lminf_eval.attention.kernels import primitive
 from lminf_eval.engine import Engine, GenerateRequest, Score, ScoreRequest
 from lminf_eval.errors import UsageError
 from lminf_eval.full import FullModel
+from lminf_eval.pieces import encode
 from lminf_eval.sampling import check_options, chooser
 from lminf_eval.selfcheck import lambda_model
 from lminf_eval.spec import LambdaSpec
@@ -94,7 +97,8 @@ class LMInfinite(HFLM):
         try:
             super()._get_config(pretrained, **kwargs)
         except (OSError, ValueError) as error:
-            raise UsageError(_first_line(f"pretrained={pretrained}: its config can't be read", error)) from error
+            where = "" if Path(pretrained).is_dir() else "there is no directory of this name, and from the hub "
+            raise UsageError(_first_line(f"pretrained={pretrained}: {where}its config can't be read", error)) from error
         self._inspect(self._config)
 
     def _inspect(self, config: transformers.PretrainedConfig) -> None:
@@ -197,14 +201,19 @@ class LMInfinite(HFLM):
         windows, owners = [], []
         for i, request in enumerate(requests):
             (text,) = request.args
+            tokens = encode(self.tokenizer, text, self.tok_encode)
+            if 0 < len(tokens) <= self.max_length:
+                windows.append((None, [self.prefix_token_id], tokens))
+                owners.append(i)
+                continue
             rolling = utils.get_rolling_token_windows(
-                token_list=self.tok_encode(text),
+                token_list=tokens.tolist(),
                 prefix_token=self.prefix_token_id,
                 max_seq_len=self.max_length,
                 context_len=1,
             )
             for context, continuation in map(utils.make_disjoint_window, rolling):
-                windows.append((None, context, np.array(continuation, dtype=np.int32)))  # not a list of a million
+                windows.append((None, context, continuation))
                 owners.append(i)
         totals = [0.0] * len(requests)
         scores = self._loglikelihood_tokens(windows, disable_tqdm)
@@ -229,9 +238,10 @@ class LMInfinite(HFLM):
                     f"max_gen_toks={max_new}: must be at least 1 and less than max_length={self.max_length}"
                 )
             longest = self._max_length - max_new if self._max_length else None
-            ids_1S, _ = self.tok_batch_encode([context], left_truncate_len=longest, truncation=self.truncation)
-            tokens = ids_1S[0].tolist()
-            if not tokens:
+            prompt = partial(self._prompt, longest=longest)
+            whole = longest is None and not self.truncation
+            tokens = encode(self.tokenizer, context, prompt) if whole else prompt(context)
+            if not len(tokens):
                 raise UsageError("a context encodes to no tokens; generation needs at least one")
             if kwargs.get("do_sample") is False:
                 kwargs.pop("temperature", None)
@@ -352,6 +362,10 @@ class LMInfinite(HFLM):
 
     def _generation_config(self) -> transformers.GenerationConfig:
         return getattr(self.model, "generation_config", None) or transformers.GenerationConfig()
+
+    def _prompt(self, context: str, longest: int | None) -> list[int]:
+        ids_1S, _ = self.tok_batch_encode([context], left_truncate_len=longest, truncation=self.truncation)
+        return ids_1S[0].tolist()
 
     def _stop(self, until: Iterable[str]):
         """Whether new tokens end a generation: at a model's end token, or where a stop sequence is in their text."""

@@ -8,9 +8,11 @@ import logging
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
 
 from lminf_eval.errors import UsageError
+from lminf_eval.pieces import Tokens
 from lminf_eval.tokenizer import TaskTokenizer, load_tokenizer
 
 logger = logging.getLogger(f"lm_eval.{__name__}")  # under lm-eval's own, which shows it
@@ -83,8 +85,8 @@ def cut_documents(corpus: str, texts: Iterable[Text], metadata: dict[str, Any]) 
     return {"test": Dataset.from_list(docs)}
 
 
-def _first_tokens(tokenizer: TaskTokenizer, text: str, count: int) -> tuple[list[int], list[tuple[int, int]]]:
-    """Tokens and offsets of the text's beginning: all of it, or well over `count` tokens."""
+def _first_tokens(tokenizer: TaskTokenizer, text: str, count: int) -> Tokens:
+    """Tokens of the text's beginning: all of it, or well over `count` tokens."""
     characters = 6 * count + 1000
     while True:
         ids, offsets = tokenizer.offsets(text[:characters])
@@ -94,11 +96,11 @@ def _first_tokens(tokenizer: TaskTokenizer, text: str, count: int) -> tuple[list
 
 
 def _cut(
-    tokenizer: TaskTokenizer, text: str, ids: list[int], offsets: list[tuple[int, int]], length: int, buckets: int
+    tokenizer: TaskTokenizer, text: str, ids: np.ndarray, offsets: np.ndarray, length: int, buckets: int
 ) -> dict[str, Any] | None:
     special = tokenizer.n_special(text)
     end = _stable_cut(tokenizer, text, ids, offsets, length - special)
-    while end and tokenizer.encode_bare(text[: offsets[end - 1][1]]) != ids[:end]:
+    while end and not np.array_equal(tokenizer.encode_bare(text[: offsets[end - 1, 1]]), ids[:end]):
         end = _stable_cut(tokenizer, text, ids, offsets, end - 1)
     if not end:
         return None
@@ -107,7 +109,7 @@ def _cut(
         marks.add(tail_start(length))
     prefixes = {_stable_cut(tokenizer, text, ids, offsets, mark - special) for mark in marks}
     counts = sorted({count for count in prefixes if 0 < count < end} | {end})
-    cuts = [offsets[count - 1][1] for count in counts]
+    cuts = [int(offsets[count - 1, 1]) for count in counts]
     return {
         "text": text[: cuts[-1]],
         "length": length,
@@ -118,18 +120,18 @@ def _cut(
     }
 
 
-def _stable_cut(tokenizer: TaskTokenizer, text: str, ids: list[int], offsets: list[tuple[int, int]], count: int) -> int:
+def _stable_cut(tokenizer: TaskTokenizer, text: str, ids: np.ndarray, offsets: np.ndarray, count: int) -> int:
     """The largest number of tokens, at most `count`, after which a cut leaves the tokens before it alone; 0 for none.
 
     A cut is judged by the tokens right before it, the only ones that it can change in byte-pair encodings.
     """
     for kept in range(count, max(0, count - _SEARCHED), -1):
-        end = offsets[kept - 1][1]
-        if kept < len(ids) and offsets[kept][0] < end:  # inside a character whose bytes are several tokens
+        end = offsets[kept - 1, 1]
+        if kept < len(ids) and offsets[kept, 0] < end:  # inside a character whose bytes are several tokens
             continue
         first = max(0, kept - _CONTEXT)
         compared = kept if first == 0 else _COMPARED
-        again = tokenizer.encode_bare(text[offsets[first][0] if first else 0 : end])
-        if again[-compared:] == ids[kept - compared : kept] and (first or len(again) == kept):
+        again = tokenizer.encode_bare(text[offsets[first, 0] if first else 0 : end])
+        if np.array_equal(again[-compared:], ids[kept - compared : kept]) and (first or len(again) == kept):
             return kept
     return 0

@@ -4,9 +4,11 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lminf_eval.errors import UsageError
+from lminf_eval.pieces import Tokens, encode, pieces
 
 _MISSING = (
     "this task is sized in tokens and needs the evaluated model's tokenizer, but the model arguments have neither "
@@ -29,17 +31,18 @@ class TaskTokenizer:
     add_bos_token: bool | None
     prefix: str
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str) -> np.ndarray:
         """Token ids [n] as the model is given them, special tokens included."""
         special = True if self.add_bos_token is None else self.add_bos_token
-        return self._ids(text, add_special_tokens=special and not self._has_prefix(text))
+        special = special and not self._has_prefix(text)
+        return encode(self.tokenizer, text, lambda part: self._ids(part, special))
 
-    def encode_bare(self, text: str) -> list[int]:
+    def encode_bare(self, text: str) -> np.ndarray:
         """Token ids [n] of the text alone, without special tokens."""
-        return self._ids(text, add_special_tokens=False)
+        return pieces(self.tokenizer).encode(text)[0] if self.tokenizer.is_fast else self._ids(text, False)
 
-    def offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Token ids [n] of the text alone, and the characters [start, end) that each token covers.
+    def offsets(self, text: str) -> Tokens:
+        """Token ids [n] of the text alone, and the characters [n, 2] that each token covers, from and to.
 
         Raises:
             UsageError: the tokenizer is a Python-only one, which does not know the offsets.
@@ -49,10 +52,7 @@ class TaskTokenizer:
                 f"tokenizer {self.tokenizer.name_or_path!r} does not tell where its tokens lie in the text; "
                 "perplexity tasks need a fast tokenizer (use_fast_tokenizer=True, or another `tokenizer`)"
             )
-        encoding = self.tokenizer(
-            text, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
-        )
-        return encoding["input_ids"], encoding["offset_mapping"]
+        return pieces(self.tokenizer).encode(text)
 
     def n_special(self, text: str) -> int:
         """How many special tokens `encode` adds to this text."""
@@ -62,10 +62,9 @@ class TaskTokenizer:
     def _has_prefix(self, text: str) -> bool:
         return bool(self.prefix) and text.startswith(self.prefix)
 
-    def _ids(self, text: str, add_special_tokens: bool) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False)[
-            "input_ids"
-        ]
+    def _ids(self, text: str, special: bool) -> np.ndarray:
+        encoding = self.tokenizer(text, add_special_tokens=special, return_attention_mask=False, verbose=False)
+        return np.array(encoding["input_ids"], dtype=np.int32)
 
 
 def load_tokenizer(**metadata: Any) -> TaskTokenizer:
