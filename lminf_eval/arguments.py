@@ -17,13 +17,8 @@ from lminf_eval.sweep.journal import HOW, fingerprint
 # What `hf` hands on to `from_pretrained`; anything else is a misspelling.
 _LOADING = {
     "attn_implementation",
-    "bnb_4bit_compute_dtype",
-    "bnb_4bit_quant_type",
-    "bnb_4bit_use_double_quant",
     "cache_dir",
     "device_map",
-    "load_in_4bit",
-    "load_in_8bit",
     "local_files_only",
     "low_cpu_mem_usage",
     "token",
@@ -68,7 +63,7 @@ def check(pretrained: Any, batch_size: Any, prefix_sharing: Any, journal: Any, k
 
 def check_names(args: dict[str, Any]) -> None:
     """Refuse an argument that nobody would read, naming the nearest known one."""
-    for name in args.keys() - _OWN - _HF - _LOADING:
+    for name in sorted(args.keys() - _OWN - _HF - _LOADING):
         raise UsageError(
             f"model_args: unknown argument {name}={args[name]}{closest(name, sorted(_OWN | _HF | _LOADING))}; own: "
             f"{', '.join(sorted(_OWN))}; the others are those of lm-eval's hf"

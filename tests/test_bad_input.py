@@ -167,14 +167,9 @@ def task(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("arguments", "names", "allowed"), [ARGUMENTS[i] for i in (0, 6)], ids=lambda value: str(value)[:40]
-)
-def test_the_command(arguments, names, allowed, folder, task, monkeypatch):
-    text = ",".join(f"{name}={value}" for name, value in {"pretrained": folder, **arguments}.items())
-    line = command(monkeypatch, "--model_args", text, *task)
-    assert names in line
-    assert allowed in line
+def test_the_command(folder, task, monkeypatch):
+    line = command(monkeypatch, "--model_args", f"pretrained={folder},n_global=512", *task)
+    assert "n_global=512 must be smaller than n_local=512" in line
 
 
 @pytest.mark.slow
@@ -218,23 +213,14 @@ def assert_one_line(done, *words):
 
 
 @pytest.mark.slow
-def test_a_real_process(tmp_path):
-    _, done = run(tmp_path, "pretrained=/no/such/model", {})
-    assert_one_line(done, "pretrained=/no/such/model: there is no such directory")
-
-
-@pytest.mark.slow
-def test_the_hub_switched_off(tmp_path):
-    _, done = run(tmp_path, "pretrained=someone/some-model", {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)})
-    assert_one_line(done, "pretrained=someone/some-model", "can't be read")
-
-
-@pytest.mark.slow
-def test_an_unreachable_hub_is_told_soon(tmp_path):
+def test_a_hub_switched_off_or_out_of_reach_is_told_soon(tmp_path):
+    words = "pretrained=someone/some-model: there is no directory of this name", "can't be read"
+    off, done = run(tmp_path, "pretrained=someone/some-model", {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)})
+    assert_one_line(done, *words)
     with socket.socket() as listener:  # a proxy that takes no connection
         listener.bind(("127.0.0.1", 0))
         proxy = f"http://127.0.0.1:{listener.getsockname()[1]}"
         environment = {"HTTPS_PROXY": proxy, "HTTP_PROXY": proxy, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
         seconds, done = run(tmp_path, "pretrained=someone/some-model", environment)
-    assert_one_line(done, "pretrained=someone/some-model", "can't be read")
-    assert seconds < 120
+    assert_one_line(done, *words)
+    assert seconds - off < 90  # huggingface_hub tries five times more, in 23 s
