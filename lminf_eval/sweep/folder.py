@@ -97,8 +97,9 @@ class CellFolder:
         self.failed.unlink(missing_ok=True)
 
     def fail(self, reason: str) -> None:
-        """Note why the cell could not be done."""
-        _write(self.failed, reason + "\n")
+        """Note why the cell could not be done; on a full disk the note is left out."""
+        with contextlib.suppress(OSError):
+            _write(self.failed, reason + "\n")
 
     def state(self) -> tuple[str, str]:
         """("done", ""), ("running", ""), ("failed", reason), or ("missing", what is known)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from lminf_eval.sweep.folder import CellFolder
 from lminf_eval.sweep.stop import SIGNALS, STOPPED
 
 _REASON_LENGTH = 300  # characters of a failure's reason
+_FULL = 2**16  # bytes free on a disk that counts as full
 
 
 @dataclass(frozen=True)
@@ -58,16 +60,22 @@ class Runner:
             status = self._lm_eval(folder, lock)
             if status == STOPPED or (self.asked and status):
                 return Outcome("stopped", status=STOPPED)
-            if status == 0:
+            reason = ""
+            if status < 0:
+                reason, status = f"killed by {signal.Signals(-status).name}", 128 - status
+            elif status:
+                reason = _reason(folder.log, said)
+            else:
                 try:
                     folder.keep()
                 except ValueError as error:
-                    folder.fail(str(error))
-                    return Outcome("failed", str(error), 1)
+                    reason, status = str(error), 1
+            if not status:
                 return Outcome("done")
-            reason = f"killed by {signal.Signals(-status).name}" if status < 0 else _reason(folder.log, said)
+            if shutil.disk_usage(folder.path).free < _FULL:
+                reason = f"the disk of {folder.output} is full; all answers before are kept ({reason})"
             folder.fail(reason)
-            return Outcome("failed", reason, 128 - status if status < 0 else status)
+            return Outcome("failed", reason, status)
 
     def _lm_eval(self, folder: CellFolder, lock: int) -> int:
         with folder.log.open("ab") as log:

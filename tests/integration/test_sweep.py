@@ -147,3 +147,26 @@ def test_a_signal_stops_a_run_that_goes_on_later(done, tmp_path, content, number
     assert status == 0, said
     assert 2 <= work(cell)["requests_from_journal"] < 6
     assert answers(cell) == answers(cells(*done)[0])
+
+
+def test_a_full_disk_is_told_and_nothing_is_lost(done, tmp_path):
+    file, output = done[0], tmp_path / "disk"
+    output.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20k", "none", output], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"can't mount: {mounted.stderr.strip()}")
+    try:
+        status, said = lminf(file, output)
+        assert status == 1
+        assert f"the disk of {output} is full; all answers before are kept" in said
+        assert "Traceback" not in said
+        kept = [line for journal in (output / "journal").glob("*.jsonl") for line in journal.read_bytes().split(b"\n")]
+        kept = sum(line.startswith(b'{"key"') and line.endswith(b"}") for line in kept)
+        subprocess.run(["mount", "-o", "remount,size=10m", output], check=True)
+        status, said = lminf(file, output)
+        assert status == 0, said
+        (cell,) = cells(file, output)
+        assert work(cell)["requests_from_journal"] == kept
+        assert answers(cell) == answers(cells(*done)[0])
+    finally:
+        subprocess.run(["umount", "--lazy", output], check=True)
