@@ -156,8 +156,8 @@ def demo(
 def doctor(
     pretrained: Annotated[str | None, typer.Option(help="Model: a folder, or a name on the hub.")] = None,
     length: Annotated[int, typer.Option(min=1, help="Tokens of the longest input.")] = 32768,
-    model_args: Annotated[str, typer.Option(help="As for lm_eval: n_local=2048,dtype=bfloat16,…")] = "",
-    batch_size: Annotated[int, typer.Option(min=1)] = 1,
+    model_args: Annotated[str, typer.Option("--model_args", help="As for lm_eval: n_local=2048,dtype=bfloat16,…")] = "",
+    batch_size: Annotated[int, typer.Option("--batch_size", min=1, help="As for lm_eval.")] = 1,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:<number>.")] = None,
     families: Annotated[bool, typer.Option("--families", help="List what is supported, and exit.")] = False,
 ) -> None:
