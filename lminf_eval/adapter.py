@@ -27,8 +27,9 @@ from lminf_eval.errors import UsageError
 from lminf_eval.full import FullModel
 from lminf_eval.pieces import encode
 from lminf_eval.sampling import check_options, chooser
+from lminf_eval.scaling import apply_rope
 from lminf_eval.selfcheck import lambda_model
-from lminf_eval.spec import LambdaSpec
+from lminf_eval.spec import LambdaSpec, trained_length
 from lminf_eval.sweep.checkpoint import Checkpoints
 from lminf_eval.sweep.journal import HOW, Journal
 from lminf_eval.sweep.stop import Stop
@@ -79,6 +80,8 @@ class LMInfinite(HFLM):
         super().__init__(pretrained, device=find_device(device), batch_size=batch_size, **kwargs)
         self._constructed = True
         if not isinstance(pretrained, str):
+            if self.spec.rope:
+                raise UsageError(f"rope={self.spec.rope}: it is set before a model is made; pass pretrained=<its name>")
             self._inspect(self.config)
         if not self.truncation:
             self.tokenizer.model_max_length = UNBOUNDED  # the tokenizer knows nothing of what we can read
@@ -108,6 +111,8 @@ class LMInfinite(HFLM):
         if self.spec.attention != "full":
             support.check(config)
             self.spec, self.n_local_from = self.spec.resolve(config)
+        self.trained_length, _ = trained_length(config)
+        apply_rope(config, self.spec)
 
     def _create_tokenizer(self, pretrained, tokenizer, **kwargs: Any) -> None:
         try:
@@ -122,7 +127,8 @@ class LMInfinite(HFLM):
             )
 
     def _create_model(self, pretrained: str, **kwargs: Any) -> None:
-        self._unread = {"pretrained": pretrained, **kwargs}
+        scaled = {"config": self._config} if self.spec.rope else {}
+        self._unread = {"pretrained": pretrained, **kwargs, **scaled}
         self._model = _Unread()
 
     @property
@@ -273,6 +279,7 @@ class LMInfinite(HFLM):
                 "version": __version__,
                 **self.spec.model_dump(),
                 "n_local_from": self.n_local_from,
+                "trained_length": self.trained_length,
                 "prefix_sharing": self.prefix_sharing,
                 "attention_primitive": self._primitive(),
                 "tokens_computed": self._tokens["computed"],

@@ -9,10 +9,11 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from lminf_eval.adapter import UNBOUNDED, LMInfinite
 from lminf_eval.errors import UsageError
+from lminf_eval.scaling import apply_rope
 
 TEXT = topics["exceptions"]
 WAYS = ("lambda", "full")
@@ -404,6 +405,29 @@ def test_nan_is_reported_with_its_place_and_kept(attention, tiny_llama, caplog):
 
 
 # ---------------------------------------------------------------------- weights wait
+
+
+@pytest.mark.parametrize("rope", ["linear", "dynamic", "yarn"])
+def test_position_scaling_is_transformers_own(rope, folder):
+    """`rope=` scores as a model does whose config says so; with and without it the answers differ."""
+    model = lminf(folder, attention="full", rope=rope, rope_factor=4)
+    text = "the quick brown fox jumps over the lazy dog " * 20
+    (total,) = model.loglikelihood_rolling(rolling(text))
+    tokens = model.tok_encode(text)
+    assert len(tokens) > model.trained_length
+    config = AutoConfig.from_pretrained(folder)
+    apply_rope(config, model.spec)
+    scaled = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        logits = scaled(torch.tensor([[model.prefix_token_id, *tokens[:-1]]])).logits[0].double().log_softmax(-1)
+    assert total == pytest.approx(float(logits.gather(1, torch.tensor(tokens)[:, None]).sum()), rel=1e-4)
+    assert total != pytest.approx(lminf(folder, attention="full").loglikelihood_rolling(rolling(text))[0], rel=1e-3)
+
+
+def test_position_scaling_comes_too_late_for_a_model_in_memory(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with pytest.raises(UsageError, match="rope=yarn: it is set before a model is made"):
+        LMInfinite(model, tokenizer=str(folder), device="cpu", attention="full", rope="yarn", rope_factor=2)
 
 
 def test_weights_are_read_at_the_first_request_only(folder, monkeypatch):
