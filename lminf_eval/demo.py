@@ -168,6 +168,8 @@ def evaluate(folder: Path, words: list[str]) -> None:
             process.kill()
             process.wait()
     found = set(folder.rglob("results_*.json")) - before
+    if status < 0:
+        raise UsageError(f"lm_eval was ended by signal {-status} from outside; the same command goes on with this row")
     if status or not found:
         raise UsageError(f"lm_eval ended with status {status}, for the reason above: {shlex.join(['lm_eval', *words])}")
     record = {"command": words, "versions": _installed(), "results": str(found.pop().relative_to(folder))}

@@ -128,11 +128,13 @@ def test_a_failing_command_leaves_no_record(tmp_path):
 
 
 SCRIPT = """
+import signal
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[3])
 from test_demo import SMALL, TWO
 from lminf_eval import demo
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it
 demo.run(Path(sys.argv[1]), Path(sys.argv[2]), SMALL, TWO)
 """
 
