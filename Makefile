@@ -13,8 +13,9 @@ help:
 demo: .venv/installed
 	.venv/bin/lminf demo
 
+# One process a core, each with one thread: tests are many and small.
 test: lint
-	.venv/bin/python -m pytest
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --dist loadgroup
 
 lint: .venv/installed-dev
 	.venv/bin/ruff check .
@@ -29,7 +30,7 @@ clean:
 
 .venv/installed: .venv/bin/python pyproject.toml constraints.txt
 	@echo "installing lminf-eval and what it needs into .venv: some minutes, once"
-	.venv/bin/python -m pip install --quiet --editable . --constraint constraints.txt
+	.venv/bin/python -m pip install --quiet --editable ".[report]" --constraint constraints.txt
 	@touch $@
 
 .venv/installed-dev: .venv/bin/python pyproject.toml constraints.txt

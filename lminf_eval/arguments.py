@@ -94,10 +94,12 @@ def _check_dtype(name: str, value: Any) -> None:
 def find_device(device: str | None) -> str:
     """The device asked for, else the first there is of cuda and cpu.
 
+    lm-eval 0.4.13 says "cuda:0" where its user says nothing, so that on a machine without CUDA it means nothing.
+
     Raises:
         UsageError: if there is no such device here.
     """
-    if device is None:
+    if device is None or (device == "cuda:0" and not torch.cuda.is_available()):
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         wanted = torch.device(device)

@@ -56,6 +56,7 @@ METHODS = (
     Method("full", "attention=full", 1.7),
     Method("lambda, n_local=8192", "attention=lambda,n_local=8192", 1.2),
     Method("lambda, n_local=2048", "attention=lambda,n_local=2048", 1.0),
+    Method("lambda, n_local=2048, top_k=5", "attention=lambda,n_local=2048,top_k=5,top_k_from_layer=8", 1.1),
     Method("window, n_local=2048", "attention=window,n_local=2048", 1.0),
 )
 

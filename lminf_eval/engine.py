@@ -192,6 +192,7 @@ class Engine:
             norm_T = logits_TV.logsumexp(-1)
             log_probs[inside] = (logits_TV[rows, tokens] - norm_T[rows]).double().cpu().numpy()
             greedy[inside] = (logits_TV.argmax(-1)[rows] == tokens).cpu().numpy()
+            del logits_TV  # or it would live on while the next block is made
         return log_probs, greedy
 
     def _members(self, requests, node: Node, path, extras) -> Iterator[tuple[int, Score]]:

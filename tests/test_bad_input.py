@@ -8,11 +8,13 @@ import sys
 import time
 
 import pytest
+import torch
 import transformers
 from lm_eval.__main__ import cli_evaluate
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lminf_eval.adapter import LMInfinite
+from lminf_eval.arguments import find_device
 from lminf_eval.errors import UsageError
 
 TASK = """
@@ -224,3 +226,9 @@ def test_a_hub_switched_off_or_out_of_reach_is_told_soon(tmp_path):
         seconds, done = run(tmp_path, "pretrained=someone/some-model", environment)
     assert_one_line(done, *words)
     assert seconds - off < 90  # huggingface_hub tries five times more, in 23 s
+
+
+def test_the_device_that_lm_eval_fills_in_is_no_wish(monkeypatch):
+    """lm-eval 0.4.13 passes cuda:0 where `--device` was not given; without CUDA that means the CPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert find_device("cuda:0") == find_device(None) == "cpu"

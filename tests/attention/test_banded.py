@@ -6,8 +6,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lminf_eval.attention import kernels
 from lminf_eval.attention.banded import _blocks, add_far, band
-from lminf_eval.attention.reference import lambda_attention
 from lminf_eval.attention.chunk import far_positions
+from lminf_eval.attention.reference import lambda_attention
 from lminf_eval.spec import LambdaSpec
 
 HEAD_DIM = 8
