@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from lminf_eval.errors import UsageError
 from lminf_eval.plugin import MODEL_NAME, task_folder
@@ -52,6 +52,13 @@ class Resources(BaseModel):
     constraint: str | None = None
     sbatch: tuple[str, ...] = Field((), description="any other options of sbatch")
     tokens_per_second: float | None = Field(None, gt=0, description="the rate that `plan` estimates times with")
+
+    @field_validator("time", mode="before")
+    @classmethod
+    def _quoted(cls, value: Any) -> Any:
+        if isinstance(value, int):  # YAML reads 04:00:00 as a number to the base of 60
+            raise ValueError('must be in quotes, as in "04:00:00"')
+        return value
 
 
 class _Task(BaseModel):
@@ -165,6 +172,7 @@ def cells(content: Mapping[str, Any]) -> list[Cell]:
     for number, model in enumerate(sweep.models):
         if not isinstance(model.get("pretrained"), str):
             raise UsageError(f"models[{number}]: it has no pretrained, a folder or a hub name")
+        _checked(Resources, model.get("resources", {}), f"models[{number}].resources")
         for method in sweep.methods:
             args = {name: _home(value) for name, value in {**model, **method}.items() if name != "resources"}
             _check_args(args, settings["model"])
@@ -188,7 +196,12 @@ def _checked(kind: type[BaseModel], content: Any, where: str):
             raise UsageError(f"unknown key {name}{hint}; known: {', '.join(known)}") from None
         if problem["type"] == "missing":
             raise UsageError(f"{name}: it is missing") from None
-        raise UsageError(f"{name}={problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}") from None
+        raise UsageError(f"{name}={problem['input']!r}: {_sentence(problem['msg'])}") from None
+
+
+def _sentence(message: str) -> str:
+    message = message.removeprefix("Value error, ")
+    return message[0].lower() + message[1:]
 
 
 def _settings(given: Mapping[str, Any], where: str, own: set[str]) -> dict[str, Any]:

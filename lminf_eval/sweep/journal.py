@@ -47,6 +47,7 @@ HOW = {
     "parallel",
     "parallelize",
     "prefix_sharing",
+    "prefix_states",
     "token",
     "tp_size",
 }

@@ -111,6 +111,11 @@ def test_resources_of_a_model_and_of_a_task_come_before_the_sweep_s():
         ({"tasks": [{"task": "passkey_4k", "lenghts": [4]}]}, "unknown key tasks.passkey_4k.lenghts (did you mean"),
         ({"tasks": [{"lengths": [4]}]}, "tasks.0.task: it is missing"),
         ({"resources": {"gpu": 1}}, "unknown key resources.gpu (did you mean gpus?)"),
+        ({"resources": {"time": 14400}}, 'resources.time=14400: must be in quotes, as in "04:00:00"'),
+        (
+            {"models": [{"pretrained": "a", "resources": 3}]},
+            "models[0].resources=3: input should be a valid dictionary",
+        ),
         ({"resources": {"time": "soon"}}, "resources.time='soon': string should match pattern"),
     ],
 )
