@@ -105,18 +105,19 @@ def write(found: Tables, folder: Path) -> None:
 
 
 def in_words(found: Tables, n_local: int, n_global: int, length: int) -> str:
-    """What is seen, a line for each method: the means of the summary over the layers."""
+    """What is seen, a line for each method: the means over the layers of `Tables.summary`, which defines them."""
     layers = ", ".join(map(str, found.summary["layer"].unique()))
     lines = [
-        f"beyond n_local={n_local}, in {length} tokens, mean over layers {layers}:",
-        f"  {'':<6}  {'logits out of range':<19}  {'entropy (nats)':<14}  hidden states' distance (within: 1)",
+        f"within n_local={n_local} → beyond, in {length} tokens, mean over layers {layers}:",
+        f"  {'':<6}  {'highest logit':<15}  {'out of range':<12}  {'entropy (nats)':<15}  drift of hidden states",
     ]
     for method, mean in found.summary.groupby("method").mean().iterrows():
-        entropy = f"{mean['entropy_within']:.2f} → {mean['entropy_beyond']:.2f}"
-        lines.append(f"  {method:<6}  {mean['logits_outside']:<19.2%}  {entropy:<14}  {mean['drift']:.2f}")
+        logit, entropy = (f"{mean[f'{x}_within']:.2f} → {mean[f'{x}_beyond']:.2f}" for x in ("highest", "entropy"))
+        lines.append(f"  {method:<6}  {logit:<15}  {mean['logits_outside']:<12.2%}  {entropy:<15}  {mean['drift']:.2f}")
     full = found.summary[found.summary["method"] == "full"].set_index("layer")["first_tokens"]
     lines.append(
-        f"  first {n_global} tokens: hidden states up to {full.max():.1f} times as far (layer {full.idxmax()})"
+        f"hidden states of the first {n_global} tokens: up to {full.max():.1f} times as far from the middle as the "
+        f"others' (layer {full.idxmax()})"
     )
     return "\n".join(lines)
 

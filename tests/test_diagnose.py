@@ -18,7 +18,8 @@ COLUMNS = {
     "entropy": ["method", "layer", "position", "keys", "entropy", "bound"],
     "hidden-states": ["method", "layer", "position", "pc1", "pc2", "norm"],
     "summary": [
-        *["method", "layer", "logits_outside", "entropy_within", "entropy_beyond", "first_tokens", "drift"],
+        *["method", "layer", "logits_outside", "highest_within", "highest_beyond"],
+        *["entropy_within", "entropy_beyond", "first_tokens", "drift"],
     ],
 }
 
@@ -45,8 +46,9 @@ def test_files_and_words(tiny_llama, tmp_path):
     assert reach["full"] > 128
     summary = tables["summary"].set_index("method")
     for method, row in summary.iterrows():
-        told = [f"{row['logits_outside']:.2%}", f"{row['entropy_within']:.2f} → {row['entropy_beyond']:.2f}"]
-        assert f"{method} {' '.join(told)} {row['drift']:.2f}" in " ".join(done.output.split())
+        logit, entropy = (f"{row[f'{x}_within']:.2f} → {row[f'{x}_beyond']:.2f}" for x in ("highest", "entropy"))
+        told = f"{method} {logit} {row['logits_outside']:.2%} {entropy} {row['drift']:.2f}"
+        assert told in " ".join(done.output.split())
     assert str(folder) in done.output.replace("\n", "")
     svg = (folder / "diagnosis.svg").read_text()
     assert all(word in svg for word in ("log(position)", "first 10 tokens", "lambda, beyond", "layer 1"))

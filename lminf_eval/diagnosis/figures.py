@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import matplotlib
 import numpy as np
@@ -68,13 +68,16 @@ def logits_row(found: Tables, row: Sequence[Axes], n_local: int, n_global: int) 
                 middle, highest, mean = (x[x.index < n_local] for x in (middle, highest, mean))
             axes.plot(middle, highest, color=look.color, linestyle=look.line, marker=look.marker, markevery=4)
             axes.plot(middle, mean, color=look.color, linestyle=look.line, linewidth=1, alpha=0.6)
-        _tokens_axis(axes, far["distance_to"].max() + 1, n_local, "distance (tokens)")
+        reach = far["distance_to"].max() + 1
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(*_labelled(2**power for power in range(0, int(np.log2(reach)) + 1, 4)))
+        _tokens_axis(axes, n_local, "distance (tokens)")
     row[0].set_ylabel("logit")
     held = Line2D(
         [], [], linestyle="", marker="o", color=_OURS.color, markerfacecolor="none", label="lambda, first tokens"
     )
     thin = Line2D([], [], color=INK, linewidth=1, alpha=0.6, label="thin lines: mean")
-    return [*_method_handles(": highest"), held, thin]
+    return [*_method_handles(": highest"), held, thin, _boundary(n_local)]
 
 
 def entropy_row(found: Tables, row: Sequence[Axes], n_local: int, n_global: int) -> list[Line2D]:
@@ -86,12 +89,14 @@ def entropy_row(found: Tables, row: Sequence[Axes], n_local: int, n_global: int)
             look = FIRST_OF_ATTENTION[method]
             at = queries["position"] + 1
             axes.plot(at, queries["entropy"], ".", color=look.color, markersize=3, alpha=0.4)
-            groups = queries.assign(at=np.log(at)).groupby(pd.cut(np.log(at), _GROUPS), observed=True)
-            middle = np.exp(groups["at"].mean())
-            axes.plot(middle, groups["entropy"].mean(), color=look.color, linestyle=look.line)
-        _tokens_axis(axes, position[-1], n_local, "position (tokens)")
+            groups = queries.assign(at=at).groupby(pd.cut(at, _GROUPS), observed=True)
+            axes.plot(groups["at"].mean(), groups["entropy"].mean(), color=look.color, linestyle=look.line)
+        step = 2 ** round(np.log2(position[-1] / 4))
+        axes.set_xticks(*_labelled(range(0, position[-1] + 1, step)))
+        _tokens_axis(axes, n_local, "position (tokens)")
     row[0].set_ylabel("entropy (nats)")
-    return [*_method_handles(), Line2D([], [], color=GRID, linewidth=1, label="log(position)")]
+    bound = Line2D([], [], color=GRID, linewidth=1, label="log(position)")
+    return [*_method_handles(marked=False), bound, _boundary(n_local)]
 
 
 def states_row(found: Tables, row: Sequence[Axes], n_local: int, n_global: int) -> list[Line2D]:
@@ -102,9 +107,9 @@ def states_row(found: Tables, row: Sequence[Axes], n_local: int, n_global: int) 
         first = of_full & (states["position"] < n_global)
         usual = of_full & ~beyond & ~first
         groups = [
-            (states[usual], {"color": GRID, "marker": "o", "alpha": 0.5, **small}),
-            (states[of_full & beyond], {"color": _FULL.color, "marker": _FULL.marker, "alpha": 0.35, **small}),
-            (states[~of_full & beyond], {"color": _OURS.color, "marker": _OURS.marker, "alpha": 0.35, **small}),
+            (states[usual], {"color": GRID, "marker": "o", "alpha": 0.3, **small}),
+            (states[of_full & beyond], {"color": _FULL.color, "marker": _FULL.marker, "alpha": 0.5, **small}),
+            (states[~of_full & beyond], {"color": _OURS.color, "marker": _OURS.marker, "alpha": 0.4, **small}),
             (states[first], {"color": VERMILION, "marker": "*", "linestyle": "", "markersize": 7}),
         ]
         for group, look in groups:
@@ -136,18 +141,24 @@ def _figure(rows: list[Row], title: str, found: Tables, n_local: int, n_global: 
     return figure
 
 
-def _method_handles(what: str = "") -> list[Line2D]:
+def _method_handles(what: str = "", marked: bool = True) -> list[Line2D]:
     looks = {"full": _FULL, "lambda": _OURS}
     return [
-        Line2D([], [], color=look.color, linestyle=look.line, marker=look.marker, label=f"{method}{what}")
+        Line2D([], [], color=look.color, linestyle=look.line, marker=look.marker if marked else "", label=method + what)
         for method, look in looks.items()
     ]
 
 
-def _tokens_axis(axes: Axes, reach: int, n_local: int, label: str) -> None:
-    axes.set_xscale("log", base=2)
-    ticks = [2**power for power in range(0, int(np.log2(reach)) + 1, 4)]
-    axes.set_xticks(ticks, [length_label(tick) for tick in ticks])
+def _boundary(n_local: int) -> Line2D:
+    return Line2D([], [], color=INK, linewidth=1, linestyle=(0, (2, 2)), label=f"n_local = {length_label(n_local)}")
+
+
+def _labelled(ticks: Iterable[int]) -> tuple[list[int], list[str]]:
+    ticks = list(ticks)
+    return ticks, [length_label(tick) if tick else "0" for tick in ticks]
+
+
+def _tokens_axis(axes: Axes, n_local: int, label: str) -> None:
     axes.minorticks_off()
     axes.set_xlabel(label)
     axes.grid(axis="y", color=GRID, alpha=0.3, linewidth=0.7)

@@ -22,9 +22,11 @@ class Tables:
             at positions below n_local, so that both methods, and what lies beyond, are seen in the trained range's own
             directions.
         summary: logits_outside, the share of the logits of queries beyond n_local that is outside the range of those
-            within it (each head's own); entropy_within and entropy_beyond, means over the last quarter before n_local
-            and over the last quarter of the text; first_tokens and drift, how far the starting tokens, and the last
-            quarter, are from the middle of the trained range, as a multiple of its own tokens' (root of mean squares).
+            within it (each head's own). highest_within and highest_beyond, the highest logit of all heads at distances
+            below n_local, and from n_local on. entropy_within and entropy_beyond, means over the last quarter before
+            n_local and over the last quarter of the text. first_tokens and drift, how far the starting tokens (root
+            mean square), and the mean of the last quarter, are from the mean of the trained range, in units of its
+            own tokens' root mean square distance.
         shares: of the variance below n_local, what the two axes hold: by layer, [2].
     """
 
@@ -74,10 +76,12 @@ def tables(measures: dict[str, Measures], n_local: int, n_global: int, length: i
             spread = _rms(far_P[(at >= n_global) & (at < n_local)])
             of_layer = {
                 "logits_outside": float(found.logits.outside.sum()) / (found.logits.beyond * heads),
+                "highest_within": _highest(by_head[2][:, edges[:-1] < n_local]),
+                "highest_beyond": _highest(by_head[2][:, edges[:-1] >= n_local]),
                 "entropy_within": found.entropy[_quarter(measure.positions, n_local)].mean(),
                 "entropy_beyond": found.entropy[_quarter(measure.positions, length)].mean(),
                 "first_tokens": _rms(far_P[at < n_global]) / spread,
-                "drift": _rms(far_P[_quarter(at, length)]) / spread,
+                "drift": float(from_center_PC[_quarter(at, length)].mean(0).norm()) / spread,
             }
             summary.append({**about, **of_layer})
     return Tables(pd.concat(logits), pd.concat(entropy), pd.concat(states), pd.DataFrame(summary), shares)
@@ -98,6 +102,11 @@ def principal_axes(x_PC: torch.Tensor) -> tuple[torch.Tensor, np.ndarray]:
 def _quarter(positions: np.ndarray, end: int) -> np.ndarray:
     """Which positions are in the last quarter before `end`."""
     return (positions >= end * 3 / 4) & (positions < end)
+
+
+def _highest(logits: np.ndarray) -> float:
+    """NaN where no query sees any such key."""
+    return float(logits.max()) if logits.max() > -np.inf else float("nan")
 
 
 def _rms(x: np.ndarray) -> float:

@@ -48,6 +48,11 @@ def test_the_share_outside_is_of_queries_beyond_and_by_head(found):
     assert found.summary["logits_outside"].tolist() == [0.5, 0.0]  # -3.5 is in its own head's range, 4.5 in none
 
 
+def test_the_highest_logits_are_of_distances(found):
+    assert found.summary["highest_within"].tolist() == [4.0, 4.0]
+    assert found.summary["highest_beyond"].tolist() == [4.5, 2.5]
+
+
 def test_entropy_and_its_bound(found):
     full = found.entropy[found.entropy["method"] == "full"]
     assert full["entropy"].tolist() == [1.0, 2.0, 3.0]
@@ -58,7 +63,7 @@ def test_entropy_and_its_bound(found):
 
 def test_hidden_states_are_told_in_spreads_of_the_trained_range(found):
     assert found.summary["first_tokens"].tolist() == pytest.approx([7.0, 7.0])
-    assert found.summary["drift"].tolist() == pytest.approx([np.sqrt((4**2 + 2**2) / 2), 1.0])
+    assert found.summary["drift"].tolist() == pytest.approx([3.0, 0.0], abs=1e-6)
     assert found.shares[5] == pytest.approx([98 / 112, 14 / 112])  # two starting tokens at ±7, fourteen others at ±1
     first = found.states[found.states["position"] < 2]
     assert first["pc1"].abs().tolist() == pytest.approx([7.0] * 4)
