@@ -26,6 +26,7 @@ from lminf_eval.engine import Engine, GenerateRequest, Score, ScoreRequest
 from lminf_eval.errors import UsageError
 from lminf_eval.full import FullModel
 from lminf_eval.pieces import encode
+from lminf_eval.prefix import HELD
 from lminf_eval.sampling import check_options, chooser
 from lminf_eval.scaling import apply_rope
 from lminf_eval.selfcheck import lambda_model
@@ -42,9 +43,10 @@ UNBOUNDED = sys.maxsize  # a context length that no input reaches
 class LMInfinite(HFLM):
     """A Hugging Face causal LM under Λ-attention (`--model lminf`).
 
-    Every `--model_args` of lm-eval's `hf` works as there. Its own are those of `LambdaSpec`; `prefix_sharing`; and
-    `journal`, a folder in which answers are kept and found again (see `sweep/journal.py`). Nothing is loaded before the
-    first request, so that tasks can refuse their own settings first.
+    Every `--model_args` of lm-eval's `hf` works as there. Its own are those of `LambdaSpec`; `prefix_sharing`, and
+    `prefix_states`, how many states it may hold (see `prefix.forest`); and `journal`, a folder in which answers are
+    kept and found again (see `sweep/journal.py`). Nothing is loaded before the first request, so that tasks can refuse
+    their own settings first.
 
     Raises:
         UsageError: for an unknown or impossible argument, a model or tokenizer that can't be had, an architecture that
@@ -67,7 +69,7 @@ class LMInfinite(HFLM):
         for name in ("attn_implementation", "mixed_precision_dtype"):  # they are the plain model's
             if self.spec.attention != "full" and kwargs.get(name) is not None:
                 raise UsageError(f"{name}={kwargs[name]}: goes with attention=full only")
-        self.prefix_sharing = prefix_sharing
+        self.prefix_sharing, self.prefix_states = prefix_sharing, kwargs.pop("prefix_states", HELD)
         self.n_local_from = ""
         self._unread: dict[str, Any] | None = None  # the arguments the weights will be loaded with
         self._streaming = None
@@ -166,16 +168,13 @@ class LMInfinite(HFLM):
 
     def _loglikelihood_tokens(
         self,
-        requests: list[tuple[tuple[str, str] | None, Sequence[int], Sequence[int]]],
+        requests: list[tuple[tuple[str, str], Sequence[int], Sequence[int]]],
         disable_tqdm: bool = False,
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
-        """(log-probability, all greedy) of each (strings, context tokens, continuation tokens).
-
-        The strings are None in a rolling request.
-        """
+        """(log-probability, all greedy) of each (strings, context tokens, continuation tokens)."""
         todo, cut = [], 0
-        for strings, context, continuation in requests:
+        for _, context, continuation in requests:
             if len(continuation) > self.max_length:
                 longest = f"max_length={self.max_length}: a continuation has {len(continuation)} tokens"
                 raise UsageError(f"{longest}; raise or drop max_length")
@@ -183,47 +182,52 @@ class LMInfinite(HFLM):
             whole = np.concatenate([before, continuation]).astype(np.int32)
             tokens = whole[-(self.max_length + 1) :]
             cut += len(tokens) < len(whole)
-            todo.append(ScoreRequest(tokens, len(tokens) - len(continuation), rolling=strings is None))
+            todo.append(ScoreRequest(tokens, len(tokens) - len(continuation)))
         if cut:
             logger.warning("%d of %d inputs were cut on the left to max_length=%d", cut, len(requests), self.max_length)
-        kinds = ["rolling" if strings is None else "score" for strings, _, _ in requests]
-        keys = [self._key(kind, one.tokens, one.scored_from) for kind, one in zip(kinds, todo, strict=True)]
+        return self._scored(todo, [strings for strings, _, _ in requests], disable_tqdm)
+
+    def _scored(self, todo: list[ScoreRequest], strings: list, disable_tqdm: bool) -> list[tuple[float, bool]]:
+        """(log-probability, all greedy) of each request; strings[i] is what lm-eval caches it by, or None."""
+        keys = [self._key("rolling" if one.rolling else "score", one.tokens, one.scored_from) for one in todo]
         answers, missing = self._recall(keys)
-        for i in [i for i in missing if not len(requests[i][2])]:  # nothing to predict
+        for i in [i for i in missing if todo[i].scored_from == len(todo[i].tokens)]:  # nothing to predict
             answers[i] = [0.0, True]
-        missing = [i for i in missing if len(requests[i][2])]
+        missing = [i for i in missing if answers[i] is None]
         with self._bar("loglikelihood", disable_tqdm) as bar:
             for place, score in self._computed(bar, "score", [todo[i] for i in missing]):
                 i = missing[place]
                 answers[i] = [float(score.log_probs.sum()), bool(score.greedy.all())]
                 self._keep(keys[i], answers[i])
-                self._report_nan(requests[i][0], todo[i], score)
-                if requests[i][0] is not None:
-                    self.cache_hook.add_partial("loglikelihood", requests[i][0], tuple(answers[i]))
+                self._report_nan(strings[i], todo[i], score)
+                if strings[i] is not None:
+                    self.cache_hook.add_partial("loglikelihood", strings[i], tuple(answers[i]))
         return [tuple(answer) for answer in answers]
 
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
         """Log-probability of each whole text, the first token after the prefix token."""
-        windows, owners = [], []
-        for i, request in enumerate(requests):
-            (text,) = request.args
-            tokens = encode(self.tokenizer, text, self.tok_encode)
-            if 0 < len(tokens) <= self.max_length:
-                windows.append((None, [self.prefix_token_id], tokens))
+        todo, owners = [], []
+        whole = np.zeros(0, dtype=np.int32)
+        for i in reversed(range(len(requests))):  # of nested prefixes the longest first: the others are views of it
+            (text,) = requests[i].args
+            tokens = np.append(np.int32(self.prefix_token_id), encode(self.tokenizer, text, self.tok_encode))
+            whole = whole[: len(tokens)] if np.array_equal(whole[: len(tokens)], tokens) else tokens
+            if 1 < len(whole) <= self.max_length + 1:
+                todo.append(ScoreRequest(whole, 1, rolling=True))
                 owners.append(i)
                 continue
             rolling = utils.get_rolling_token_windows(
-                token_list=tokens.tolist(),
+                token_list=whole[1:].tolist(),
                 prefix_token=self.prefix_token_id,
                 max_seq_len=self.max_length,
                 context_len=1,
             )
             for context, continuation in map(utils.make_disjoint_window, rolling):
-                windows.append((None, context, continuation))
+                window = np.array([*context, *continuation], dtype=np.int32)
+                todo.append(ScoreRequest(window, len(context), rolling=True))
                 owners.append(i)
         totals = [0.0] * len(requests)
-        scores = self._loglikelihood_tokens(windows, disable_tqdm)
-        for owner, (log_prob, _) in zip(owners, scores, strict=True):
+        for owner, (log_prob, _) in zip(owners, self._scored(todo, [None] * len(todo), disable_tqdm), strict=True):
             totals[owner] += log_prob
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
@@ -320,6 +324,7 @@ class LMInfinite(HFLM):
             bar,
             self._stop_asked,
             self._checkpoints,
+            self.prefix_states,
         )
         with self._stop_asked.deferred(), self._autocast():
             yield from getattr(engine, what)(requests)

@@ -11,6 +11,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 from lminf_eval.errors import UsageError
+from lminf_eval.prefix import HELD
 from lminf_eval.spec import LambdaSpec, closest
 from lminf_eval.sweep.journal import HOW, fingerprint
 
@@ -25,7 +26,7 @@ _LOADING = {
     "use_safetensors",
     "variant",
 }
-_OWN = {*LambdaSpec.model_fields, "journal", "prefix_sharing"}
+_OWN = {*LambdaSpec.model_fields, "journal", "prefix_sharing", "prefix_states"}
 _HF = {name for name in inspect.signature(HFLM.__init__).parameters if name not in ("self", "kwargs")}
 
 
@@ -38,6 +39,8 @@ def check(pretrained: Any, batch_size: Any, prefix_sharing: Any, journal: Any, k
     check_names(kwargs)
     if not isinstance(prefix_sharing, bool):
         raise UsageError(f"prefix_sharing={prefix_sharing}: must be True or False")
+    if type(states := kwargs.get("prefix_states", HELD)) is not int or states < 0:
+        raise UsageError(f"prefix_states={states}: must be a number of states, 0 or more")
     if journal is not None and not (isinstance(journal, str) and isinstance(pretrained, str)):
         raise UsageError(f"journal={journal}: must be a folder, and the model one with a name or folder of its own")
     if isinstance(pretrained, str):

@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from lminf_eval.cache import LambdaCache
-from lminf_eval.prefix import Node, forest
+from lminf_eval.prefix import HELD, Node, forest
 from lminf_eval.sweep.checkpoint import EVERY, Checkpoints
 from lminf_eval.sweep.stop import Stop
 
@@ -67,6 +67,7 @@ class Engine:
         bar: a tqdm bar that counts tokens.
         stop: looked at before each chunk.
         checkpoints: where the state inside a long document is kept.
+        held: states held at once for branches still to come; beyond, their prefix is computed again.
     """
 
     def __init__(
@@ -78,10 +79,11 @@ class Engine:
         bar: tqdm | None = None,
         stop: Stop | None = None,
         checkpoints: Checkpoints | None = None,
+        held: int = HELD,
     ):
         self.model, self.chunk_size, self.batch_size, self.share = model, chunk_size, batch_size, share
         self.bar = tqdm(disable=True) if bar is None else bar
-        self.stop, self.checkpoints = stop or Stop(), checkpoints
+        self.stop, self.checkpoints, self.held = stop or Stop(), checkpoints, held
         self.device = model.model.device
         self.computed = 0  # tokens that went through the model
         self.reused = 0  # tokens that a request needed and another had computed
@@ -97,7 +99,7 @@ class Engine:
     def _score(self, requests: Sequence[ScoreRequest]) -> Iterator[tuple[int, Score]]:
         inputs = [np.asarray(request.tokens, dtype=np.int32)[:-1] for request in requests]
         marks = [len(request.tokens) if request.rolling else request.scored_from - 1 for request in requests]
-        roots = forest(inputs, self.share, marks if self.model.readmits else None)
+        roots = forest(inputs, self.share, marks if self.model.readmits else None, self.held)
         self._begin(inputs, roots)
         nothing = np.zeros(0), np.zeros(0, dtype=bool)
         yield from self._score_siblings(requests, roots, None, [nothing] * len(roots))
@@ -216,7 +218,7 @@ class Engine:
     def _generate(self, requests: Sequence[GenerateRequest]) -> Iterator[tuple[int, list[int]]]:
         inputs = [np.asarray(request.tokens, dtype=np.int32) for request in requests]
         marks = [len(request.tokens) - 1 for request in requests]
-        roots = forest(inputs, self.share, marks if self.model.readmits else None)
+        roots = forest(inputs, self.share, marks if self.model.readmits else None, self.held)
         self._begin(inputs, roots, sum(request.max_new for request in requests))
         capacity = max((len(request.tokens) + request.max_new for request in requests), default=0)
         ready, size = [], self.batch_size or 1

@@ -8,10 +8,12 @@ agree: what becomes of a stretch of text depends on what is near it only. Where 
 a long run of one character, the text is encoded as a whole.
 """
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from difflib import SequenceMatcher
 from functools import lru_cache
+from weakref import WeakValueDictionary
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -70,8 +72,12 @@ class Pieces:
 
 @lru_cache(maxsize=4)
 def pieces(tokenizer: PreTrainedTokenizerBase) -> Pieces:
-    """The one `Pieces` of a tokenizer."""
-    return Pieces(tokenizer)
+    """The one `Pieces` of a tokenizer, and of those equal to it: a task and a model load the same one each."""
+    text = tokenizer.backend_tokenizer.to_str()
+    return _by_text.setdefault(hashlib.sha256(text.encode()).digest(), Pieces(tokenizer))
+
+
+_by_text: WeakValueDictionary[bytes, Pieces] = WeakValueDictionary()
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, with_specials: Callable[[str], Sequence[int]]) -> np.ndarray:

@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 
 MIN_SHARED = 32  # tokens below which sharing saves less than a pass of its own costs
-MAX_HELD = 8  # states held at once for branches still to come; beyond, prefixes are computed again
+HELD = 8  # states held at once for branches still to come; beyond, prefixes are computed again
 MAX_DEPTH = 64  # branchings on one path, for the call stack's sake; beyond, likewise
 
 
@@ -36,11 +36,14 @@ class Node:
         return max([self.stop, *(child.longest() for child in self.children)])
 
 
-def forest(inputs: list[np.ndarray], share: bool = True, marks: list[int] | None = None) -> list[Node]:
+def forest(
+    inputs: list[np.ndarray], share: bool = True, marks: list[int] | None = None, held: int = HELD
+) -> list[Node]:
     """The roots under which each of `inputs`, arrays of token ids, is the path to the node that names it a member.
 
-    With `share=False` every input has a root of its own. With `marks`, input i is computed in another way from position
-    marks[i] on, so that only inputs whose marks agree share what lies there.
+    With `share=False` every input has a root of its own. Worked through depth first, the forest takes at most `held`
+    states at once for branches still to come; branches beyond that have their prefix again. With `marks`, input i is
+    computed in another way from position marks[i] on, so that only inputs whose marks agree share what lies there.
     """
     if marks is None:
         marks = [len(tokens) for tokens in inputs]
@@ -50,7 +53,7 @@ def forest(inputs: list[np.ndarray], share: bool = True, marks: list[int] | None
     marked = [_marked(tokens, mark) for tokens, mark in zip(inputs, marks, strict=True)]
     order = sorted(range(len(inputs)), key=cmp_to_key(lambda a, b: _compare(marked[a], marked[b])))
     agreed = [_common_prefix(marked[a], marked[b]) for a, b in pairwise(order)]
-    roots = _grow(marked, order, agreed, 0, len(order), 0, MAX_HELD, MAX_DEPTH)
+    roots = _grow(marked, order, agreed, 0, len(order), 0, held, MAX_DEPTH)
     todo = list(roots)
     while todo:
         node = todo.pop()

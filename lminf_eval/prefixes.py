@@ -25,6 +25,7 @@ TAIL = (7, 8)  # `nll_tail` is over the tokens beyond this fraction of the lengt
 _SHORTEST = 16  # tokens; below that a length has no eighth worth the name
 _CONTEXT = 64  # tokens re-encoded to see whether a cut changes those before it
 _COMPARED = 32  # of these, the last ones, which the arbitrary start of the context does not reach
+_SAMPLE = 2**14  # characters that tell how many a token has
 _SEARCHED = 256  # cuts tried, each a token shorter, before a document is given up
 
 
@@ -87,7 +88,8 @@ def cut_documents(corpus: str, texts: Iterable[Text], metadata: dict[str, Any]) 
 
 def _first_tokens(tokenizer: TaskTokenizer, text: str, count: int) -> Tokens:
     """Tokens of the text's beginning: all of it, or well over `count` tokens."""
-    characters = 6 * count + 1000
+    sample = text[:_SAMPLE]
+    characters = int(1.1 * count * len(sample) / max(1, len(tokenizer.encode_bare(sample)))) + 1000
     while True:
         ids, offsets = tokenizer.offsets(text[:characters])
         if characters >= len(text) or len(ids) >= count + _CONTEXT:

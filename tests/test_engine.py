@@ -315,6 +315,21 @@ def test_requests_that_part_one_by_one_hold_few_states(patched, monkeypatch):
     assert most <= 4  # the filler's, a tooth's, and the copy that goes on generating
 
 
+@pytest.mark.parametrize(("held", "computed"), [(0, 8 * 151), (1, 808), (8, 2 * 50 + 4 * 50 + 8 * 51)])
+def test_states_that_may_not_be_held_are_computed_again(held, computed, patched):
+    """A tree of eight requests: two beginnings of 50 tokens, two ways on of 50 from each, and again."""
+    ways = torch.randint(90, (3, 2, 50)).tolist()
+    texts = [ways[0][n & 1] + ways[1][n >> 1 & 1] + ways[2][n >> 2] + [n, n] for n in range(8)]
+    model = patched(SHARED[0])
+    engine = Engine(model, 64, 1, held=held)
+    found = dict(engine.score([ScoreRequest(text, 1) for text in texts]))
+    alone = dict(Engine(model, 64, 1, share=False).score([ScoreRequest(text, 1) for text in texts]))
+    assert engine.computed + engine.reused == 8 * 151
+    assert engine.computed == computed
+    for i, score in alone.items():
+        assert found[i].log_probs == pytest.approx(score.log_probs, abs=1e-5)
+
+
 class _Largest(TorchDispatchMode):
     """The number of elements of the largest tensor that any operation made."""
 

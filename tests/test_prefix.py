@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lminf_eval import prefix
-from lminf_eval.prefix import MAX_DEPTH, MAX_HELD, MIN_SHARED, forest
+from lminf_eval.prefix import HELD, MAX_DEPTH, MIN_SHARED, forest
 
 
 def paths(roots):
@@ -38,7 +38,7 @@ def held(roots, cache=False):
     return max(states, int(cache))
 
 
-def check(inputs, roots):
+def check(inputs, roots, most_held=HELD):
     found = paths(roots)
     assert sorted(found) == list(range(len(inputs)))
     todo = list(roots)
@@ -52,7 +52,7 @@ def check(inputs, roots):
     for i, tokens in enumerate(inputs):
         assert np.array_equal(found[i][: len(tokens)], tokens)
     assert depth_of(roots) <= prefix.MAX_DEPTH + 1
-    assert held(roots) <= prefix.MAX_HELD
+    assert held(roots) <= most_held
     return tokens_in(roots)
 
 
@@ -70,23 +70,21 @@ def random_inputs(rng):
 @pytest.mark.parametrize(("max_held", "max_depth"), [(0, 64), (1, 64), (2, 64), (8, 64), (8, 3), (8, 0)])
 def test_random_lists(monkeypatch, min_shared, max_held, max_depth):
     monkeypatch.setattr(prefix, "MIN_SHARED", min_shared)
-    monkeypatch.setattr(prefix, "MAX_HELD", max_held)
     monkeypatch.setattr(prefix, "MAX_DEPTH", max_depth)
     rng = np.random.default_rng(0)
     for _ in range(60):
         inputs = random_inputs(rng)
-        roots = forest(inputs)
-        assert check(inputs, roots) <= sum(map(len, inputs))
+        roots = forest(inputs, held=max_held)
+        assert check(inputs, roots, max_held) <= sum(map(len, inputs))
 
 
 def test_as_few_tokens_as_a_trie_where_everything_may_be_shared(monkeypatch):
     monkeypatch.setattr(prefix, "MIN_SHARED", 1)
-    monkeypatch.setattr(prefix, "MAX_HELD", 10**6)
     rng = np.random.default_rng(0)
     for _ in range(50):
         inputs = random_inputs(rng)
         trie = {tuple(tokens[:n].tolist()) for tokens in inputs for n in range(1, len(tokens) + 1)}
-        assert tokens_in(forest(inputs)) == len(trie)
+        assert tokens_in(forest(inputs, held=10**6)) == len(trie)
 
 
 def test_nested_prefixes_are_one_node():
@@ -148,12 +146,13 @@ def test_a_comb_that_fits_is_computed_once():
     assert check(inputs, forest(inputs)) == 50 * 40 + 50
 
 
-def test_a_full_binary_tree_holds_no_more_states_than_it_may():
+@pytest.mark.parametrize("most_held", [0, 1, 3, HELD, 20])
+def test_a_full_binary_tree_holds_no_more_states_than_it_may(most_held):
     """All 1024 sequences of ten steps, each step 40 tokens of zeros or ones."""
     inputs = [np.repeat([(n >> bit) & 1 for bit in range(10)], 40) for n in range(1024)]
-    roots = forest(inputs)
-    check(inputs, roots)
-    assert held(roots) == MAX_HELD
+    roots = forest(inputs, held=most_held)
+    check(inputs, roots, most_held)
+    assert held(roots) == min(most_held, 9)
 
 
 def test_the_order_of_requests_changes_nothing_but_names():
