@@ -11,6 +11,7 @@ import pytest
 
 from lminf_eval.arguments import _OWN
 from lminf_eval.spec import LambdaSpec
+from lminf_eval.support import TESTED
 
 CHECKOUT = Path(__file__).parents[2]
 README = (CHECKOUT / "README.md").read_text(encoding="utf-8")
@@ -74,6 +75,7 @@ def test_the_extras_are_there():
 @pytest.mark.slow
 def test_the_commands_run_one_after_the_other(tmp_path, tiny_llama):
     model = str(tiny_llama(max_position_embeddings=8192))
+    (tmp_path / "configs").symlink_to(CHECKOUT / "configs")
     printed = {command: bash(command, tmp_path, MODEL=model) for command in RUN}
     evaluated = [json.loads(file.read_text())["results"] for file in sorted(tmp_path.glob("results/*/results_*.json"))]
     assert [list(results) for results in evaluated] == [["passkey_32k"], ["passkey_32k"], ["pydocs_ppl_16k"]]
@@ -84,6 +86,9 @@ def test_the_commands_run_one_after_the_other(tmp_path, tiny_llama):
     assert "<html" in (tmp_path / "report.html").read_text()
     doctor = next(out for command, out in printed.items() if "doctor --pretrained" in command)
     assert "memory for 65,536 tokens" in doctor
+    plan = next(out for command, out in printed.items() if "sweep plan" in command)
+    assert "openwebtext2_ppl_32k" in plan
+    assert (tmp_path / "diagnosis" / "diagnosis.png").exists()
     tasks = next(out for command, out in printed.items() if command.startswith("LMINF_EVAL_AUTOLOAD=0"))
     assert "lambada_openai" in tasks
     assert "pydocs_ppl" not in tasks
@@ -95,6 +100,11 @@ def test_the_model_arguments_are_those_of_the_adapter():
     for name, field in LambdaSpec.model_fields.items():
         if field.default is not None:
             assert told[name] == str(field.default)
+
+
+def test_the_families_are_those_that_tests_hold_to_the_definition():
+    told = {family for _, families in rows("### Families") for family in families.split(", ")}
+    assert told == TESTED
 
 
 def test_the_tasks_are_those_of_the_folder():
