@@ -1,0 +1,42 @@
+"""A local text of hundreds of thousands of tokens through lm-eval's evaluator: memory that hardly grows, each length in
+a process of its own."""
+
+import json
+import subprocess
+import sys
+from pydoc_data.topics import topics
+
+import pytest
+
+SCRIPT = """
+import json, resource, sys
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
+from lminf_eval.plugin import task_folder
+
+args = json.loads(sys.argv[1])
+manager = TaskManager(include_path=task_folder(), include_defaults=False, metadata=args)
+model_args = {"pretrained": args["pretrained"], "n_local": 256}
+results = simple_evaluate(
+    "lminf", model_args=model_args, tasks=["pg19_ppl_2k"], task_manager=manager, device="cpu", bootstrap_iters=0
+)
+told = results["config"]["lminf"]["tokens_computed"], results["results"]["pg19_ppl_2k"]["nll,none"]
+print(*told, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+@pytest.mark.slow
+def test_eight_times_the_length_takes_hardly_more_memory(tiny_llama, tmp_path):
+    names = list(topics)
+    turns = [names[i:] + names[:i] for i in range(0, len(names), len(names) // 4)]
+    (tmp_path / "book.txt").write_text("\n".join(topics[name] for turn in turns for name in turn))
+    args = {"pretrained": str(tiny_llama()), "data_files": str(tmp_path / "book.txt")}
+    peaks = {}
+    for length in (50_000, 400_000):
+        command = [sys.executable, "-c", SCRIPT, json.dumps(args | {"length": length})]
+        run = subprocess.run(command, capture_output=True, text=True, check=True)
+        computed, nll, peaks[length] = map(float, run.stdout.splitlines()[-1].split())
+        assert computed == pytest.approx(length, abs=16)
+        assert nll > 1
+        assert "tokens computed" in run.stderr or "tok/s" in run.stderr  # it says how far it is
+    assert peaks[400_000] - peaks[50_000] < 100, peaks  # MiB; 16 nested prefixes hold 3.4 million tokens
