@@ -27,13 +27,13 @@ from lminf_eval.errors import UsageError
 from lminf_eval.full import FullModel
 from lminf_eval.pieces import encode
 from lminf_eval.prefix import HELD
+from lminf_eval.resume.checkpoint import Checkpoints
+from lminf_eval.resume.journal import HOW, Journal
+from lminf_eval.resume.stop import Stop
 from lminf_eval.sampling import check_options, chooser
 from lminf_eval.scaling import apply_rope
 from lminf_eval.selfcheck import lambda_model
 from lminf_eval.spec import LambdaSpec, trained_length
-from lminf_eval.sweep.checkpoint import Checkpoints
-from lminf_eval.sweep.journal import HOW, Journal
-from lminf_eval.sweep.stop import Stop
 
 logger = logging.getLogger(f"lm_eval.{__name__}")  # lm-eval shows the loggers below its own name
 

@@ -12,8 +12,8 @@ from lm_eval.models.huggingface import HFLM
 
 from lminf_eval.errors import UsageError
 from lminf_eval.prefix import HELD
+from lminf_eval.resume.journal import HOW, fingerprint
 from lminf_eval.spec import LambdaSpec, closest
-from lminf_eval.sweep.journal import HOW, fingerprint
 
 # What `hf` hands on to `from_pretrained`; anything else is a misspelling.
 _LOADING = {

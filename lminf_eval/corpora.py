@@ -1,6 +1,6 @@
 """The corpora of the perplexity tasks: where each one's texts come from.
 
-Each function is a `custom_dataset` of lm-eval. It takes the task's metadata and returns `prefixes.cut_documents`'s
+Each function is a `custom_dataset` of lm-eval. It takes the task's metadata and returns `lengths.cut_documents`'s
 documents; `data_files` in the metadata (see `localdata.read_texts`) takes the place of the corpus's own source.
 """
 
@@ -21,9 +21,9 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 
 from lminf_eval.errors import UsageError
+from lminf_eval.lengths import Text, cut_documents
 from lminf_eval.localdata import read_rows, read_texts
 from lminf_eval.paths import cache_home
-from lminf_eval.prefixes import Text, cut_documents
 
 logger = logging.getLogger(f"lm_eval.{__name__}")  # under lm-eval's own, which shows it
 

@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from lminf_eval.cache import LambdaCache
 from lminf_eval.prefix import HELD, Node, forest
-from lminf_eval.sweep.checkpoint import EVERY, Checkpoints
-from lminf_eval.sweep.stop import Stop
+from lminf_eval.resume.checkpoint import EVERY, Checkpoints
+from lminf_eval.resume.stop import Stop
 
 logger = logging.getLogger(f"lm_eval.{__name__}")  # lm-eval shows the loggers below its own name
 

@@ -1,5 +1,6 @@
 """Where downloaded models, converted weights and filtered corpora are kept."""
 
+import hashlib
 import os
 import sys
 from pathlib import Path
@@ -19,3 +20,12 @@ def cache_home() -> Path:
     else:
         base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(base).expanduser().absolute() / "lminf-eval"
+
+
+def sha256_of(file: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal, read a block at a time."""
+    digest = hashlib.sha256()
+    with file.open("rb") as blocks:
+        while block := blocks.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

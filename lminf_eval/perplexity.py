@@ -1,6 +1,6 @@
 """Perplexity over long documents, and the curve of it along them, within lm-eval's own protocol.
 
-A document is scored by one rolling likelihood for each of its prefixes (see `prefixes.cut_documents`). The responses in
+A document is scored by one rolling likelihood for each of its prefixes (see `lengths.cut_documents`). The responses in
 the samples file of any model are therefore the log-likelihoods, in nats, of the first `boundaries[i]` tokens, and their
 differences are those of the stretches in between.
 """
@@ -14,7 +14,7 @@ from lm_eval.api import metrics
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
 
-from lminf_eval.prefixes import tail_start
+from lminf_eval.lengths import tail_start
 
 logger = logging.getLogger(f"lm_eval.{__name__}")  # under lm-eval's own, which shows it
 

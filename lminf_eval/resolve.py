@@ -3,7 +3,6 @@
 `huggingface_hub` and `datasets` decide when they are imported whether they may use the network, and this imports them.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -28,10 +27,11 @@ from transformers import AutoConfig
 from lminf_eval import corpora
 from lminf_eval.errors import UsageError
 from lminf_eval.localdata import find_files
+from lminf_eval.paths import sha256_of
 from lminf_eval.plugin import task_folder
+from lminf_eval.resume.journal import HOW
 from lminf_eval.spec import LambdaSpec
 from lminf_eval.sweep import grid
-from lminf_eval.sweep.journal import HOW
 from lminf_eval.tokenizer import load_tokenizer
 
 _TEXTS = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab")  # configs and tokenizers
@@ -257,17 +257,9 @@ def _described(folder: Path, files: Iterable[Path], checksums: bool) -> dict[str
     for file in files:
         said = {"path": file.absolute().relative_to(folder.absolute()).as_posix(), "bytes": file.stat().st_size}
         if checksums:
-            said["sha256"] = _sha256(file)
+            said["sha256"] = sha256_of(file)
             promised = file.resolve().name  # the cache names big files by their SHA-256
             if file.is_symlink() and re.fullmatch("[0-9a-f]{64}", promised) and promised != said["sha256"]:
                 raise UsageError(f"{file} is damaged: its SHA-256 is not the hub's; delete {file.resolve()}")
         described.append(said)
     return {"folder": str(folder.absolute()), "files": described}
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as blocks:
-        while block := blocks.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

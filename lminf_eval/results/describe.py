@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lminf_eval.results.samples import DATE_IN_NAME
-from lminf_eval.sweep.journal import HOW
+from lminf_eval.resume.journal import HOW
 
 METHOD_SETTINGS = ("n_local", "n_global", "top_k", "top_k_from_layer", "top_k_distance", "rope", "rope_factor")
 USED_BY = {  # the settings that change what an attention computes; the others are not part of its name

@@ -1,1 +1,1 @@
-"""Grids of evaluations that lose nothing when they are killed."""
+"""Grids of evaluations: one stock lm_eval run a cell, here or on SLURM, each resumed where it stopped."""

@@ -17,8 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from lminf_eval.errors import UsageError
 from lminf_eval.plugin import MODEL_NAME, task_folder
+from lminf_eval.resume.journal import HOW
 from lminf_eval.spec import LambdaSpec, closest
-from lminf_eval.sweep.journal import HOW
 
 # lm-eval's own keys that a sweep fills in itself, and those that change how a run is done or shown, and no answer.
 _FILLED = {"config", "model_args", "output_path", "tasks"}

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from lminf_eval.resume.stop import SIGNALS, STOPPED
 from lminf_eval.sweep.folder import CellFolder
-from lminf_eval.sweep.stop import SIGNALS, STOPPED
 
 _REASON_LENGTH = 300  # characters of a failure's reason
 _FULL = 2**16  # bytes free on a disk that counts as full

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lminf_eval.resume.stop import STOPPED
 from lminf_eval.sweep.folder import CellFolder, read_result
 from lminf_eval.sweep.grid import read
-from lminf_eval.sweep.stop import STOPPED
 
 pytestmark = pytest.mark.slow
 

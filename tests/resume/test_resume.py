@@ -5,9 +5,9 @@ from lm_eval.api.instance import Instance
 
 from lminf_eval.adapter import LMInfinite
 from lminf_eval.engine import Engine, ScoreRequest
-from lminf_eval.sweep import checkpoint
-from lminf_eval.sweep.checkpoint import Checkpoints
-from lminf_eval.sweep.stop import STOPPED, Stop
+from lminf_eval.resume import checkpoint
+from lminf_eval.resume.checkpoint import Checkpoints
+from lminf_eval.resume.stop import STOPPED, Stop
 
 TEXTS = ["the grass is green", "the grass is green and the sky is blue", "here we go, there and back again " * 20]
 KIND = {"loglikelihood": 0, "loglikelihood_rolling": 1, "generate_until": 2}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lminf_eval.errors import UsageError
-from lminf_eval.sweep.journal import Journal, fingerprint
+from lminf_eval.resume.journal import Journal, fingerprint
 
 WHO = {"pretrained": "some/model", "dtype": "float32"}
 
@@ -111,7 +111,7 @@ def test_a_damaged_first_line_costs_no_answer(written):
 
 def test_an_answer_is_on_disk_before_add_returns(tmp_path):
     code = (
-        "import os, sys; from lminf_eval.sweep.journal import Journal\n"
+        "import os, sys; from lminf_eval.resume.journal import Journal\n"
         "journal = Journal(sys.argv[1], {'dtype': 'float32', 'pretrained': 'some/model'})\n"
         "journal.add(journal.key('score', [1, 2, 0], 1), [-1.0, True]); os.kill(os.getpid(), 9)"
     )
