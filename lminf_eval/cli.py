@@ -136,9 +136,6 @@ def sweep_status(file: SweepFile, output: SweepOutput) -> None:
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the results.")] = Path("lminf-demo"),
-    quick: Annotated[
-        bool, typer.Option(help="One passkey in place of three at each length: about half the time.")
-    ] = False,
     print_model: Annotated[bool, typer.Option(help="Fetch the demo's model, print its folder, and exit.")] = False,
 ) -> None:
     """A real model (SmolLM2-135M), with and without the method, inside and beyond its training length."""
@@ -149,7 +146,7 @@ def demo(
         return
     from lminf_eval.demo import demo as run_demo
 
-    run_demo(output, quick)
+    run_demo(output)
 
 
 @app.command()

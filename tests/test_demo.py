@@ -17,7 +17,8 @@ from lminf_eval import demo
 from lminf_eval.demo import METHODS, PASSKEY_BEYOND, PASSKEY_INSIDE, PERPLEXITY, WHOLE, Method, Plan
 from lminf_eval.errors import UsageError
 
-SMALL = Plan({PERPLEXITY: (0,), PASSKEY_INSIDE: (1,), PASSKEY_BEYOND: (1,)}, 500, inside=128, metadata={"length": 256})
+DOCUMENTS = {PERPLEXITY: (0,), PASSKEY_INSIDE: (1,), PASSKEY_BEYOND: (1,)}
+SMALL = Plan(DOCUMENTS, dict.fromkeys(DOCUMENTS, 170), inside=128, metadata={"length": 256})
 TWO = (Method("full", "attention=full", 1.0), Method("lambda, n_local=32", "attention=lambda,n_local=32", 1.0))
 
 
@@ -60,6 +61,20 @@ def test_cells_come_from_the_files(results):
     cells = demo.measured(results(TWO[0]), inside=299)
     assert cells == {"inside": "3.00", "tail": "4.00", PASSKEY_INSIDE: "1/2", PASSKEY_BEYOND: "1/2"}
     assert demo.measured(results(TWO[1], tail=float("nan")), inside=300)["inside"] == "3.33"
+
+
+def test_a_row_may_leave_tasks_out(results):
+    folder = results(TWO[0])
+    (file,) = folder.glob("*/results_*.json")
+    whole = json.loads(file.read_text())
+    file.write_text(json.dumps(whole | {"results": {PASSKEY_BEYOND: whole["results"][PASSKEY_BEYOND]}}))
+    cells = demo.measured(folder, inside=300)
+    assert cells == {PASSKEY_BEYOND: "1/2"}
+    console = Console(width=100, file=io.StringIO())
+    console.print(demo.table({"full": cells}, WHOLE))
+    assert "1/2" in console.file.getvalue()
+    method = Method("part", "attention=full", 1.0, (PASSKEY_BEYOND,))
+    assert demo.command(method, folder, WHOLE)[-7:-5] == ["--samples", json.dumps({PASSKEY_BEYOND: [2]})]
 
 
 def test_the_table_marks_a_tail_that_is_lost():
@@ -106,7 +121,7 @@ def test_finished_rows_are_not_run_again(results, tmp_path, monkeypatch, capsys)
         results(method, words=demo.command(method, tmp_path, SMALL))
     monkeypatch.setattr(demo, "write_report", lambda output: f"a page in {output}")
     monkeypatch.setattr(demo.subprocess, "Popen", lambda *args, **kwargs: pytest.fail("a finished row was run"))
-    demo.run(tmp_path, tmp_path, Plan(SMALL.documents, 500, inside=300, metadata=SMALL.metadata), TWO)
+    demo.run(tmp_path, tmp_path, Plan(SMALL.documents, SMALL.tokens, inside=300, metadata=SMALL.metadata), TWO)
     printed = capsys.readouterr().out
     assert "[1/2] full: already in" in printed
     assert "[2/2] lambda, n_local=32: already in" in printed
