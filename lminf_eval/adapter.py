@@ -45,7 +45,7 @@ class LMInfinite(HFLM):
 
     Every `--model_args` of lm-eval's `hf` works as there. Its own are those of `LambdaSpec`; `prefix_sharing`, and
     `prefix_states`, how many states it may hold (see `prefix.forest`); and `journal`, a folder in which answers are
-    kept and found again (see `sweep/journal.py`). Nothing is loaded before the first request, so that tasks can refuse
+    kept and found again (see `resume/journal.py`). Nothing is loaded before the first request, so that tasks can refuse
     their own settings first.
 
     Raises:
