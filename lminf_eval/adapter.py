@@ -23,7 +23,7 @@ from lminf_eval import __version__, support
 from lminf_eval.arguments import check, find_device, identity
 from lminf_eval.attention.kernels import primitive
 from lminf_eval.engine import Engine, GenerateRequest, Score, ScoreRequest
-from lminf_eval.errors import UsageError
+from lminf_eval.errors import UsageError, first_line
 from lminf_eval.full import FullModel
 from lminf_eval.pieces import encode
 from lminf_eval.prefix import HELD
@@ -103,7 +103,9 @@ class LMInfinite(HFLM):
             super()._get_config(pretrained, **kwargs)
         except (OSError, ValueError) as error:
             where = "" if Path(pretrained).is_dir() else "there is no directory of this name, and from the hub "
-            raise UsageError(_first_line(f"pretrained={pretrained}: {where}its config can't be read", error)) from error
+            raise UsageError(
+                f"pretrained={pretrained}: {where}its config can't be read: {first_line(error)}"
+            ) from error
         self._inspect(self._config)
 
     def _inspect(self, config: transformers.PretrainedConfig) -> None:
@@ -121,7 +123,7 @@ class LMInfinite(HFLM):
             super()._create_tokenizer(pretrained, tokenizer, **kwargs)
         except (OSError, ValueError, ImportError) as error:
             name = tokenizer if isinstance(tokenizer, str) else pretrained
-            raise UsageError(_first_line(f"tokenizer={name}: it can't be read", error)) from error
+            raise UsageError(f"tokenizer={name}: it can't be read: {first_line(error)}") from error
         if not self.tokenizer.encode("The quick brown fox.", add_special_tokens=False):
             raise UsageError(
                 f"tokenizer={self.tokenizer.name_or_path}: it encodes text to nothing (no vocabulary?); "
@@ -142,7 +144,7 @@ class LMInfinite(HFLM):
             try:
                 super()._create_model(**self._unread)
             except (OSError, ValueError, ImportError, SafetensorError) as error:
-                line = _first_line(f"pretrained={self.pretrained}: its weights can't be read", error)
+                line = f"pretrained={self.pretrained}: its weights can't be read: {first_line(error)}"
                 raise UsageError(line) from error
             self._model.eval()
             self._model.tie_weights()
@@ -417,8 +419,3 @@ class _Unread(torch.nn.Module):
 
     def tie_weights(self) -> None:
         """Nothing to tie yet."""
-
-
-def _first_line(what: str, error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{what}: {lines[0] if lines else type(error).__name__}"

@@ -20,7 +20,7 @@ from filelock import FileLock
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 
-from lminf_eval.errors import UsageError
+from lminf_eval.errors import UsageError, first_line
 from lminf_eval.lengths import Text, cut_documents
 from lminf_eval.localdata import read_rows, read_texts
 from lminf_eval.paths import cache_home
@@ -131,8 +131,7 @@ def _pile(name: str) -> Iterator[Text]:
 
 
 def _unreachable(repo: str, error: Exception) -> UsageError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return UsageError(
-        f"cannot get {repo} from the Hugging Face hub ({reason}); "
+        f"cannot get {repo} from the Hugging Face hub ({first_line(error)}); "
         'pass local data instead: --metadata \'{"data_files": "/data/*.parquet"}\''
     )

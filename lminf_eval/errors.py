@@ -1,4 +1,4 @@
-"""The one error a user is meant to read."""
+"""The one error a user is meant to read, and the line of another's that it quotes."""
 
 
 class UsageError(ValueError, SystemExit):
@@ -14,3 +14,9 @@ class UsageError(ValueError, SystemExit):
 
     def __str__(self) -> str:
         return str(self.code)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in its first line; its class's name where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
-from lminf_eval.errors import UsageError
+from lminf_eval.errors import UsageError, first_line
 
 logger = logging.getLogger(f"lm_eval.{__name__}")  # under lm-eval's own, which shows it
 
@@ -88,7 +88,7 @@ def read_rows(path: Path, text_column: str) -> Iterator[Row]:
         else:
             raise UsageError(f"data file {str(path)!r}: its suffix must be one of {', '.join(_SUFFIXES)}")
     except (OSError, EOFError, pa.ArrowException, zstandard.ZstdError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UsageError(f"data file {str(path)!r} cannot be read, it may be damaged or cut short: {reason}") from error
 
 

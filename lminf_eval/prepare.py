@@ -53,7 +53,7 @@ def prepare(config: Path, check: bool = False, output: Path | None = None) -> in
             try:
                 resolved = item.resolve(checksums=not check)
             except Exception as error:  # a task is anyone's code: whatever stops it is told, and the next one tried
-                resolved, line = None, resolve.first_line(error)
+                resolved, line = None, resolve.in_a_line(error)
         if resolved is None and line not in missing:  # what one task lacks, the next one may too
             missing.append(line)
             console.print(Text(f"missing  {item.kind} {item.name}: {line}", style="red"))

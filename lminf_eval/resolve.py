@@ -77,7 +77,7 @@ def items(config: Path) -> Iterator[Item]:
                 yield item
 
 
-def first_line(error: Exception) -> str:
+def in_a_line(error: Exception) -> str:
     """An error in one line, with its type where the line is not our own."""
     lines = str(error).strip().splitlines() or [""]
     return lines[0].removeprefix("lminf: ") if isinstance(error, UsageError) else f"{type(error).__name__}: {lines[0]}"

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lminf_eval.errors import UsageError
+from lminf_eval.errors import UsageError, first_line
 from lminf_eval.pieces import Tokens, encode, pieces
 
 _MISSING = (
@@ -106,7 +106,7 @@ def _from_pretrained(name: str, **options: Any) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UsageError(f"cannot load the tokenizer of {name!r}: {reason}") from error
     if not tokenizer("The grass is green.", add_special_tokens=False)["input_ids"]:
         raise UsageError(f"the tokenizer of {name!r} encodes text to no tokens; pass another one as `tokenizer`")
