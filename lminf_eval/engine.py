@@ -82,6 +82,7 @@ class Engine:
         held: int = HELD,
     ):
         self.model, self.chunk_size, self.batch_size, self.share = model, chunk_size, batch_size, share
+        self.batch_tokens = chunk_size  # new ones, of all rows of a batch whose size is left to us
         self.bar = tqdm(disable=True) if bar is None else bar
         self.stop, self.checkpoints, self.held = stop or Stop(), checkpoints, held
         self.device = model.model.device
@@ -326,10 +327,11 @@ class Engine:
     def _batches(self, nodes: list[Node], leaves: list[int]) -> Iterator[list[int]]:
         """Runs of `leaves`, sorted by falling length, of batch_size; or as many as a chunk's worth of new tokens allow,
         and eight rows' worth of what one sees of the past, which each row reads a copy of."""
+        room = self.batch_tokens
         while leaves:
-            new = min(self.chunk_size, len(nodes[leaves[0]].tokens))
+            new = min(room, len(nodes[leaves[0]].tokens))
             past = min(nodes[leaves[0]].start, self.model.reach)
-            size = self.batch_size or max(1, min(self.chunk_size // new, 8 * (past + self.chunk_size) // (past + new)))
+            size = self.batch_size or max(1, min(room // new, 8 * (past + room) // (past + new)))
             yield leaves[:size]
             leaves = leaves[size:]
 

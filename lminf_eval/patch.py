@@ -166,7 +166,7 @@ class LambdaModel:
             out, lse = attend_one(q_BHLD, k_BKLD, v_BKLD, layer, cache.lengths, cache.origins, self.spec, turn, **how)
         else:
             at = cache.lengths[0], cache.origins[0]
-            out, lse = attend_chunk(
+            out, lse = self._attend_chunk(
                 q_BHLD, k_BKLD, v_BKLD, layer, self._keep, *at, self.spec, window, sinks, turn, **how
             )
         if top_k and cache.capacity > window + sinks:
@@ -175,6 +175,8 @@ class LambdaModel:
             share = lse - torch.logaddexp(lse, options["s_aux"].to(lse.dtype)[None, :, None])
             out = out * share.exp().unsqueeze(-1).to(out.dtype)
         return out.to(dtype)
+
+    _attend_chunk = staticmethod(attend_chunk)  # context parallel has its own
 
     def _readmit(self, index: int, out, lse, q_BHLD, k_BKLD, v_BKLD, turn, scale, softcap, slopes_H) -> None:
         """Merge each new token's best middle keys into `out` and `lse`, in place, in the rows that have come so far."""

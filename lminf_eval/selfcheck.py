@@ -8,6 +8,7 @@ logits.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -38,8 +39,10 @@ _HALF_ROTATION, _HALF_LOGITS = 2e-2, 1e-1
 _TOKENS = 24
 
 
-def lambda_model(model: PreTrainedModel, spec: LambdaSpec) -> LambdaModel:
-    """`model` patched to Λ-attention, and checked.
+def lambda_model(
+    model: PreTrainedModel, spec: LambdaSpec, make: Callable[..., LambdaModel] = LambdaModel
+) -> LambdaModel:
+    """`model` patched to Λ-attention by `make(model, spec)`, and checked.
 
     Raises:
         UsageError: where the patched model would not be the same model; `model` is then as it was.
@@ -60,7 +63,7 @@ def lambda_model(model: PreTrainedModel, spec: LambdaSpec) -> LambdaModel:
         raise UsageError(
             f"{model.config.model_type!r}: the model's own logits are not finite numbers; check its weights"
         )
-    patched = LambdaModel(model, spec)
+    patched = make(model, spec)
     try:
         if not own:
             _compare_layers(patched, recorded, ids)

@@ -139,7 +139,8 @@ def reference_logits():
             own = options.get("sliding_window")
             layer = LambdaSpec(attention="window", n_local=own) if own else spec
             again = None if own or module.layer_idx < spec.top_k_from_layer else readmit_from
-            extra = {"softcap": options.get("softcap"), "sink_logits_H": options.get("s_aux"), "readmit_from": again}
+            extra = {"softcap": options.get("softcap"), "sink_logits_H": options.get("s_aux")}
+            extra |= {"slopes_H": patched.slopes, "readmit_from": again}
             return lambda_attention(q, k, v, rotate, layer, scale, **extra)
 
         patched.attend = attend
