@@ -1,0 +1,65 @@
+"""One rank of a context-parallel group: run by test_context.py, once for each rank, with torchrun's variables set.
+
+    python context_ranks.py FOLDER
+
+answers the cases of FOLDER/cases.json, each {"model": a folder, "spec", "chunk_size", "batch_size", "score" or
+"generate": requests, "shard": the least tokens of a shard, "exact": whether angles are to be exact}, and writes
+FOLDER/RANK.json: for each {"answers": …, "sent": bytes}, or {"error": …}.
+"""
+
+import json
+import os
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM
+
+from lminf_eval.engine import GenerateRequest, ScoreRequest
+from lminf_eval.errors import UsageError
+from lminf_eval.parallel import context
+from lminf_eval.rope import Rotary
+from lminf_eval.selfcheck import lambda_model
+from lminf_eval.spec import LambdaSpec
+
+SHARD, rounded_angles = context.SHARD, Rotary.angles
+
+
+def exact_angles(self, positions, like, layer_type=None):
+    """Rotary angles in double precision (transformers takes them in single)."""
+    half = positions.double()[..., None] * self.module.inv_freq.double()
+    both = torch.cat([half, half], -1)
+    return both.cos().to(like), both.sin().to(like)
+
+
+def answer(case: dict) -> dict:
+    """This rank's answers, and the bytes it sent; or what is refused."""
+    Rotary.angles = exact_angles if case["exact"] else rounded_angles
+    model = AutoModelForCausalLM.from_pretrained(
+        case["model"], dtype=torch.float64, experts_implementation="eager"
+    ).eval()
+    make = partial(context.ContextModel, group=dist.group.WORLD)
+    context.SHARD = SHARD  # its self-check counts on it
+    try:
+        model = lambda_model(model, LambdaSpec(**case["spec"]), make)
+    except UsageError as error:
+        return {"error": str(error)}
+    context.SHARD = case["shard"]
+    engine = context.ContextEngine(model, case["chunk_size"], case["batch_size"])
+    if "score" in case:
+        found = engine.score([ScoreRequest(tokens, scored_from) for tokens, scored_from in case["score"]])
+        answers = {i: [score.log_probs.tolist(), score.greedy.tolist()] for i, score in found}
+    else:
+        requests = [GenerateRequest(tokens, max_new, lambda new: False) for tokens, max_new in case["generate"]]
+        answers = dict(engine.generate(requests))
+    return {"answers": [answers[i] for i in range(len(answers))], "sent": model.exchange.sent}
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    dist.init_process_group("gloo")
+    results = [answer(case) for case in json.loads((folder / "cases.json").read_text())]
+    (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(results))
+    dist.destroy_process_group()
