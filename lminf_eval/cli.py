@@ -201,3 +201,36 @@ def diagnose(
     except ModuleNotFoundError as error:
         raise UsageError(f"figures need {error.name}: pip install 'lminf-eval[report]'") from None
     diagnose.diagnose(pretrained, length, layers, n_local, text, output, dtype, device)
+
+
+@app.command()
+def bench(
+    pretrained: Annotated[str, typer.Option(help="Model: a folder, or a name on the hub; by default the demo's.")] = "",
+    shape: Annotated[str, typer.Option(help="Instead, a Llama with random weights: tiny, 135m, 1b or 7b.")] = "",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or float64.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:<number>.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; by default torch's own choice.")] = None,
+    n_local: Annotated[str, typer.Option(help="Windows, with commas between.")] = "2048",
+    lengths: Annotated[str, typer.Option(help="Lengths in tokens, with commas between; k is 1024.")] = "2k,8k,32k",
+    cases: Annotated[
+        str, typer.Option(help="Of prefill, decode, short, memory, attention, prefix and context.")
+    ] = "prefill,decode,short,memory,attention,prefix",
+    batches: Annotated[str, typer.Option(help="Batch sizes; by default 1 for decode and 1,4,16 for short.")] = "",
+    runs: Annotated[int, typer.Option(min=1, help="Runs of each side of a comparison.")] = 3,
+    vs: Annotated[bool, typer.Option("--vs", help="Also what is installed of other windowed attention.")] = False,
+    model_args: Annotated[str, typer.Option("--model_args", help="Of lminf alone: n_global=4,chunk_size=1024,…")] = "",
+    output: Annotated[Path, typer.Option("--output", "-o", help="The JSON of all raw times.")] = Path(
+        "lminf-bench.json"
+    ),
+) -> None:
+    """Speed and memory against the plain model and --model hf, in paired runs, and against the machine's ceilings.
+
+    Stopped, the same command goes on. Exit status 130 after Ctrl-C.
+    """
+    from lminf_eval.bench import options
+    from lminf_eval.bench.command import bench
+
+    asked = options.parse(
+        pretrained, shape, dtype, device, threads, n_local, lengths, cases, batches, runs, vs, model_args
+    )
+    raise typer.Exit(bench(asked, output))

@@ -1,0 +1,29 @@
+"""What the machine reaches in the model's dtype: a large matrix product, a large copy."""
+
+from __future__ import annotations
+
+import torch
+
+from lminf_eval.bench.record import Record
+from lminf_eval.bench.timing import Told, in_turn
+from lminf_eval.bench.work import Ceilings, Work
+
+RUNS = 5
+
+
+def measure(dtype: torch.dtype, device: torch.device | str, told: Told) -> Record:
+    """Seconds of a square matrix product (2048, on CUDA 8192 rows) and of copying 256 MB (on CUDA 2 GB)."""
+    cuda = torch.device(device).type == "cuda"
+    rows, size = (8192, 2**31) if cuda else (2048, 2**28)
+    a, b, out = (torch.randn(rows, rows, dtype=torch.float32, device=device).to(dtype) for _ in range(3))
+    source, target = (torch.zeros(size // dtype.itemsize, dtype=dtype, device=device) for _ in range(2))
+    sides = {"matrix product": lambda: torch.mm(a, b, out=out), "copy": lambda: target.copy_(source)}
+    values, skipped = in_turn(sides, RUNS, device, told)
+    work = {"matrix product": Work(2.0 * rows**3), "copy": Work(0.0, 2.0 * size)}
+    return Record("ceilings", {}, values, work=work, skipped=skipped)
+
+
+def ceilings(record: Record) -> Ceilings:
+    """Operations and bytes a second of the fastest runs; the copy's bytes count as read and as written."""
+    product, copy = record.work["matrix product"], record.work["copy"]
+    return Ceilings(product.flops / min(record.values["matrix product"]), copy.bytes / min(record.values["copy"]))

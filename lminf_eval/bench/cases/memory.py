@@ -1,0 +1,73 @@
+"""Memory: the peak of one rolling request beyond the weights, each in a process of its own; keys and values."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import partial
+
+from lminf_eval.bench.cases.states import lambda_state, plain_bytes, plain_state
+from lminf_eval.bench.record import Job, Record
+from lminf_eval.bench.subject import Subject
+from lminf_eval.bench.timing import Told
+from lminf_eval.bench.work import Ceilings, full_pairs, lambda_pairs
+from lminf_eval.errors import UsageError
+
+START_SECONDS = 15  # of a process that loads torch, transformers and a model
+
+
+def jobs(subject: Subject, ceilings: Ceilings) -> Iterator[Job]:
+    """Two for each n_local and length: the peak, measured once, and the bytes of keys and values, which are exact."""
+    options, size = subject.options, subject.size
+    for n_local in options.n_local:
+        for length in options.lengths:
+            near = ceilings.floor(size.scoring(length, lambda_pairs(length, n_local, 0)))
+            plain = ceilings.floor(size.scoring(length, full_pairs(length)))
+            setting = {"n_local": n_local, "length": length}
+            yield Job(
+                "memory",
+                {"part": "keys and values", **setting},
+                2 * near * min(1.0, 2 * n_local / length),
+                partial(keys_and_values, subject, n_local, length),
+            )
+            yield Job(
+                "memory",
+                {"part": "peak", **setting},
+                2 * START_SECONDS + 1.6 * (near + plain),
+                partial(peak, subject, n_local, length),
+            )
+
+
+def keys_and_values(subject: Subject, n_local: int, length: int, told: Told) -> Record:
+    """Bytes in the cache of one sequence of `length` tokens, counted in the tensors themselves."""
+    told("keys and values")
+    lm = subject.lambda_lm(n_local)
+    values = {
+        "lambda": [float(lambda_state(subject, lm, length, 1, 0).nbytes)],
+        "plain": [float(plain_bytes(plain_state(subject, subject.model, length, 1, "meta")))],
+    }
+    return Record("memory", {"part": "keys and values", "n_local": n_local, "length": length}, values, "B")
+
+
+def peak(subject: Subject, n_local: int, length: int, told: Told) -> Record:
+    """Bytes above what the process held with its weights read and a short request done, see `bench/peak.py`."""
+    values, skipped = {}, {}
+    for side in ("lambda", "hf"):
+        if side == "hf" and (lacking := subject.lacking(subject.hf_bytes(length))):
+            skipped[side] = lacking
+            continue
+        told(side)
+        task = {"options": asdict(subject.options), "side": side, "n_local": n_local, "length": length}
+        done = subprocess.run(
+            [sys.executable, "-m", "lminf_eval.bench.peak", json.dumps(task)], capture_output=True, text=True
+        )
+        if done.returncode < 0:
+            skipped[side] = f"its process was ended by signal {-done.returncode}, for want of memory perhaps"
+        elif done.returncode:
+            raise UsageError(f"memory of {side}: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}")
+        else:
+            values[side] = [float(json.loads(done.stdout.splitlines()[-1]))]
+    return Record("memory", {"part": "peak", "n_local": n_local, "length": length}, values, "B", skipped=skipped)

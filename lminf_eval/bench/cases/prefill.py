@@ -1,0 +1,59 @@
+"""Scoring one text: the same tokens through `--model lminf` and `--model hf`, against the text's length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+from lminf_eval.bench.record import Job, Record
+from lminf_eval.bench.rivals import rivals
+from lminf_eval.bench.subject import Subject
+from lminf_eval.bench.timing import Told, in_turn
+from lminf_eval.bench.work import Ceilings, full_pairs, lambda_pairs
+
+
+def jobs(subject: Subject, ceilings: Ceilings) -> Iterator[Job]:
+    """One for each n_local and length."""
+    options, size = subject.options, subject.size
+    for n_local in options.n_local:
+        for length in options.lengths:
+            near = ceilings.floor(size.scoring(length, lambda_pairs(length, n_local, 0)))
+            plain = (
+                0.0
+                if subject.lacking(subject.hf_bytes(length))
+                else ceilings.floor(size.scoring(length, full_pairs(length)))
+            )
+            setting = {"n_local": n_local, "length": length}
+            yield Job("prefill", setting, options.runs * 1.6 * (near + plain), partial(run, subject, n_local, length))
+
+
+def run(subject: Subject, n_local: int, length: int, told: Told) -> Record:
+    """Seconds of one rolling request of `length` tokens; the sides of `--vs` go through `--model hf` too."""
+    options, size, requests = subject.options, subject.size, subject.rolling(length)
+    lm = subject.lambda_lm(n_local)
+    sides = {"lambda": lm}
+    skipped = {}
+    if lacking := subject.lacking(subject.hf_bytes(length)):
+        skipped["hf"] = lacking
+    else:
+        sides["hf"] = subject.hf
+    if options.vs:
+        found, missing = rivals(subject, n_local)
+        skipped |= missing | (dict.fromkeys(found, lacking) if lacking else {})
+        sides |= {name: subject.through_hf(model) for name, model in found.items() if not lacking}
+    short = subject.rolling(min(length, 256))
+    for name, one in sides.items():
+        told(f"{name}, warming up")
+        one._loglikelihood_tokens(short, disable_tqdm=True)
+    calls = {name: partial(one._loglikelihood_tokens, requests, disable_tqdm=True) for name, one in sides.items()}
+    values, failed = in_turn(calls, options.runs, subject.device, told, warm=False)
+    windowed = size.scoring(length, lambda_pairs(length, n_local, lm.spec.sinks))
+    work = dict.fromkeys(values, windowed) | {"hf": size.scoring(length, full_pairs(length))}
+    return Record(
+        "prefill",
+        {"n_local": n_local, "length": length},
+        values,
+        tokens=length,
+        work={name: work[name] for name in values},
+        skipped=skipped | failed,
+    )

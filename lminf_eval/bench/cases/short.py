@@ -1,0 +1,76 @@
+"""Requests that fit the window: Λ changes nothing in their answers, and must not in their time."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from functools import partial
+
+from lminf_eval.bench.record import Job, Record
+from lminf_eval.bench.subject import Request, Subject
+from lminf_eval.bench.timing import Told, in_turn
+from lminf_eval.bench.work import Ceilings, full_pairs
+
+SETS = ("lambada-like", "multiple-choice")
+QUESTIONS, CHOICES = 32, 4
+
+
+def jobs(subject: Subject, ceilings: Ceilings) -> Iterator[Job]:
+    """One for each set of requests and batch size, at the smallest n_local."""
+    options = subject.options
+    for kind in SETS:
+        requests = request_set(kind, subject.size.vocab, options.n_local[0])
+        flops = 2.0 * subject.size.linear * sum(map(_length, requests))
+        for batch in options.batches_or(1, 4, 16):
+            seconds = 4 * (options.runs + 1) * flops / ceilings.flops_per_s
+            yield Job("short", {"requests": kind, "batch": batch}, seconds, partial(run, subject, kind, batch))
+
+
+def run(subject: Subject, kind: str, batch: int, told: Told) -> Record:
+    """Seconds of one set of requests through `--model lminf` and `--model hf` with the same batch size."""
+    options, n_local = subject.options, subject.options.n_local[0]
+    requests = request_set(kind, subject.size.vocab, n_local)
+    sides = {"lambda": subject.lambda_lm(n_local), "hf": subject.hf}
+    for lm in sides.values():
+        lm.batch_size_per_gpu = batch
+    calls = {name: partial(lm._loglikelihood_tokens, requests, disable_tqdm=True) for name, lm in sides.items()}
+    try:
+        values, skipped = in_turn(calls, options.runs, subject.device, told)
+    finally:
+        for lm in sides.values():
+            lm.batch_size_per_gpu = 1
+    size, lengths = subject.size, [_length(request) for request in requests]
+    each = size.scoring(sum(lengths), sum(map(full_pairs, lengths)))
+    return Record(
+        "short",
+        {"requests": kind, "batch": batch},
+        values,
+        tokens=sum(lengths),
+        work=dict.fromkeys(values, each),
+        skipped=skipped,
+        facts={"requests": len(requests), "n_local": n_local},
+    )
+
+
+def request_set(kind: str, vocab: int, n_local: int) -> list[Request]:
+    """Requests of tokens drawn at random, the same each time, all shorter than n_local.
+
+    "lambada-like": 64 contexts of 50 to 150 tokens with one or two to predict. "multiple-choice": 32 questions of 50 to
+    150 tokens with 4 answers of 1 to 8 each. All shorter where n_local is.
+    """
+    draw = random.Random(0)
+    most = max(2, min(150, n_local - 10))
+    least = max(1, most // 3)
+
+    def tokens(low: int, high: int) -> list[int]:
+        return [draw.randrange(vocab) for _ in range(draw.randint(low, high))]
+
+    if kind == "lambada-like":
+        return [(None, tokens(least, most), tokens(1, 2)) for _ in range(64)]
+    contexts = [tokens(least, most) for _ in range(QUESTIONS)]
+    return [(None, context, tokens(1, 8)) for context in contexts for _ in range(CHOICES)]
+
+
+def _length(request: Request) -> int:
+    """Tokens that pass through the model for a request; its last one is only predicted."""
+    return len(request[1]) + len(request[2]) - 1

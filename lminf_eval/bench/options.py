@@ -1,0 +1,148 @@
+"""What a bench is asked to do, read from the command line and refused where it can't be."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lm_eval.utils import simple_parse_args_string
+
+from lminf_eval import arguments
+from lminf_eval.bench.shapes import SHAPES
+from lminf_eval.errors import UsageError
+from lminf_eval.paths import cache_home
+from lminf_eval.smollm2 import NAME
+from lminf_eval.spec import LambdaSpec, closest
+
+CASES = {
+    "prefill": "scoring a text, against length",
+    "decode": "one token more, against the context before it",
+    "short": "many requests shorter than n_local",
+    "memory": "peak beyond the weights, and keys and values",
+    "attention": "attention and the rest of a pass, each against what it is made of",
+    "prefix": "requests that begin alike, with and without sharing",
+    "context": "one document on two processes",
+}
+DEFAULT_CASES = "prefill,decode,short,memory,attention,prefix"
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+
+
+@dataclass(frozen=True)
+class Options:
+    """A bench. `pretrained` is a folder or hub name, or empty where `shape` names a Llama to be made at random."""
+
+    pretrained: str
+    shape: str
+    dtype: str
+    device: str
+    threads: int | None
+    n_local: tuple[int, ...]
+    lengths: tuple[int, ...]
+    cases: tuple[str, ...]
+    batches: tuple[int, ...]
+    runs: int
+    vs: bool
+    model_args: dict[str, Any] = field(default_factory=dict)
+
+    def batches_or(self, *default: int) -> tuple[int, ...]:
+        """The batch sizes asked for, else those of a case."""
+        return self.batches or default
+
+
+def parse(
+    pretrained: str,
+    shape: str,
+    dtype: str,
+    device: str | None,
+    threads: int | None,
+    n_local: str,
+    lengths: str,
+    cases: str,
+    batches: str,
+    runs: int,
+    vs: bool,
+    model_args: str,
+) -> Options:
+    """The bench that these words ask for.
+
+    Without a model or a shape it is SmolLM2 where `lminf demo` has fetched it, else its shape with random weights.
+
+    Raises:
+        UsageError: naming the first value that can't be, and what can.
+    """
+    if pretrained and shape:
+        raise UsageError(f"pretrained={pretrained} and shape={shape}: give one of them")
+    if shape and shape not in SHAPES:
+        raise UsageError(f"shape={shape}: must be one of {', '.join(SHAPES)}")
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype={dtype}: must be one of {', '.join(DTYPES)}")
+    if not pretrained and not shape:
+        smollm2 = cache_home() / NAME
+        pretrained, shape = (str(smollm2), "") if smollm2.is_dir() else ("", "135m")
+    own = simple_parse_args_string(model_args)
+    if foreign := sorted(own.keys() - LambdaSpec.model_fields.keys()):
+        raise UsageError(
+            f"model_args: {foreign[0]}={own[foreign[0]]} is not one that bench takes"
+            f"{closest(foreign[0], LambdaSpec.model_fields)}; they are {', '.join(LambdaSpec.model_fields)}"
+        )
+    if "n_local" in own:
+        raise UsageError(f"model_args: n_local={own['n_local']}: pass --n-local {own['n_local']}")
+    if own.get("attention", "lambda") == "full":
+        raise UsageError("model_args: attention=full: bench compares with the model as it is anyway")
+    windows = counts("n-local", n_local)
+    for window in windows:
+        LambdaSpec.parse({**own, "n_local": window})
+    if pretrained:
+        arguments.check(pretrained, 1, True, None, {})
+    return Options(
+        pretrained,
+        shape,
+        dtype,
+        arguments.find_device(device),
+        threads,
+        windows,
+        counts("lengths", lengths),
+        names("cases", cases, CASES),
+        counts("batches", batches) if batches else (),
+        runs,
+        vs,
+        own,
+    )
+
+
+def counts(name: str, given: str) -> tuple[int, ...]:
+    """The numbers in `given`, as in "2k,8k,500" (k is 1024), ascending and once each.
+
+    Raises:
+        UsageError: for what is no number.
+    """
+    found = set()
+    for part in given.split(","):
+        match = re.fullmatch(r"\s*([1-9]\d{0,8})(k?)\s*", part, re.IGNORECASE)
+        if not match:
+            raise UsageError(f"{name}={given}: {part.strip()!r} is no positive number; write them as in 2048,8k,32k")
+        found.add(int(match[1]) * (1024 if match[2] else 1))
+    return tuple(sorted(found))
+
+
+def names(name: str, given: str, known: dict[str, str]) -> tuple[str, ...]:
+    """The names in `given`, in the order of `known`.
+
+    Raises:
+        UsageError: for an unknown one.
+    """
+    wanted = [part.strip() for part in given.split(",")]
+    for part in wanted:
+        if part not in known:
+            raise UsageError(f"{name}={given}: {part!r}{closest(part, known)} is none of {', '.join(known)}")
+    return tuple(one for one in known if one in wanted)
+
+
+def model_name(options: Options) -> str:
+    """The model as tables name it."""
+    if options.pretrained:
+        folder = Path(options.pretrained)
+        return folder.resolve().name if folder.is_dir() else options.pretrained
+    return f"Llama {options.shape}, random weights"

@@ -1,0 +1,77 @@
+"""Time, measured in turn: A B A B …, so that what else the machine does falls on both sides."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+
+from lminf_eval.errors import first_line
+
+Told = Callable[[str], object]  # takes a line of progress
+
+
+def synchronise(device: torch.device | str) -> None:
+    """Wait until a device has done what it was given."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def in_turn(
+    sides: Mapping[str, Callable[[], object]], runs: int, device: torch.device | str, told: Told, warm: bool = True
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Seconds of each run of each side, and why a side was left out: it ran out of memory.
+
+    Args:
+        warm: run each side once before, unmeasured.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    skipped: dict[str, str] = {}
+    for number in range(0 if warm else 1, runs + 1):
+        for name in [name for name in sides if name not in skipped]:
+            told(f"{name}, run {number} of {runs}" if number else f"{name}, warming up")
+            try:
+                synchronise(device)
+                begun = time.perf_counter()
+                sides[name]()
+                synchronise(device)
+                took = time.perf_counter() - begun
+            except torch.OutOfMemoryError as error:
+                skipped[name] = f"out of memory: {first_line(error)}"
+                seconds.pop(name)
+                torch.cuda.empty_cache()
+                continue
+            if number:
+                seconds[name].append(took)
+    return seconds, skipped
+
+
+class Stopwatch:
+    """Seconds spent in the calls of a function, added up; on CUDA by events, so that nothing waits."""
+
+    def __init__(self, function: Callable, device: torch.device | str):
+        self.function, self.cuda = function, torch.device(device).type == "cuda"
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin at zero."""
+        self._seconds, self._events = 0.0, []
+
+    def __call__(self, *args, **kwargs):
+        if self.cuda:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            result = self.function(*args, **kwargs)
+            end.record()
+            self._events.append((begin, end))
+            return result
+        begun = time.perf_counter()
+        result = self.function(*args, **kwargs)
+        self._seconds += time.perf_counter() - begun
+        return result
+
+    @property
+    def seconds(self) -> float:
+        """The sum so far; the device must have been waited for."""
+        return self._seconds + sum(begin.elapsed_time(end) / 1e3 for begin, end in self._events)
