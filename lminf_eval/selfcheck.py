@@ -40,24 +40,25 @@ _TOKENS = 24
 
 
 def lambda_model(
-    model: PreTrainedModel, spec: LambdaSpec, make: Callable[..., LambdaModel] = LambdaModel
+    model: PreTrainedModel,
+    spec: LambdaSpec,
+    make: Callable[..., LambdaModel] = LambdaModel,
+    expected: torch.Tensor | None = None,
 ) -> LambdaModel:
     """`model` patched to Λ-attention by `make(model, spec)`, and checked.
+
+    `expected` are its `own_logits` from before, where it can no longer tell them: each of several ranks holds a part.
 
     Raises:
         UsageError: where the patched model would not be the same model; `model` is then as it was.
     """
     if any(hasattr(layer, "lminf") for layer in attention_layers(model)):
         raise UsageError("the model is a Λ model already; `restore()` that one first")
-    config = model.config.get_text_config()
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(config.vocab_size, (1, _TOKENS), generator=generator).to(model.device)
-    visible = ids[:, : min(spec.n_local, getattr(config, "sliding_window", None) or _TOKENS)]  # no window ends in it
     own = model.config.model_type in FAMILIES
     rotary = next(iter(find_rotary(model)), None) if own else rotary_module(model)
-    with torch.inference_mode(), held(rotary, spec.n_local):  # the frequencies that Λ will use
-        output = model.base_model(input_ids=visible, use_cache=False, return_dict=True)
-        expected = head_logits(model, model.base_model, output, output.last_hidden_state[0])
+    ids = _ids(model)
+    expected = own_logits(model, spec) if expected is None else expected.to(model.device)
+    with torch.inference_mode(), held(rotary, spec.n_local):
         recorded = None if own else _record(model, ids)
     if not expected.isfinite().all():
         raise UsageError(
@@ -67,7 +68,7 @@ def lambda_model(
     try:
         if not own:
             _compare_layers(patched, recorded, ids)
-        windows = _compare_logits(patched, expected, visible)
+        windows = _compare_logits(patched, expected, ids[:, : len(expected)])
     except BaseException:
         patched.restore()
         raise
@@ -78,6 +79,21 @@ def lambda_model(
             max(windows),
         )
     return patched
+
+
+@torch.inference_mode()
+def own_logits(model: PreTrainedModel, spec: LambdaSpec) -> torch.Tensor:
+    """[n, V]: what the unpatched model says of the check's tokens, few enough that no window ends among them."""
+    window = getattr(model.config.get_text_config(), "sliding_window", None) or _TOKENS
+    visible = _ids(model)[:, : min(spec.n_local or _TOKENS, window)]
+    with held(next(iter(find_rotary(model)), None), spec.n_local or _TOKENS):  # the frequencies that Λ will use
+        output = model.base_model(input_ids=visible, use_cache=False, return_dict=True)
+        return head_logits(model, model.base_model, output, output.last_hidden_state[0])
+
+
+def _ids(model: PreTrainedModel) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(model.config.get_text_config().vocab_size, (1, _TOKENS), generator=generator).to(model.device)
 
 
 class _Recorder:
@@ -119,7 +135,7 @@ def _compare_layers(patched: LambdaModel, recorded: dict, ids: torch.Tensor) -> 
         for rotated in (patched.rotated[module.layer_idx], False):
             patched.rotated[module.layer_idx] = rotated
             found = [patched._turn(module, x, positions, "near") for x in (q, k)]
-            if max(_error(found[0], expected_q), _error(found[1], expected_k)) < limit:
+            if max(relative_error(found[0], expected_q), relative_error(found[1], expected_k)) < limit:
                 return out
         raise UsageError(
             unsupported(patched.model.config, f"layer {module.layer_idx} changes queries or keys after rotating them")
@@ -150,16 +166,21 @@ def _compare_logits(patched: LambdaModel, expected: torch.Tensor, ids: torch.Ten
         if part.shape[1]:
             output = patched.hidden(part, cache)
             found.append(patched.logits(output, output.last_hidden_state[0]))
-    error = _error(torch.cat(found), expected)
+    error = relative_error(torch.cat(found), expected)
     rough = patched.slopes is not None and patched.family.rounds_bias
-    if not error < (_HALF_LOGITS if rough else _LOGITS.get(expected.dtype, _HALF_LOGITS)):  # NaN must not pass
+    if not error < (_HALF_LOGITS if rough else allowed(expected.dtype)):  # NaN must not pass
         raise UsageError(
             unsupported(patched.model.config, f"its patched logits differ from its own by {error:.1%} below n_local")
         )
     return {layer.window for layer in cache.layers.values()}
 
 
-def _error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Relative error in the Frobenius norm, NaN where either has one."""
+def allowed(dtype: torch.dtype) -> float:
+    """How far logits of the same model in `dtype` may lie apart, as `relative_error`."""
+    return _LOGITS.get(dtype, _HALF_LOGITS)
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """In the Frobenius norm; NaN where either has one."""
     found, expected = found.double(), expected.double()
     return float((found - expected).norm() / expected.norm().clamp(min=1e-30))

@@ -7,7 +7,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from lminf_eval.cache import LayerCache
 from lminf_eval.errors import UsageError
 from lminf_eval.rope import Rotary
-from lminf_eval.selfcheck import _error, lambda_model
+from lminf_eval.selfcheck import lambda_model, relative_error
 from lminf_eval.spec import LambdaSpec
 
 SPEC = LambdaSpec(n_local=16, n_global=4)
@@ -130,9 +130,9 @@ def test_half_precision_models_pass(tiny_model):
 
 def test_the_error_is_relative_and_keeps_nan():
     a = torch.tensor([3.0, 4.0])
-    assert _error(a * 1.1, a) == pytest.approx(0.1)
-    assert _error(a, a) == 0
-    assert _error(torch.tensor([3.0, torch.nan]), a) != _error(torch.tensor([3.0, torch.nan]), a)
+    assert relative_error(a * 1.1, a) == pytest.approx(0.1)
+    assert relative_error(a, a) == 0
+    assert relative_error(torch.tensor([3.0, torch.nan]), a) != relative_error(torch.tensor([3.0, torch.nan]), a)
 
 
 def test_a_model_is_patched_once(tiny_model):
