@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,19 +22,20 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from lminf_eval import __version__, support
-from lminf_eval.arguments import check, find_device, identity
+from lminf_eval.arguments import PARALLEL, check, find_device, identity
 from lminf_eval.attention.kernels import primitive
-from lminf_eval.engine import Engine, GenerateRequest, Score, ScoreRequest
+from lminf_eval.engine import GenerateRequest, Score, ScoreRequest
 from lminf_eval.errors import UsageError, first_line
-from lminf_eval.full import FullModel
+from lminf_eval.parallel import data
+from lminf_eval.parallel.data import Work
+from lminf_eval.parallel.ranks import Ranks
+from lminf_eval.parallel.way import choose
 from lminf_eval.pieces import encode
 from lminf_eval.prefix import HELD
 from lminf_eval.resume.checkpoint import Checkpoints
 from lminf_eval.resume.journal import HOW, Journal
-from lminf_eval.resume.stop import Stop
 from lminf_eval.sampling import check_options, chooser
 from lminf_eval.scaling import apply_rope
-from lminf_eval.selfcheck import lambda_model
 from lminf_eval.spec import LambdaSpec, trained_length
 
 logger = logging.getLogger(f"lm_eval.{__name__}")  # lm-eval shows the loggers below its own name
@@ -48,6 +51,9 @@ class LMInfinite(HFLM):
     kept and found again (see `resume/journal.py`). Nothing is loaded before the first request, so that tasks can refuse
     their own settings first.
 
+    Under a launcher of many processes rank 0 alone goes on from here, as if it were one process; the others answer what
+    it sends them and end with it (see `parallel/`).
+
     Raises:
         UsageError: for an unknown or impossible argument, a model or tokenizer that can't be had, an architecture that
             can't be run; before any weight is loaded.
@@ -62,6 +68,14 @@ class LMInfinite(HFLM):
         journal: str | None = None,
         **kwargs: Any,
     ):
+        self.ranks = Ranks()
+        with self.ranks.guard():
+            self._construct(pretrained, device, batch_size, prefix_sharing, journal, kwargs)
+        if self.ranks.rank:
+            with self.ranks.guard():
+                data.serve(self.ranks, self._run, self._tokens)
+
+    def _construct(self, pretrained, device, batch_size, prefix_sharing, journal, kwargs: dict[str, Any]) -> None:
         check(pretrained, batch_size, prefix_sharing, journal, kwargs)
         given = dict(kwargs)
         own = LambdaSpec.model_fields.keys() & kwargs.keys()
@@ -69,17 +83,22 @@ class LMInfinite(HFLM):
         for name in ("attn_implementation", "mixed_precision_dtype"):  # they are the plain model's
             if self.spec.attention != "full" and kwargs.get(name) is not None:
                 raise UsageError(f"{name}={kwargs[name]}: goes with attention=full only")
+        self.parallel, *sizes = (kwargs.pop(name, default) for name, default in PARALLEL.items())
+        self.way = choose(self.parallel, dict(zip(list(PARALLEL)[1:], sizes, strict=True)), self.ranks)
+        if self.parallel == "layers":
+            kwargs["parallelize"] = True
         self.prefix_sharing, self.prefix_states = prefix_sharing, kwargs.pop("prefix_states", HELD)
         self.n_local_from = ""
         self._unread: dict[str, Any] | None = None  # the arguments the weights will be loaded with
         self._streaming = None
         self._constructed = False
-        self._tokens = {"computed": 0, "reused": 0}
+        self._tokens = Counter(computed=0, reused=0)
         self._recalled = 0  # answers found in the journal
         self.journal: Journal | None = None
         self._checkpoints: Checkpoints | None = None
-        self._stop_asked = Stop()
-        super().__init__(pretrained, device=find_device(device), batch_size=batch_size, **kwargs)
+        device = self.ranks.device(find_device(device))
+        with _alone():
+            super().__init__(pretrained, device=device, batch_size=batch_size, **kwargs)
         self._constructed = True
         if not isinstance(pretrained, str):
             if self.spec.rope:
@@ -93,8 +112,10 @@ class LMInfinite(HFLM):
     def _keep_journal(self, folder: str, who: dict[str, Any]) -> None:
         who["spec"] = self.spec.model_dump(exclude=HOW)
         self.journal = Journal(folder, who)
-        self._checkpoints = Checkpoints(self.journal.folder / "checkpoints", self.journal.salt)
-        self._stop_asked.listen()
+        if self.ranks.size == 1:
+            self._checkpoints = Checkpoints(self.journal.folder / "checkpoints", self.journal.salt)
+        self.ranks.kept = f"what was finished is in {folder}; the same command goes on from there"
+        self.ranks.stop.listen()
 
     # ------------------------------------------------------------------ loading, in HFLM's own steps
 
@@ -115,6 +136,7 @@ class LMInfinite(HFLM):
         if self.spec.attention != "full":
             support.check(config)
             self.spec, self.n_local_from = self.spec.resolve(config)
+        self.way.check(config, self.spec)
         self.trained_length, _ = trained_length(config)
         apply_rope(config, self.spec)
 
@@ -142,7 +164,7 @@ class LMInfinite(HFLM):
             destination = self._model.destination
             logger.info("Loading the weights of %s", self._unread["pretrained"])
             try:
-                super()._create_model(**self._unread)
+                self._model = self.way.load(self._read)
             except (OSError, ValueError, ImportError, SafetensorError) as error:
                 line = f"pretrained={self.pretrained}: its weights can't be read: {first_line(error)}"
                 raise UsageError(line) from error
@@ -152,12 +174,27 @@ class LMInfinite(HFLM):
                 self._model.to(destination)
         return super().model
 
+    def _read(self) -> transformers.PreTrainedModel:
+        super()._create_model(**self._unread)
+        return self._model
+
+    def _get_accelerate_args(self, *args: Any, **kwargs: Any) -> dict:
+        """HFLM's, and where ranks share a node, each has its own of the CUDA devices that layers are spread over."""
+        found, ranks = super()._get_accelerate_args(*args, **kwargs), self.ranks
+        if found.get("max_memory"):
+            found["max_memory"] = {
+                where: most
+                for where, most in found["max_memory"].items()
+                if not isinstance(where, int) or where % ranks.local_world == ranks.local_rank
+            }
+        return found
+
     @property
     def streaming(self):
         """The model as the engine takes it: patched to Λ-attention and checked, or as it is for `full`."""
         if self._streaming is None:
             model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-            self._streaming = FullModel(model) if self.spec.attention == "full" else lambda_model(model, self.spec)
+            self._streaming = self.way.prepare(model, self.spec)
             logger.info("Running %s with %s", self.pretrained, self.describe())
         return self._streaming
 
@@ -192,16 +229,18 @@ class LMInfinite(HFLM):
     def _scored(self, todo: list[ScoreRequest], strings: list, disable_tqdm: bool) -> list[tuple[float, bool]]:
         """(log-probability, all greedy) of each request; strings[i] is what lm-eval caches it by, or None."""
         keys = [self._key("rolling" if one.rolling else "score", one.tokens, one.scored_from) for one in todo]
-        answers, missing = self._recall(keys)
+        works = [
+            Work(key, one.tokens, {"scored_from": one.scored_from, "rolling": one.rolling})
+            for key, one in zip(keys, todo, strict=True)
+        ]
+        answers, missing = self._recall(works)
         for i in [i for i in missing if todo[i].scored_from == len(todo[i].tokens)]:  # nothing to predict
             answers[i] = [0.0, True]
         missing = [i for i in missing if answers[i] is None]
         with self._bar("loglikelihood", disable_tqdm) as bar:
-            for place, score in self._computed(bar, "score", [todo[i] for i in missing]):
+            for place, answer in self._computed(bar, "score", [works[i] for i in missing]):
                 i = missing[place]
-                answers[i] = [float(score.log_probs.sum()), bool(score.greedy.all())]
-                self._keep(keys[i], answers[i])
-                self._report_nan(strings[i], todo[i], score)
+                answers[i] = answer
                 if strings[i] is not None:
                     self.cache_hook.add_partial("loglikelihood", strings[i], tuple(answers[i]))
         return [tuple(answer) for answer in answers]
@@ -237,7 +276,7 @@ class LMInfinite(HFLM):
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
         """The text each context is continued by, up to its stop sequences."""
-        prompts, keys, seen = [], [], Counter()
+        works, seen = [], Counter()
         for request in requests:
             context, options = request.args
             kwargs = normalize_gen_kwargs(options, self.max_gen_toks)
@@ -260,18 +299,14 @@ class LMInfinite(HFLM):
             check_options(kwargs)
             seen[context] += 1
             draw = [torch.initial_seed(), seen[context]] if kwargs.get("do_sample") else None
-            prompts.append((tokens, max_new, until, kwargs, f"{context} {seen[context]}"))
-            keys.append(self._key("generate", tokens, [max_new, until, kwargs, draw]))
-        answers, missing = self._recall(keys)
-        todo = []
-        for tokens, max_new, until, kwargs, seed in (prompts[i] for i in missing):
-            choose = chooser(kwargs, self._generation_config(), seed)
-            todo.append(GenerateRequest(tokens, max_new, self._stop(until), choose))
+            key = self._key("generate", tokens, [max_new, until, kwargs, draw])
+            how = {"max_new": max_new, "until": until, "kwargs": kwargs, "draw": f"{context} {seen[context]}"}
+            works.append(Work(key, np.asarray(tokens, dtype=np.int32), how if draw else how | {"draw": ""}))
+        answers, missing = self._recall(works)
         with self._bar("generate_until", disable_tqdm) as bar:
-            for place, tokens in self._computed(bar, "generate", todo):
+            for place, answer in self._computed(bar, "generate", [works[i] for i in missing]):
                 i = missing[place]
-                answers[i] = self._text(tokens, prompts[i][2])
-                self._keep(keys[i], answers[i])
+                answers[i] = answer
                 self.cache_hook.add_partial("generate_until", requests[i].args, answers[i])
         return answers
 
@@ -287,6 +322,10 @@ class LMInfinite(HFLM):
                 "n_local_from": self.n_local_from,
                 "trained_length": self.trained_length,
                 "prefix_sharing": self.prefix_sharing,
+                "parallel": self.parallel,
+                "ranks": self.ranks.world,
+                "tp_size": self.ranks.size if self.parallel in ("deepspeed", "zero3") else 1,
+                "cp_size": self.ranks.size if self.parallel == "context" else 1,
                 "attention_primitive": self._primitive(),
                 "tokens_computed": self._tokens["computed"],
                 "tokens_reused": self._tokens["reused"],
@@ -313,40 +352,70 @@ class LMInfinite(HFLM):
         head = getattr(self.config.get_text_config(), "head_dim", None) or 64
         return primitive(torch.empty(1, 1, 1, head, dtype=self._model.dtype, device=self._model.device))
 
-    def _computed(self, bar: tqdm, what: str, requests: list) -> Iterator[tuple[int, Any]]:
-        """`Engine.score` or `Engine.generate` of `requests`; without any, no weights are read."""
-        if not requests:
-            return
-        size = self.batch_size_per_gpu
-        engine = Engine(
+    def _computed(self, bar: tqdm, what: str, works: list[Work]) -> Iterator[tuple[int, Any]]:
+        """Each one's index and answer, from this process or another; without any, no weights are read."""
+        sharing = self.prefix_sharing, self.prefix_states
+        for i, answer in data.answers(self.ranks, self._run, what, works, bar, self._tokens, *sharing):
+            if self.journal is not None:
+                self.journal.know(works[i].key, answer)
+            yield i, answer
+
+    def _run(self, what: str, works: list[Work], bar: Any) -> Iterator[tuple[int, Any]]:
+        """This rank's part: each one's index and answer, kept in the journal first; as all ranks of a group do it."""
+        size, stop = self.batch_size_per_gpu, self.ranks.stop
+        engine = self.way.engine(
             self.streaming,
             self.spec.chunk_size,
             None if size == "auto" else int(size),
             self.prefix_sharing,
             bar,
-            self._stop_asked,
+            stop,
             self._checkpoints,
             self.prefix_states,
         )
-        with self._stop_asked.deferred(), self._autocast():
-            yield from getattr(engine, what)(requests)
-        self._tokens["computed"] += engine.computed
-        self._tokens["reused"] += engine.reused
+        request, answer = (
+            (self._score_request, self._score) if what == "score" else (self._generate_request, self._text)
+        )
+        with stop.deferred(), self._autocast():
+            for i, found in getattr(engine, what)([request(work) for work in works]):
+                result = answer(works[i], found)
+                if self.ranks.leads and self.journal is not None:
+                    self.journal.add(works[i].key, result)
+                yield i, result
+        self._tokens.update(computed=engine.computed, reused=engine.reused)
         logger.info("%d tokens computed, %d reused from shared prefixes", engine.computed, engine.reused)
+
+    def _score_request(self, work: Work) -> ScoreRequest:
+        return ScoreRequest(work.tokens, work.options["scored_from"], work.options["rolling"])
+
+    def _score(self, work: Work, score: Score) -> list:
+        broken = np.flatnonzero(np.isnan(score.log_probs))
+        if len(broken) and self.ranks.leads:
+            first = work.options["scored_from"]
+            logger.warning(
+                "NaN: %d of %d scored tokens, the first at position %d of a request of %d tokens, which scores %.60r",
+                len(broken),
+                len(score.log_probs),
+                first + int(broken[0]),
+                len(work.tokens),
+                self.tok_decode(work.tokens[first : first + 32]),
+            )
+        return [float(score.log_probs.sum()), bool(score.greedy.all())]
+
+    def _generate_request(self, work: Work) -> GenerateRequest:
+        how = work.options
+        choose = chooser(how["kwargs"], self._generation_config(), how["draw"])
+        return GenerateRequest(work.tokens, how["max_new"], self._stop(how["until"]), choose)
 
     def _key(self, kind: str, tokens: Sequence[int], options: Any) -> str:
         return self.journal.key(kind, tokens, options) if self.journal is not None else ""
 
-    def _recall(self, keys: list[str]) -> tuple[list, list[int]]:
+    def _recall(self, works: list[Work]) -> tuple[list, list[int]]:
         """The answers that the journal has, None elsewhere; and where that is."""
-        answers = [self.journal.get(key) if self.journal is not None else None for key in keys]
+        answers = [self.journal.get(work.key) if self.journal is not None else None for work in works]
         missing = [i for i, answer in enumerate(answers) if answer is None]
         self._recalled += len(answers) - len(missing)
         return answers, missing
-
-    def _keep(self, key: str, answer: Any) -> None:
-        if self.journal is not None:
-            self.journal.add(key, answer)
 
     def _autocast(self) -> torch.autocast:
         dtype = self.mixed_precision_dtype
@@ -358,21 +427,9 @@ class LMInfinite(HFLM):
             total=0,
             unit="tok",
             unit_scale=True,
-            disable=disable or self.rank != 0,
+            disable=disable,
             smoothing=0.1,
         )
-
-    def _report_nan(self, strings: Any, request: ScoreRequest, score: Score) -> None:
-        broken = np.flatnonzero(np.isnan(score.log_probs))
-        if len(broken):
-            logger.warning(
-                "NaN: %d of %d scored tokens, the first at position %d of a request of %d tokens: %.60r",
-                len(broken),
-                len(score.log_probs),
-                request.scored_from + int(broken[0]),
-                len(request.tokens),
-                strings or self.tok_decode(request.tokens[:32]),
-            )
 
     def _generation_config(self) -> transformers.GenerationConfig:
         return getattr(self.model, "generation_config", None) or transformers.GenerationConfig()
@@ -395,14 +452,24 @@ class LMInfinite(HFLM):
 
         return stop
 
-    def _text(self, tokens: list[int], until: list[str]) -> str:
-        think = self.think_end_token
+    def _text(self, work: Work, tokens: list[int]) -> str:
+        until, think = work.options["until"], self.think_end_token
         if isinstance(think, int) and think in tokens:
             tokens = tokens[len(tokens) - tokens[::-1].index(think) :]
         text = self.tok_decode(tokens)
         if isinstance(think, int):
             text = text.lstrip()
         return postprocess_generated_text(text, until, think if isinstance(think, str) else None)
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Inside, HFLM and accelerate see no launcher: they would split requests and take devices their own way."""
+    hidden = {name: os.environ.pop(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 class _Unread(torch.nn.Module):

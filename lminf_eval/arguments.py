@@ -26,7 +26,8 @@ _LOADING = {
     "use_safetensors",
     "variant",
 }
-_OWN = {*LambdaSpec.model_fields, "journal", "prefix_sharing", "prefix_states"}
+PARALLEL = {"parallel": "none", "tp_size": None, "cp_size": None}
+_OWN = {*LambdaSpec.model_fields, *PARALLEL, "journal", "prefix_sharing", "prefix_states"}
 _HF = {name for name in inspect.signature(HFLM.__init__).parameters if name not in ("self", "kwargs")}
 
 

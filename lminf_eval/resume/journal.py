@@ -35,6 +35,7 @@ HOW = {
     "batch_size",
     "cache_dir",
     "chunk_size",
+    "cp_size",
     "device",
     "device_map",
     "journal",
@@ -116,6 +117,10 @@ class Journal:
         if key in self._answers:
             return
         self._append({"key": key, "answer": answer, "crc": _crc(key, answer)})
+        self.know(key, answer)
+
+    def know(self, key: str, answer: Any) -> None:
+        """Find this answer from now on: another process has written it."""
         self._answers[key] = answer
 
     def close(self) -> None:

@@ -1,0 +1,1 @@
+"""Many processes: requests spread over ranks, models over devices, one long document over ranks."""
