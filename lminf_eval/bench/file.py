@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
+from lminf_eval.bench import FORMAT
 from lminf_eval.bench.cases.ceilings import ceilings
 from lminf_eval.bench.options import Options, model_name
 from lminf_eval.bench.record import Record
 from lminf_eval.bench.subject import Subject
 from lminf_eval.errors import UsageError
 
-FORMAT = "lminf-bench-1"
 PACKAGES = ("lminf-eval", "torch", "transformers", "lm-eval")
 
 

@@ -14,8 +14,8 @@ from lminf_eval.bench.record import Record
 from lminf_eval.bench.work import Ceilings
 
 LEGEND = (
-    "median (lowest–highest) of runs in turn · a / b: what a costs over what b costs, by pairs of runs; above 1 where b is "
-    "better · %: the least time that the counted operations or bytes need on this machine, over the time taken"
+    "median (lowest–highest) of runs in turn · a / b: what a costs over what b costs, by pairs of runs; above 1 where "
+    "b is better · %: the least time that the counted operations or bytes need on this machine, over the time taken"
 )
 
 

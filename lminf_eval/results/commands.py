@@ -48,6 +48,8 @@ def table(
     if export_to:
         export.check(export_to)
     collection = load(paths, trained_length)
+    if collection.results.empty:
+        raise UsageError(f"{', '.join(map(str, paths))}: a bench, and no lm-eval result; `lminf report` draws benches")
     evidence = Evidence(collection)
     chosen = choose(collection.results, _names(metric))
     arranged = arrange(evidence, chosen, _names(rows), _names(columns), baseline)
@@ -73,13 +75,20 @@ def report(
 ) -> None:
     """Write the page of all results in `paths` to `output`, and its figures as PNG and SVG into the folder `figures`.
 
+    Where `paths` hold benches alone (`lminf bench`), there are figures and no page.
+
     The methods are compared with `baseline`, or without one named with the model as it is where that was run.
 
     Raises:
         UsageError: for a path or a baseline that does not exist, or an output that cannot be written to.
     """
     evidence = Evidence(load(paths, trained_length))
-    if baseline:
+    results = evidence.collection.results
+    if results.empty and not figures:
+        raise UsageError(
+            f"{', '.join(map(str, paths))}: a bench, and no lm-eval result to write a page of; see --figures"
+        )
+    if baseline and len(results):
         arrange(evidence, choose(evidence.collection.results), baseline=baseline)  # says so where there is none
     drawn = plots(evidence)
     try:
@@ -87,11 +96,12 @@ def report(
             figures.mkdir(parents=True, exist_ok=True)
             for plot in drawn:
                 plot.write(figures)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(page(evidence, drawn, baseline or "full"), encoding="utf-8")
+        if len(results):
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.write_text(page(evidence, drawn, baseline or "full"), encoding="utf-8")
     except OSError as error:
         raise UsageError(f"{error.filename}: {error.strerror}") from None
-    print(f"{output}: {len(evidence.collection.results)} results, {len(drawn)} figures")
+    print(f"{output if len(results) else figures}: {len(results)} results, {len(drawn)} figures")
     _complain(evidence)
 
 

@@ -37,11 +37,11 @@ def nll_against_position(evidence: Evidence, group: pd.DataFrame, looks: dict[st
         return None
     documents = max(int(curve["documents"].max()) for curve in curves.values())
     banded = documents > 1 and len(curves) <= MOST_BANDS
-    figure, axes = _canvas()
+    figure, axes = canvas()
     ends = []
     for method, curve in curves.items():
         look, middle = looks[method], (curve["start"] + curve["end"]) / 2
-        _line(axes, middle, curve["nll"], look)
+        line(axes, middle, curve["nll"], look)
         if banded:
             axes.fill_between(middle, curve["low"], curve["high"], color=look.color, alpha=0.15, linewidth=0)
         ends.append((method, middle.iloc[-1], curve["nll"].iloc[-1]))
@@ -53,7 +53,7 @@ def nll_against_position(evidence: Evidence, group: pd.DataFrame, looks: dict[st
     title = f"Loss against position: {about}"
     axes.set_title(title, pad=12)
     _trained_line(axes, group)
-    _label_ends(axes, ends, looks)
+    label_ends(axes, ends, looks)
     caption = (
         f"Mean negative log-likelihood of the tokens at each position, over {documents} "
         f"document{'s' if documents > 1 else ''}; lower is better. Points are at the middle of their stretch of text. "
@@ -69,13 +69,13 @@ def perplexity_against_length(
     of_metric = group[(group["metric"] == "token_perplexity") & group["length"].notna()]
     if of_metric["length"].nunique() < 2:
         return None
-    figure, axes = _canvas()
+    figure, axes = canvas()
     ends, gone = [], 0
     for method, results in of_metric.groupby("line"):
         results = results.sort_values("length", kind="stable").drop_duplicates("length", keep="last")
         fine = results["diverged"] == ""
         look = looks[method]
-        _line(axes, results["length"], results["value"].where(fine), look)
+        line(axes, results["length"], results["value"].where(fine), look)
         if fine.any():
             last = results[fine].iloc[-1]
             ends.append((method, last["length"], last["value"]))
@@ -110,27 +110,29 @@ def perplexity_against_length(
     lengths = sorted(of_metric["length"].unique())
     axes.set_xticks(lengths, [length_label(length) for length in lengths])
     axes.minorticks_off()
-    axes.set_yticks(*_round_values(*axes.get_ylim()))
+    axes.set_yticks(*round_values(*axes.get_ylim()))
     axes.set_xlabel("length of the text (tokens)")
     axes.set_ylabel("perplexity per token")
     title = f"Perplexity against length: {about}"
     axes.set_title(title, pad=12 + 14 * gone)
     _trained_line(axes, group)
-    _label_ends(axes, ends, looks)
+    label_ends(axes, ends, looks)
     caption = "Perplexity per token of whole texts of each length; lower is better; both axes are logarithmic."
     if gone:
         caption += " Hollow marks above the axes: no number, or a perplexity over 1000."
     return Plot(slug("perplexity", about), title, caption, figure)
 
 
-def _canvas() -> tuple[Figure, Axes]:
+def canvas() -> tuple[Figure, Axes]:
+    """An empty figure of the size and with the grid of all figures of lines."""
     figure = Figure(figsize=(6.4, 3.6))
     axes = figure.subplots()
     axes.grid(axis="y", color=GRID, alpha=0.3, linewidth=0.7)
     return figure, axes
 
 
-def _line(axes: Axes, x: pd.Series, y: pd.Series, look: Style) -> None:
+def line(axes: Axes, x: pd.Series, y: pd.Series, look: Style) -> None:
+    """One method's line, with a marker at a dozen of its points at most."""
     every = max(1, len(x) // 12)
     axes.plot(x, y, color=look.color, marker=look.marker, linestyle=look.line, markevery=every)
 
@@ -141,7 +143,7 @@ def _round_positions(reach: float) -> tuple[list[int], list[str]]:
     return ticks, [length_label(tick) for tick in ticks]
 
 
-def _round_values(low: float, high: float) -> tuple[list[float], list[str]]:
+def round_values(low: float, high: float) -> tuple[list[float], list[str]]:
     """Ticks of a logarithmic axis that spans little or much."""
     if high / low < 5:
         ticks = [tick for tick in MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low, high) if low <= tick <= high]
@@ -168,8 +170,8 @@ def _trained_line(axes: Axes, group: pd.DataFrame) -> None:
     )
 
 
-def _label_ends(axes: Axes, ends: list[tuple[str, float, float]], looks: dict[str, Style]) -> None:
-    """Each line's name at its right end, moved up or down as far as the names need to be apart."""
+def label_ends(axes: Axes, ends: list[tuple[str, float, float]], looks: dict[str, Style]) -> None:
+    """The name of each line in `ends` (name, x, y) at its end, moved up or down as far as names need to be apart."""
     ends = [end for end in ends if math.isfinite(end[2])]
     scale = 72 / axes.figure.dpi
     heights = [axes.transData.transform(end[1:])[1] * scale for end in ends]  # points from the figure's foot

@@ -8,13 +8,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from lminf_eval.bench import FORMAT
 from lminf_eval.errors import UsageError
+from lminf_eval.results.benches import read_bench
 from lminf_eval.results.describe import describe_run, describe_task, higher_is_better
 from lminf_eval.results.escape import file_name, read_json
 from lminf_eval.results.samples import DATE_IN_NAME, sample_files
@@ -54,13 +56,15 @@ class Collection:
 
     `results` has one row for each run, task, metric and filter; its columns are those of `describe.describe_run` and
     `describe.describe_task`, and run, metric, filter, value, stderr, diverged ("", "NaN", "inf" or ">1000"),
-    higher_is_better, n (documents), past_trained and file.
+    higher_is_better, n (documents), past_trained and file. `benches` are files of `lminf bench`; where there is nothing
+    beside them, `results` has neither rows nor columns.
     """
 
     results: pd.DataFrame
     runs: dict[str, Run]
     problems: list[Problem]
     notes: list[str]
+    benches: list[dict[str, Any]] = field(default_factory=list)
 
 
 def load(paths: Iterable[Path | str], trained_length: int | None = None) -> Collection:
@@ -69,8 +73,9 @@ def load(paths: Iterable[Path | str], trained_length: int | None = None) -> Coll
     `trained_length` (tokens), where given, is taken for every model.
 
     Raises:
-        UsageError: if a path does not exist, or if no path holds a single result.
+        UsageError: if a path does not exist, or if no path holds a single result or bench.
     """
+    benches: list[dict[str, Any]] = []
     problems: list[Problem] = []
     runs: dict[str, Run] = {}
     rows: list[dict[str, Any]] = []
@@ -79,12 +84,17 @@ def load(paths: Iterable[Path | str], trained_length: int | None = None) -> Coll
         if isinstance(raw, Problem):
             problems.append(raw)
             continue
+        if raw.get("format") == FORMAT:
+            benches.append(raw)
+            continue
         run = Run(f"run{len(runs) + 1}", file, raw, sample_files(file, raw))
         found = list(_rows(run, problems))
         if found:
             runs[run.name] = run
             rows += found
     problems += _orphaned_samples(paths, runs.values())
+    if benches and not rows:
+        return Collection(pd.DataFrame(), {}, _grouped(problems), [], benches)
     if not rows:
         raise UsageError(
             f"no lm-eval result in {', '.join(map(str, paths))}"
@@ -93,8 +103,8 @@ def load(paths: Iterable[Path | str], trained_length: int | None = None) -> Coll
     results, notes = _newest(pd.DataFrame(rows))
     results["trained_length"] = trained_length or _trained_length(results)
     results["past_trained"] = results["length"] > results["trained_length"]
-    kept = set(results["run"])
-    return Collection(results, {name: run for name, run in runs.items() if name in kept}, _grouped(problems), notes)
+    kept = {name: run for name, run in runs.items() if name in set(results["run"])}
+    return Collection(results, kept, _grouped(problems), notes, benches)
 
 
 def _grouped(problems: list[Problem]) -> list[Problem]:
@@ -131,6 +141,12 @@ def _read(file: Path) -> dict[str, Any] | Problem:
         return Problem(file_name(file), f"JSON that cannot be read: {error}")
     except OSError as error:
         return Problem(file_name(file), f"cannot be read: {error.strerror}")
+    if isinstance(raw, dict) and raw.get("format") == FORMAT:
+        try:
+            read_bench(raw)
+        except ValueError as error:
+            return Problem(file_name(file), str(error))
+        return raw
     if not isinstance(raw, dict) or not isinstance(raw.get("results"), dict):
         return Problem(file_name(file), "not an lm-eval results file: it has no table named results")
     raw.pop("samples", None)  # a caller of simple_evaluate may have saved them inside; they can be large
