@@ -153,8 +153,11 @@ class LMInfinite(HFLM):
             )
 
     def _create_model(self, pretrained: str, **kwargs: Any) -> None:
-        scaled = {"config": self._config} if self.spec.rope else {}
-        self._unread = {"pretrained": pretrained, **kwargs, **scaled}
+        if self.spec.rope:
+            kwargs["config"] = self._config
+        if self.way.reads_on_host:
+            kwargs["device_map"] = "cpu"  # HFLM then leaves the model where transformers puts it by default
+        self._unread = {"pretrained": pretrained, **kwargs}
         self._model = _Unread()
 
     @property
@@ -164,19 +167,27 @@ class LMInfinite(HFLM):
             destination = self._model.destination
             logger.info("Loading the weights of %s", self._unread["pretrained"])
             try:
-                self._model = self.way.load(self._read)
+                self._model = self.way.load(self._read, self._dtype(), self.device)
+            except UsageError:
+                raise
             except (OSError, ValueError, ImportError, SafetensorError) as error:
                 line = f"pretrained={self.pretrained}: its weights can't be read: {first_line(error)}"
                 raise UsageError(line) from error
-            self._model.eval()
-            self._model.tie_weights()
-            if destination is not None:
+            if destination is not None and not self.way.reads_on_host:
                 self._model.to(destination)
         return super().model
 
     def _read(self) -> transformers.PreTrainedModel:
         super()._create_model(**self._unread)
+        self._model.eval()
+        self._model.tie_weights()
         return self._model
+
+    def _dtype(self) -> torch.dtype:
+        """The weights' dtype: what was asked for, else what the config says."""
+        wanted = self._unread["dtype"]
+        wanted = getattr(torch, wanted, None) if isinstance(wanted, str) else wanted  # torch has no "auto"
+        return wanted or self.config.dtype or self.config.get_text_config().dtype or torch.float32
 
     def _get_accelerate_args(self, *args: Any, **kwargs: Any) -> dict:
         """HFLM's, and where ranks share a node, each has its own of the CUDA devices that layers are spread over."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 
+import torch
 import transformers
 
 from lminf_eval.engine import Engine
@@ -35,11 +36,13 @@ class Way:
 
     Attributes:
         engine: the class that runs requests through what `prepare` returns; `Engine`, or a subclass of it.
+        reads_on_host: whether the weights are to be read into host memory, wherever they go from there.
         ranks: `ranks.size` ranks are in the group, `ranks.process_group` is theirs (None where it is one), this is
             number `ranks.rank % ranks.size` of them. `ranks.local_rank` is set, also where one process runs alone.
     """
 
     engine: type[Engine] = Engine
+    reads_on_host = False
 
     def __init__(self, ranks: Ranks):
         self.ranks = ranks
@@ -51,8 +54,10 @@ class Way:
             UsageError: naming the value and what would work.
         """
 
-    def load(self, read: Callable[[], transformers.PreTrainedModel]) -> transformers.PreTrainedModel:
-        """The transformers model. `read()` is lm-eval's own `from_pretrained`, on this rank's device."""
+    def load(
+        self, read: Callable[[], transformers.PreTrainedModel], dtype: torch.dtype, device: torch.device
+    ) -> transformers.PreTrainedModel:
+        """The transformers model, in `dtype`. `read()` is lm-eval's own `from_pretrained`, on this rank's `device`."""
         return read()
 
     def prepare(self, model: transformers.PreTrainedModel, spec: LambdaSpec):
