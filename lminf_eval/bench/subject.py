@@ -134,6 +134,7 @@ def _load(options: Options, found: AutoConfig) -> PreTrainedModel:
     if options.pretrained:
         model = AutoModelForCausalLM.from_pretrained(options.pretrained, **how).to(options.device)
     else:
+        torch.manual_seed(0)  # processes that share a text must have the same weights
         with torch.device(options.device):
             model = AutoModelForCausalLM.from_config(found, **how)
     return model.eval().requires_grad_(False)

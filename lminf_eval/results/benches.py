@@ -28,6 +28,6 @@ def read_bench(raw: dict[str, Any]) -> pd.DataFrame:
                 name = METHODS.get(side, f"{side} n_local={setting['n_local']}")
                 spread = [float(values[of]) / tokens for of in ("median", "low", "high")]
                 rows.append((record["case"], setting.get("part", ""), name, int(length), *spread))
-    except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
         raise ValueError(f"a bench that is not laid out as one: {type(error).__name__} {error}") from None
     return pd.DataFrame(rows, columns=["case", "part", "line", "length", "median", "low", "high"])

@@ -1,0 +1,23 @@
+"""A bench of a tiny Llama with random weights."""
+
+import pytest
+
+from lminf_eval.bench.options import parse
+from lminf_eval.bench.subject import Subject
+
+
+@pytest.fixture
+def make_options():
+    """`make_options(**changes)`: options of a bench that takes a moment."""
+
+    def make(**changes):
+        model = {"pretrained": "", "shape": "tiny", "dtype": "auto", "device": "cpu", "threads": None}
+        cases = {"n_local": "32", "lengths": "48,96", "cases": "prefill,decode", "batches": "", "runs": 2, "vs": False}
+        return parse(**model | cases | {"model_args": "chunk_size=16,n_global=4"} | changes)
+
+    return make
+
+
+@pytest.fixture
+def subject(make_options):
+    return Subject(make_options())

@@ -1,0 +1,132 @@
+"""The whole command: what it writes, that it goes on after Ctrl-C, and what it refuses to write over."""
+
+import json
+
+import pytest
+
+from lminf_eval.bench import FORMAT, command
+from lminf_eval.bench.cases import decode, prefill
+from lminf_eval.bench.command import bench
+from lminf_eval.errors import UsageError
+
+
+@pytest.fixture(autouse=True)
+def _small_ceilings(monkeypatch):
+    """The machine's ceilings are not what is tested here."""
+    from lminf_eval.bench.record import Record
+    from lminf_eval.bench.work import Work
+
+    record = Record(
+        "ceilings",
+        {},
+        {"matrix product": [1.0, 2.0], "copy": [1.0, 2.0]},
+        work={"matrix product": Work(1e11), "copy": Work(0.0, 1e10)},
+    )
+    monkeypatch.setattr(command.ceilings, "measure", lambda *args: record)
+
+
+def read(file):
+    return json.loads(file.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def test_the_file_holds_everything(make_options, tmp_path, capsys):
+    file = tmp_path / "new" / "bench.json"
+    assert bench(make_options(), file) == 0
+    raw = read(file)
+    assert raw["format"] == FORMAT
+    assert raw["finished"] is True
+    assert raw["options"]["lengths"] == [48, 96]
+    assert {"python", "torch", "transformers", "lm-eval", "lminf-eval"} == raw["versions"].keys()
+    assert all(raw["versions"].values())
+    assert raw["machine"].keys() == {"system", "cpu", "cores", "threads", "memory_bytes", "gpu", "cuda"}
+    assert raw["model"]["dtype"] == "float32"
+    assert (raw["model"]["layers"], raw["model"]["vocab"]) == (2, 512)
+    assert [record["case"] for record in raw["records"]] == ["ceilings", *["prefill"] * 2, *["decode"] * 4]
+    for record in raw["records"][1:]:
+        for side, values in record["values"].items():
+            assert len(values) == 2
+            assert record["summary"]["sides"][side]["median"] == pytest.approx(sum(values) / 2)
+            floor = max(record["work"][side]["flops"] / 1e11, record["work"][side]["bytes"] / 1e10)
+            assert record["summary"]["reached"][side] == pytest.approx(floor / (sum(values) / 2))
+        first, other = record["values"].values()
+        ratio = sum(b / a for a, b in zip(first, other, strict=True)) / 2
+        assert next(iter(record["summary"]["ratios"].values()))["median"] == pytest.approx(ratio)
+    out, err = capsys.readouterr()
+    assert "hf / lambda" in out
+    assert "plain / lambda" in out
+    assert "100 GFLOP/s (matrix product), 10.0 GB/s (copy)" in out
+    assert "6 measurements, about" in err
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_ctrl_c_leaves_what_was_measured_and_the_same_command_goes_on(make_options, tmp_path, monkeypatch, capsys):
+    file, real, ran = tmp_path / "bench.json", decode.run, []
+
+    def count(*args):
+        ran.append(args[2])
+        if len(ran) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(decode, "run", count)
+    assert bench(make_options(), file) == 130
+    raw = read(file)
+    assert not raw["finished"]
+    assert [record["case"] for record in raw["records"]] == ["ceilings", "prefill", "prefill", "decode"]
+    out, err = capsys.readouterr()
+    assert "hf / lambda" in out  # what there is is shown
+    assert f"stopped: {file} holds 3 of 6 measurements; the same command goes on" in err
+    monkeypatch.setattr(prefill, "run", lambda *args: pytest.fail("it was measured before"))
+    assert bench(make_options(), file) == 0
+    after = read(file)
+    assert after["finished"]
+    assert after["records"][:4] == raw["records"]
+    assert ran == [0, 32, 32, 48, 96]
+    assert "holds 4 measurements of this bench; going on" in capsys.readouterr().err
+
+
+def test_a_finished_bench_is_measured_anew(make_options, tmp_path):
+    file = tmp_path / "bench.json"
+    options = make_options(cases="prefill", lengths="48")
+    assert bench(options, file) == 0
+    before = read(file)["records"][1]["values"]
+    assert bench(options, file) == 0
+    assert read(file)["records"][1]["values"] != before
+
+
+def test_another_bench_is_not_written_over(make_options, tmp_path):
+    file = tmp_path / "bench.json"
+    bench(make_options(cases="prefill", lengths="48"), file)
+    before = file.read_bytes()
+    with pytest.raises(UsageError, match=r"holds another bench \(options lengths: \[48\], now \[64\]\)"):
+        bench(make_options(cases="prefill", lengths="64"), file)
+    assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"results": {}}', "[1]", "\x00"])
+def test_nor_is_what_is_no_bench(make_options, tmp_path, content):
+    file = tmp_path / "bench.json"
+    file.write_text(content)
+    with pytest.raises(UsageError, match=r"bench.json exists and is no bench: name another file"):
+        bench(make_options(), file)
+    assert file.read_text() == content
+
+
+def test_an_output_that_cannot_be_written(make_options, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match=r"output .*bench.json: (Not a directory|File exists)"):
+        bench(make_options(), tmp_path / "file" / "bench.json")
+
+
+def test_weights_that_do_not_fit_are_refused_before_they_are_made(make_options, tmp_path, monkeypatch):
+    monkeypatch.setattr("lminf_eval.bench.subject.available", lambda device: 1000)
+    with pytest.raises(UsageError, match=r"the weights take 0\.0 GB in torch.float32, and 0\.0 GB are free"):
+        bench(make_options(), tmp_path / "bench.json")
+
+
+def test_a_model_that_cannot_be_run(make_options, tmp_path, tiny_llama):
+    folder = tiny_llama()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
+    with pytest.raises(UsageError, match="mamba"):
+        bench(make_options(shape="", pretrained=str(folder)), tmp_path / "bench.json")

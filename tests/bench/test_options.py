@@ -1,0 +1,77 @@
+"""What a bench is asked to do; bad input is one line, before a model is made."""
+
+import pytest
+from typer.testing import CliRunner
+
+from lminf_eval.bench import options
+from lminf_eval.bench.options import counts, parse
+from lminf_eval.cli import app
+from lminf_eval.errors import UsageError
+from lminf_eval.smollm2 import NAME
+
+GOOD = {
+    "pretrained": "",
+    "shape": "tiny",
+    "dtype": "auto",
+    "device": "cpu",
+    "threads": None,
+    "n_local": "64",
+    "lengths": "128,1k",
+    "cases": "decode,prefill",
+    "batches": "",
+    "runs": 2,
+    "vs": False,
+    "model_args": "",
+}
+
+
+def test_counts():
+    assert counts("lengths", "8k, 2K,500,8k") == (500, 2048, 8192)
+
+
+def test_what_is_asked_for():
+    asked = parse(**GOOD | {"model_args": "chunk_size=32,n_global=4", "batches": "4,1"})
+    assert (asked.lengths, asked.n_local, asked.batches) == ((128, 1024), (64,), (1, 4))
+    assert asked.cases == ("prefill", "decode")
+    assert asked.model_args == {"chunk_size": 32, "n_global": 4}
+    assert asked.batches_or(16) == (1, 4)
+    assert parse(**GOOD).batches_or(1, 16) == (1, 16)
+
+
+def test_without_a_model_it_is_the_demos_where_it_is_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(options, "cache_home", lambda: tmp_path)
+    assert parse(**GOOD | {"shape": ""}).shape == "135m"
+    (tmp_path / NAME).mkdir()
+    assert parse(**GOOD | {"shape": ""}).pretrained == str(tmp_path / NAME)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"shape": "13b"}, r"shape=13b: must be one of tiny, 135m, 1b, 7b"),
+        ({"pretrained": "org/model"}, r"pretrained=org/model and shape=tiny: give one of them"),
+        ({"shape": "", "pretrained": "./nowhere"}, r"pretrained=\./nowhere: there is no such directory"),
+        ({"dtype": "int8"}, r"dtype=int8: must be one of auto, float32"),
+        ({"device": "cuda:77"}, r"device=cuda:77: there are"),
+        ({"lengths": "2k,0"}, r"lengths=2k,0: '0' is no positive number"),
+        ({"lengths": "2m"}, r"'2m' is no positive number; write them as in 2048,8k,32k"),
+        ({"n_local": ""}, r"n-local=: '' is no positive number"),
+        ({"n_local": "8"}, r"n_global=10 must be smaller than n_local=8"),
+        ({"batches": "two"}, r"batches=two: 'two'"),
+        ({"cases": "prefil"}, r"'prefil' \(did you mean prefill\?\) is none of prefill, decode"),
+        ({"model_args": "n_globl=4"}, r"n_globl=4 is not one that bench takes \(did you mean n_global\?\)"),
+        ({"model_args": "n_local=64"}, r"pass --n-local 64"),
+        ({"model_args": "attention=full"}, r"attention=full: bench compares"),
+        ({"model_args": "chunk_size=0"}, r"chunk_size=0"),
+    ],
+)
+def test_bad_input(change, message):
+    with pytest.raises(UsageError, match=message):
+        parse(**GOOD | change)
+
+
+def test_the_command_refuses_in_one_line(tmp_path):
+    done = CliRunner().invoke(app, ["bench", "--shape", "tiny", "--lengths", "0", "-o", str(tmp_path / "b.json")])
+    assert done.exit_code != 0
+    assert str(done.exception) == ("lminf: lengths=0: '0' is no positive number; write them as in 2048,8k,32k")
+    assert not list(tmp_path.iterdir())
