@@ -5,6 +5,8 @@ Shapes: B sequences, K key-value heads, G starting tokens, R slots of the window
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -24,6 +26,8 @@ class LayerCache:
     sink_keys: torch.Tensor  # [B, K, G, D]
     keys: torch.Tensor  # [B, K, G + R, D]
     values: torch.Tensor  # [B, K, G + R, D]
+
+    aside = None  # a list: (slots, keys, values) as they were before they were written over; see `put_back`
 
     @classmethod
     def empty(cls, k_BKLD: torch.Tensor, v_BKLD: torch.Tensor, window: int, sinks: int, capacity: int) -> LayerCache:
@@ -75,9 +79,16 @@ class LayerCache:
             slot = position % self.ring
             n = min(self.ring - slot, end - position)
             here = slice(self.sinks + slot, self.sinks + slot + n)
+            if self.aside is not None and position >= self.ring:
+                self.aside.append((here, self.keys[:, :, here].clone(), self.values[:, :, here].clone()))
             self.keys[:, :, here] = k_BKLD[:, :, position - start : position - start + n]
             self.values[:, :, here] = v_BKLD[:, :, position - start : position - start + n]
             position += n
+
+    def put_back(self) -> None:
+        """Undo what was written over since `aside` became a list."""
+        for here, keys, values in reversed(self.aside or []):
+            self.keys[:, :, here], self.values[:, :, here] = keys, values
 
     def write_rows(self, k_BK1D: torch.Tensor, v_BK1D: torch.Tensor, position_B: torch.Tensor) -> None:
         """Put one rotated key and value per row into the ring, each row at its own position."""
@@ -152,6 +163,26 @@ class LambdaCache:
             {i: [middle for cache in caches for middle in cache.middles[i]] for i in caches[0].middles},
             None if caches[0].readmit_from is None else [n for cache in caches for n in cache.readmit_from],
         )
+
+    @contextmanager
+    def restored_on_error(self) -> Iterator[None]:
+        """Around a forward pass: if it fails in some layer, all layers are as before, and it can be tried again.
+
+        Slots beyond the sequence's length may hold what it left there: the next pass writes them anew.
+        """
+        middles = dict(self.middles)
+        for layer in self.layers.values():
+            layer.aside = []
+        try:
+            yield
+        except BaseException:
+            self.middles = middles
+            for layer in self.layers.values():
+                layer.put_back()
+            raise
+        finally:
+            for layer in self.layers.values():
+                layer.aside = None
 
     @property
     def nbytes(self) -> int:

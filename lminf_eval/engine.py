@@ -5,9 +5,11 @@ Shapes: B rows, L tokens of a chunk, T positions whose logits are wanted, U (pos
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from lminf_eval.cache import LambdaCache
+from lminf_eval.errors import UsageError, first_line, out_of_memory
 from lminf_eval.prefix import HELD, Node, forest
 from lminf_eval.resume.checkpoint import EVERY, Checkpoints
 from lminf_eval.resume.stop import Stop
@@ -22,6 +25,7 @@ from lminf_eval.resume.stop import Stop
 logger = logging.getLogger(f"lm_eval.{__name__}")  # lm-eval shows the loggers below its own name
 
 _LOGITS_AT_ONCE = 2**25  # numbers of a logits block: 128 MiB in float32
+_SMALLEST = 16  # tokens of a chunk; where memory does not suffice for one, it does not for anything
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,15 @@ class Engine:
         stop: looked at before each chunk.
         checkpoints: where the state inside a long document is kept.
         held: states held at once for branches still to come; beyond, their prefix is computed again.
+
+    Where memory does not suffice for a chunk, `chunk_size` is halved, and all goes on. Not so where several processes
+    run in step (`in_step`): the others would not know.
+
+    Raises:
+        UsageError: where memory does not even suffice for small chunks.
     """
+
+    in_step = False
 
     def __init__(
         self,
@@ -86,6 +98,7 @@ class Engine:
         self.bar = tqdm(disable=True) if bar is None else bar
         self.stop, self.checkpoints, self.held = stop or Stop(), checkpoints, held
         self.device = model.model.device
+        self._logits_at_once = _LOGITS_AT_ONCE
         self.computed = 0  # tokens that went through the model
         self.reused = 0  # tokens that a request needed and another had computed
 
@@ -155,7 +168,8 @@ class Engine:
         keeping = bool(self.checkpoints) and isinstance(cache, LambdaCache) and len(nodes) == 1 and start == 0
         first = self._resume(nodes[0].tokens, wanted[0], results[0], cache) if keeping else 0
         saved = first
-        for low in range(first, longest, self.chunk_size):
+        low = first
+        while low < longest:
             high = min(low + self.chunk_size, longest)
             if keeping and low > saved and (self.stop.asked or low - saved >= EVERY) and not cache.middles:
                 self.checkpoints.save(low, cache, results[0])
@@ -168,6 +182,10 @@ class Engine:
                 part = nodes[row].tokens[low:high]
                 ids_BL[row, : len(part)] = part
             output = self._hidden(torch.from_numpy(ids_BL), cache, keep or high < longest)
+            if output is None:
+                if not keep and (low, high) == (0, longest):  # its rows may share one storage, for want of more chunks
+                    cache = cache.rows(list(range(len(active))))
+                continue
             for row in active:
                 inside = slice(*np.searchsorted(wanted[row][:, 0], (start + low, start + high)))
                 pairs = wanted[row][inside]
@@ -178,6 +196,7 @@ class Engine:
                 done = min(high, len(nodes[row].tokens)) - low
                 self.computed += done
                 self.bar.update(done)
+            low = high
         return [_split(node, pairs, *found) for node, pairs, found in zip(nodes, wanted, results, strict=True)]
 
     def _log_probs(self, output, row: int, at_U: np.ndarray, token_U: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -185,18 +204,31 @@ class Engine:
         hidden = output.last_hidden_state[row]
         at_T, back_U = np.unique(at_U, return_inverse=True)
         log_probs, greedy = np.empty(len(at_U)), np.empty(len(at_U), dtype=bool)
-        block = max(1, _LOGITS_AT_ONCE // self.model.model.config.get_text_config().vocab_size)
-        for low in range(0, len(at_T), block):
+        low = 0
+        while low < len(at_T):
+            block = max(1, self._logits_at_once // self.model.model.config.get_text_config().vocab_size)
             inside = (back_U >= low) & (back_U < low + block)
-            logits_TV = self.model.logits(output, hidden[torch.from_numpy(at_T[low : low + block]).to(hidden.device)])
-            rows = torch.from_numpy(back_U[inside] - low).to(logits_TV.device)
-            tokens = torch.from_numpy(token_U[inside].astype(np.int64)).to(logits_TV.device)
-            logits_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
-            norm_T = logits_TV.logsumexp(-1)
-            log_probs[inside] = (logits_TV[rows, tokens] - norm_T[rows]).double().cpu().numpy()
-            greedy[inside] = (logits_TV.argmax(-1)[rows] == tokens).cpu().numpy()
-            del logits_TV  # or it would live on while the next block is made
+            hidden_TC = hidden[torch.from_numpy(at_T[low : low + block]).to(hidden.device)]
+            chosen = torch.from_numpy(back_U[inside] - low), torch.from_numpy(token_U[inside].astype(np.int64))
+            with self._out_of_memory() as failed:
+                log_probs[inside], greedy[inside] = self._log_probs_of(output, hidden_TC, *chosen)
+            if failed:
+                _let_go()
+                if block == 1:
+                    raise UsageError(f"out of memory for the logits after one token: {failed[0]}")
+                self._logits_at_once //= 2
+                logger.warning("Out of memory for the logits of %d tokens; going on with %d", block, max(1, block // 2))
+                continue
+            low += block
         return log_probs, greedy
+
+    def _log_probs_of(self, output, hidden_TC: torch.Tensor, row_U: torch.Tensor, token_U: torch.Tensor):
+        """Log-probability of token_U[u] after the hidden state row_U[u], and whether it is the most likely one."""
+        logits_TV = self.model.logits(output, hidden_TC)
+        row_U, token_U = row_U.to(logits_TV.device), token_U.to(logits_TV.device)
+        logits_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
+        log_probs = logits_TV[row_U, token_U] - logits_TV.logsumexp(-1)[row_U]
+        return log_probs.double().cpu().numpy(), (logits_TV.argmax(-1)[row_U] == token_U).cpu().numpy()
 
     def _members(self, requests, node: Node, path, extras) -> Iterator[tuple[int, Score]]:
         for index in node.members:
@@ -247,6 +279,8 @@ class Engine:
                     high = min(position + self.chunk_size, end)
                     ids_1L = node.tokens[None, position - node.start : high - node.start].astype(np.int64)
                     output = self._hidden(torch.from_numpy(ids_1L), state)
+                    if output is None:
+                        continue
                     self.computed += high - position
                     self.bar.update(high - position)
                     position = high
@@ -304,10 +338,33 @@ class Engine:
         return [[i for i, n in enumerate(lengths) if n == length] for length in sorted(set(lengths), reverse=True)]
 
     def _hidden(self, ids_BL: torch.Tensor, cache, keep: bool = True):
-        """A chunk through the model, unless we are asked to stop."""
+        """A chunk through the model, unless we are asked to stop.
+
+        None where memory did not suffice: the cache is as before then, and `chunk_size` smaller.
+        """
         if self.stop.asked:
             self.stop.leave()
-        return self.model.hidden(ids_BL.to(self.device), cache, keep)
+        with self._out_of_memory() as failed:
+            return self.model.hidden(ids_BL.to(self.device), cache, keep)
+        _let_go()
+        rows, L = ids_BL.shape
+        if L <= _SMALLEST:
+            beside = f", of {rows} sequences at once: a smaller batch_size needs less" if rows > 1 else ""
+            raise UsageError(f"out of memory for a chunk of {L} tokens{beside} ({failed[0]})")
+        logger.warning("Out of memory in a chunk of %d tokens; going on with chunk_size=%d", L, L // 2)
+        self.chunk_size = L // 2
+        self.batch_tokens = min(self.batch_tokens, self.chunk_size)
+
+    @contextmanager
+    def _out_of_memory(self) -> Iterator[list[str]]:
+        """Catches that memory does not suffice, and puts into the list what was said."""
+        told: list[str] = []
+        try:
+            yield told
+        except (RuntimeError, MemoryError) as error:
+            if self.in_step or not out_of_memory(error):
+                raise
+            told.append(first_line(error))
 
     def _resume(self, tokens: np.ndarray, wanted: np.ndarray, found: list[np.ndarray], cache: LambdaCache) -> int:
         """The position that an earlier process came to in this document; its `cache` and `found` are filled in."""
@@ -344,6 +401,13 @@ class Engine:
             todo += node.children
         self.reused += sum(map(len, inputs)) - stored
         self.bar.reset(stored + new)
+
+
+def _let_go() -> None:
+    """Free what a failed pass held; its error, which held all of it, must be gone by now."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _wanted(requests: Sequence[ScoreRequest], node: Node) -> np.ndarray:

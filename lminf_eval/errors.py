@@ -1,4 +1,4 @@
-"""The one error a user is meant to read, and the line of another's that it quotes."""
+"""The one error a user is meant to read, the line of another's that it quotes, and the one that can be mended."""
 
 
 class UsageError(ValueError, SystemExit):
@@ -14,6 +14,14 @@ class UsageError(ValueError, SystemExit):
 
     def __str__(self) -> str:
         return str(self.code)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory, of a device or of the host, does not suffice."""
+    told = ("out of memory", "can't allocate memory", "not enough memory")  # torch's, on devices and on the host
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in told)
+    )
 
 
 def first_line(error: BaseException) -> str:

@@ -108,18 +108,26 @@ class FullModel:
             self._length = cache.capacity
             for frequencies in self._held:
                 frequencies.settle(cache.capacity)
-        options = {}
+        options, seen, mask = {}, cache.layers.get_seq_length(), cache.mask
         if cache.mask is not None:
             cache.mask = torch.cat([cache.mask, torch.ones(B, L, dtype=torch.bool)], 1)
             options["attention_mask"] = cache.mask.to(ids_BL.device)
         if self._takes_positions:
             options["position_ids"] = (torch.tensor(cache.lengths)[:, None] + torch.arange(L)).to(ids_BL.device)
-        if keep or cache.layers.get_seq_length():
+        if keep or seen:
             options |= {"past_key_values": cache.layers, "use_cache": True}
         else:
             options["use_cache"] = False
+        try:
+            output = self.decoder(input_ids=ids_BL, return_dict=True, **options)
+        except BaseException:  # for want of memory, say: it can be tried again
+            for layer in cache.layers.layers:
+                if layer.keys is not None:
+                    layer.keys, layer.values = layer.keys[:, :, :seen], layer.values[:, :, :seen]
+            cache.mask = mask
+            raise
         cache.lengths = [n + L for n in cache.lengths]
-        return self.decoder(input_ids=ids_BL, return_dict=True, **options)
+        return output
 
     @torch.inference_mode()
     def logits(self, output, hidden_TC: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ Shapes: B batch, H query heads, K key-value heads, L new tokens, G starting toke
 from __future__ import annotations
 
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -24,7 +24,7 @@ from lminf_eval.attention.decode import attend_one
 from lminf_eval.attention.kernels import merge
 from lminf_eval.attention.topk import Middle
 from lminf_eval.cache import LambdaCache, LayerCache
-from lminf_eval.errors import UsageError
+from lminf_eval.errors import UsageError, first_line, out_of_memory
 from lminf_eval.families import FAMILIES
 from lminf_eval.rope import Rotary, backwards, set_forward
 from lminf_eval.spec import LambdaSpec
@@ -131,13 +131,15 @@ class LambdaModel:
         """The decoder's output for the next L tokens of each row; `last_hidden_state` is [B, L, hidden].
 
         Rows may stand at different positions only where L is 1. With `keep=False` the cache is not extended: these are
-        the last tokens that anyone asks for.
+        the last tokens that anyone asks for. A pass that fails, for want of memory say, leaves the cache as it was.
         """
         if keep:
             self._turn_back(cache, ids_BL.shape[1])
         self._cache, self._keep, self._angles = cache, keep, {}
+        # One token alone overwrites what it does not see, and can be tried again as it is.
         try:
-            output = self.decoder(input_ids=ids_BL, use_cache=False, return_dict=True)
+            with cache.restored_on_error() if keep and ids_BL.shape[1] > 1 else nullcontext():
+                output = self.decoder(input_ids=ids_BL, use_cache=False, return_dict=True)
         finally:
             self._cache, self._angles = None, {}
         cache.lengths = [length + ids_BL.shape[1] for length in cache.lengths]
@@ -234,7 +236,11 @@ class LambdaModel:
         return self.rotary.rotate(x_BHSD, self._angles[key])
 
     def _turn_back(self, cache: LambdaCache, new: int) -> None:
-        """Let the origins follow the sequence, so that angles stay below window + max(window, new tokens)."""
+        """Let the origins follow the sequence, so that angles stay below window + max(window, new tokens).
+
+        Raises:
+            UsageError: where memory does not suffice for it; some layers are turned then, and others not.
+        """
         reach = max((layer.window for layer in cache.layers.values()), default=0)
         if not reach or max(n - o for n, o in zip(cache.lengths, cache.origins, strict=True)) + new <= reach + max(
             reach, new
@@ -242,13 +248,20 @@ class LambdaModel:
             return
         steps = [max(0, n - reach - o) for n, o in zip(cache.lengths, cache.origins, strict=True)]
         back_B1 = torch.tensor(steps)[:, None]
-        for module in self.layers:
-            layer = cache.layers.get(module.layer_idx)
-            if layer is not None and self.rotated[module.layer_idx]:
-                ring = layer.keys[:, :, layer.sinks :]
-                wide = ring.to(torch.promote_types(ring.dtype, torch.float32))
-                angles = self.rotary.angles(back_B1, wide, layer_type(module, self._config))
-                ring.copy_(self.rotary.rotate(wide, backwards(angles)))
+        try:
+            for module in self.layers:
+                layer = cache.layers.get(module.layer_idx)
+                if layer is not None and self.rotated[module.layer_idx]:
+                    ring = layer.keys[:, :, layer.sinks :]
+                    wide = ring.to(torch.promote_types(ring.dtype, torch.float32))
+                    angles = self.rotary.angles(back_B1, wide, layer_type(module, self._config))
+                    ring.copy_(self.rotary.rotate(wide, backwards(angles)))
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            raise UsageError(
+                f"out of memory while moving a window on: {first_line(error)}; take a smaller n_local"
+            ) from error
         cache.origins = [o + step for o, step in zip(cache.origins, steps, strict=True)]
 
 
