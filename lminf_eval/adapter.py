@@ -85,6 +85,7 @@ class LMInfinite(HFLM):
                 raise UsageError(f"{name}={kwargs[name]}: goes with attention=full only")
         self.parallel, *sizes = (kwargs.pop(name, default) for name, default in PARALLEL.items())
         self.way = choose(self.parallel, dict(zip(list(PARALLEL)[1:], sizes, strict=True)), self.ranks)
+        self.spec = self.way.settle(self.spec)
         if self.parallel == "layers":
             kwargs["parallelize"] = True
         self.prefix_sharing, self.prefix_states = prefix_sharing, kwargs.pop("prefix_states", HELD)
@@ -94,6 +95,7 @@ class LMInfinite(HFLM):
         self._constructed = False
         self._tokens = Counter(computed=0, reused=0)
         self._recalled = 0  # answers found in the journal
+        self._chunk_size = 0  # what memory was found to suffice for, once known
         self.journal: Journal | None = None
         self._checkpoints: Checkpoints | None = None
         device = self.ranks.device(find_device(device))
@@ -376,7 +378,7 @@ class LMInfinite(HFLM):
         size, stop = self.batch_size_per_gpu, self.ranks.stop
         engine = self.way.engine(
             self.streaming,
-            self.spec.chunk_size,
+            self._chunk_size or self.spec.chunk_size,
             None if size == "auto" else int(size),
             self.prefix_sharing,
             bar,
@@ -384,6 +386,7 @@ class LMInfinite(HFLM):
             self._checkpoints,
             self.prefix_states,
         )
+        engine.in_step = self.ranks.size > 1
         request, answer = (
             (self._score_request, self._score) if what == "score" else (self._generate_request, self._text)
         )
@@ -393,6 +396,7 @@ class LMInfinite(HFLM):
                 if self.ranks.leads and self.journal is not None:
                     self.journal.add(works[i].key, result)
                 yield i, result
+        self._chunk_size = engine.chunk_size
         self._tokens.update(computed=engine.computed, reused=engine.reused)
         logger.info("%d tokens computed, %d reused from shared prefixes", engine.computed, engine.reused)
 

@@ -32,7 +32,7 @@ _SIZES = {"deepspeed": "tp_size", "context": "cp_size"}  # what sets the ranks o
 class Way:
     """A model on one group of ranks. All ranks of the group run the same engine on the same requests, in step.
 
-    The adapter calls `check` before anything is read, `load` when the first request comes, and then `prepare`.
+    The adapter calls `settle` and `check` before anything is read, `load` when the first request comes, then `prepare`.
 
     Attributes:
         engine: the class that runs requests through what `prepare` returns; `Engine`, or a subclass of it.
@@ -46,6 +46,10 @@ class Way:
 
     def __init__(self, ranks: Ranks):
         self.ranks = ranks
+
+    def settle(self, spec: LambdaSpec) -> LambdaSpec:
+        """The spec, with what its user left open as this way has it best."""
+        return spec
 
     def check(self, config: transformers.PretrainedConfig, spec: LambdaSpec) -> None:
         """Refuse what can't be run on `ranks.size` ranks, from the config alone.
