@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.text import Text
 from transformers.utils.logging import disable_progress_bar
 
-from lminf_eval.bench.cases import attention, ceilings, decode, memory, prefill, prefix, short
+from lminf_eval.bench.cases import attention, ceilings, context, decode, memory, prefill, prefix, short
 from lminf_eval.bench.file import BenchFile, about
 from lminf_eval.bench.options import Options, model_name
 from lminf_eval.bench.record import Job
@@ -27,6 +27,7 @@ MODULES = {
     "memory": memory,
     "attention": attention,
     "prefix": prefix,
+    "context": context,
 }
 INTERRUPTED = 130  # exit status after Ctrl-C, as a shell has it
 

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 
 from lminf_eval.bench.cases.states import lambda_state, plain_bytes, plain_state
+from lminf_eval.bench.children import START_SECONDS, child
 from lminf_eval.bench.record import Job, Record
 from lminf_eval.bench.subject import Subject
 from lminf_eval.bench.timing import Told
 from lminf_eval.bench.work import Ceilings, full_pairs, lambda_pairs
-from lminf_eval.errors import UsageError
-
-START_SECONDS = 15  # of a process that loads torch, transformers and a model
 
 
 def jobs(subject: Subject, ceilings: Ceilings) -> Iterator[Job]:
@@ -61,13 +56,9 @@ def peak(subject: Subject, n_local: int, length: int, told: Told) -> Record:
             continue
         told(side)
         task = {"options": asdict(subject.options), "side": side, "n_local": n_local, "length": length}
-        done = subprocess.run(
-            [sys.executable, "-m", "lminf_eval.bench.peak", json.dumps(task)], capture_output=True, text=True
-        )
-        if done.returncode < 0:
-            skipped[side] = f"its process was ended by signal {-done.returncode}, for want of memory perhaps"
-        elif done.returncode:
-            raise UsageError(f"memory of {side}: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}")
+        found, why = child(f"memory of {side}", [], "lminf_eval.bench.peak", task)
+        if found is None:
+            skipped[side] = why
         else:
-            values[side] = [float(json.loads(done.stdout.splitlines()[-1]))]
+            values[side] = [found]
     return Record("memory", {"part": "peak", "n_local": n_local, "length": length}, values, "B", skipped=skipped)

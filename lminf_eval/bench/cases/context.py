@@ -1,0 +1,52 @@
+"""One long text on two context-parallel processes of one thread each, against one process of one thread."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import partial
+
+import torch
+
+from lminf_eval.bench.children import START_SECONDS, child
+from lminf_eval.bench.record import Job, Record
+from lminf_eval.bench.subject import Subject
+from lminf_eval.bench.timing import Told
+from lminf_eval.bench.work import Ceilings, Work, lambda_pairs
+
+SIDES = {
+    "2 processes": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+    "1 process": [],
+}
+
+
+def jobs(subject: Subject, ceilings: Ceilings) -> Iterator[Job]:
+    """One for each n_local, at the longest length."""
+    options, size = subject.options, subject.size
+    length = options.lengths[-1]
+    for n_local in options.n_local:
+        work = size.scoring(length, lambda_pairs(length, n_local, 0))
+        alone = 1.6 * torch.get_num_threads() * ceilings.floor(Work(work.flops))
+        seconds = options.runs * (1.5 * alone + 3 * START_SECONDS)
+        yield Job("context", {"n_local": n_local, "length": length}, seconds, partial(run, subject, n_local, length))
+
+
+def run(subject: Subject, n_local: int, length: int, told: Told) -> Record:
+    """Seconds of one rolling request, without the start of the processes (see `bench/share.py`)."""
+    runs, setting = subject.options.runs, {"n_local": n_local, "length": length}
+    if subject.device.type == "cuda" and torch.cuda.device_count() < 2:
+        return Record("context", setting, {}, skipped=dict.fromkeys(SIDES, "it needs two CUDA devices"))
+    task = {"options": asdict(subject.options), "n_local": n_local, "length": length}
+    values, skipped = {side: [] for side in SIDES}, {}
+    for number in range(1, runs + 1):
+        for side, launcher in SIDES.items():
+            if side in skipped:
+                continue
+            told(f"{side}, run {number} of {runs}")
+            found, why = child(f"context on {side}", launcher, "lminf_eval.bench.share", task)
+            if found is None:
+                skipped[side] = why
+                values.pop(side)
+            else:
+                values[side].append(found)
+    return Record("context", setting, values, tokens=length, skipped=skipped)
