@@ -11,33 +11,26 @@ Shapes: B rows, H query heads, K key-value heads, L tokens of a chunk, S of a sh
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
 import torch.distributed as dist
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from lminf_eval.attention.chunk import attend_chunk
 from lminf_eval.cache import LambdaCache, LayerCache
 from lminf_eval.engine import Engine
 from lminf_eval.errors import UsageError
 from lminf_eval.parallel.exchange import Exchange
+from lminf_eval.parallel.way import Way
 from lminf_eval.patch import LambdaModel
+from lminf_eval.selfcheck import lambda_model
 from lminf_eval.spec import LambdaSpec
 
-SHARD = 128  # tokens a rank at least gets; shorter chunks pass through all ranks alike, and nothing is sent
-_BATCH = 2048  # tokens a rank gets of a batch, where the batch's size is left to us
-
-
-def check(spec: LambdaSpec) -> None:
-    """Refuse attention that can't be spread over ranks by position.
-
-    Raises:
-        UsageError: naming what goes.
-    """
-    if spec.attention == "full":
-        raise UsageError("parallel=context goes with attention=lambda, streaming or window, not with attention=full")
-    if spec.top_k:
-        raise UsageError(f"parallel=context goes without top_k, not with top_k={spec.top_k}: no rank has all keys")
+SHARD = 128  # tokens a rank gets at least; shorter chunks pass through all ranks alike, and nothing is sent
+CHUNK = 2**16  # tokens a rank gets at most, by default: what it holds at once of a document
+_BATCH = 2048  # tokens a rank gets of a batch of short requests
 
 
 class ContextModel(LambdaModel):
@@ -50,7 +43,6 @@ class ContextModel(LambdaModel):
     """
 
     def __init__(self, model: PreTrainedModel, spec: LambdaSpec, group: dist.ProcessGroup):
-        check(spec)
         super().__init__(model, spec)
         self.exchange = Exchange(group)
         self.split = False
@@ -119,8 +111,10 @@ class ContextModel(LambdaModel):
 class ContextEngine(Engine):
     """An `Engine` over a `ContextModel`: each rank computes the logits of its own positions, and all have all answers.
 
-    A chunk is best a whole document: what is sent for each then doesn't depend on its length.
+    What is sent for a chunk doesn't depend on its length, so that it is best a whole document.
     """
+
+    in_step = True
 
     def __init__(self, model: ContextModel, chunk_size: int, *args, **kwargs):
         super().__init__(model, chunk_size, *args, **kwargs)
@@ -135,3 +129,26 @@ class ContextEngine(Engine):
         found_2U[:, mine_U] = super()._log_probs(output, row, at_U[mine_U] - own.start, token_U[mine_U])
         found_2U = self.model.exchange.add(torch.from_numpy(found_2U).to(self.device)).cpu().numpy()
         return found_2U[0], found_2U[1].astype(bool)
+
+
+class ContextParallel(Way):
+    """`parallel=context`: the ranks of a group share each long document."""
+
+    engine = ContextEngine
+
+    def settle(self, spec: LambdaSpec) -> LambdaSpec:
+        """A chunk is `CHUNK` tokens for each rank, most often a whole document, unless `chunk_size` says otherwise."""
+        if "chunk_size" in spec.model_fields_set:
+            return spec
+        return spec.model_copy(update={"chunk_size": CHUNK * self.ranks.size})
+
+    def check(self, config: PretrainedConfig, spec: LambdaSpec) -> None:
+        """Refuse attention that needs keys from anywhere."""
+        if spec.attention == "full":
+            raise UsageError("attention=full: parallel=context goes with lambda, streaming and window")
+        if spec.top_k:
+            raise UsageError(f"top_k={spec.top_k}: parallel=context goes with 0 alone; no rank has all keys")
+
+    def prepare(self, model: PreTrainedModel, spec: LambdaSpec) -> ContextModel:
+        """The model on this rank, patched to Λ-attention and checked."""
+        return lambda_model(model, spec, partial(ContextModel, group=self.ranks.process_group))

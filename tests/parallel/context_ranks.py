@@ -4,7 +4,7 @@
 
 answers the cases of FOLDER/cases.json, each {"model": a folder, "spec", "chunk_size", "batch_size", "score" or
 "generate": requests, "shard": the least tokens of a shard, "exact": whether angles are to be exact}, and writes
-FOLDER/RANK.json: for each {"answers": …, "sent": bytes}, or {"error": …}.
+FOLDER/RANK.json: for each {"answers": …, "sent": bytes}.
 """
 
 import json
@@ -18,7 +18,6 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from lminf_eval.engine import GenerateRequest, ScoreRequest
-from lminf_eval.errors import UsageError
 from lminf_eval.parallel import context
 from lminf_eval.rope import Rotary
 from lminf_eval.selfcheck import lambda_model
@@ -35,17 +34,14 @@ def exact_angles(self, positions, like, layer_type=None):
 
 
 def answer(case: dict) -> dict:
-    """This rank's answers, and the bytes it sent; or what is refused."""
+    """This rank's answers, and the bytes it sent."""
     Rotary.angles = exact_angles if case["exact"] else rounded_angles
     model = AutoModelForCausalLM.from_pretrained(
         case["model"], dtype=torch.float64, experts_implementation="eager"
     ).eval()
     make = partial(context.ContextModel, group=dist.group.WORLD)
     context.SHARD = SHARD  # its self-check counts on it
-    try:
-        model = lambda_model(model, LambdaSpec(**case["spec"]), make)
-    except UsageError as error:
-        return {"error": str(error)}
+    model = lambda_model(model, LambdaSpec(**case["spec"]), make)
     context.SHARD = case["shard"]
     engine = context.ContextEngine(model, case["chunk_size"], case["batch_size"])
     if "score" in case:

@@ -15,9 +15,12 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from lminf_eval.engine import Engine, GenerateRequest
 from lminf_eval.errors import UsageError
 from lminf_eval.parallel import context
+from lminf_eval.parallel.ranks import Ranks
 from lminf_eval.rope import Rotary
 from lminf_eval.selfcheck import lambda_model
 from lminf_eval.spec import LambdaSpec
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("context")]  # the processes are started once for all
 
 WHOLE = sys.maxsize  # a chunk is the whole document
 SMALL = {
@@ -146,7 +149,6 @@ def all_cases(models, ranks: int) -> dict[str, dict]:
     enough = context.SHARD * ranks
     for name, n in {"enough": enough, "too few": enough - 1}.items():  # n tokens pass through the model
         cases[f"{name} to spread"] = make_case(models, shard=context.SHARD, score=[[text(rng, n + 1), n - 50]])
-    cases["top_k"] = make_case(models, spec=LambdaSpec(n_local=16, n_global=5, top_k=2), score=[[text(rng, 60), 1]])
     return cases
 
 
@@ -181,7 +183,7 @@ def logits(reference_logits, monkeypatch):
     return compute
 
 
-SCORED = [name for name, case in all_cases(dict.fromkeys(MODELS), 2).items() if "score" in case and name != "top_k"]
+SCORED = [name for name, case in all_cases(dict.fromkeys(MODELS), 2).items() if "score" in case]
 
 
 @pytest.mark.parametrize("name", SCORED)
@@ -232,11 +234,21 @@ def test_short_chunks_are_not_spread(answered):
     assert found[0]["enough to spread"]["sent"] > 0
 
 
-def test_what_cannot_be_spread_is_refused(answered):
-    _, _, found = answered
-    for one in found:
-        assert one["top_k"] == {
-            "error": "lminf: parallel=context goes without top_k, not with top_k=2: no rank has all keys"
-        }
-    with pytest.raises(UsageError, match="parallel=context goes with attention=lambda, streaming or window"):
-        context.check(LambdaSpec(attention="full"))
+@pytest.mark.parametrize(
+    ("spec", "line"),
+    [
+        (LambdaSpec(attention="full"), "attention=full: parallel=context goes with lambda, streaming and window"),
+        (LambdaSpec(top_k=2), "top_k=2: parallel=context goes with 0 alone; no rank has all keys"),
+    ],
+)
+def test_what_cannot_be_spread_is_refused(spec, line):
+    with pytest.raises(UsageError, match=f"^lminf: {line}$"):
+        context.ContextParallel(Ranks()).check(None, spec)
+
+
+def test_a_chunk_is_most_often_a_whole_document():
+    ranks = Ranks()
+    ranks.size = 4
+    way = context.ContextParallel(ranks)
+    assert way.settle(LambdaSpec(n_local=16)) == LambdaSpec(n_local=16, chunk_size=4 * 65536)
+    assert way.settle(LambdaSpec(n_local=16, chunk_size=2048)).chunk_size == 2048
