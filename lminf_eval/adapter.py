@@ -26,6 +26,7 @@ from lminf_eval.arguments import PARALLEL, check, find_device, identity
 from lminf_eval.attention.kernels import primitive
 from lminf_eval.engine import GenerateRequest, Score, ScoreRequest
 from lminf_eval.errors import UsageError, first_line
+from lminf_eval.memory import parameters
 from lminf_eval.parallel import data
 from lminf_eval.parallel.data import Work
 from lminf_eval.parallel.ranks import Ranks
@@ -328,6 +329,8 @@ class LMInfinite(HFLM):
         info = super().get_model_info()
         if isinstance(self._model, _Unread):  # all answers came from a cache: nobody knows
             info["model_num_parameters"] = -1
+        elif self.way.reads_on_host:  # a rank has a part of it
+            info["model_num_parameters"] = parameters(self.config)
         return info | {
             "lminf": {
                 "version": __version__,
@@ -480,7 +483,8 @@ class LMInfinite(HFLM):
 @contextlib.contextmanager
 def _alone() -> Iterator[None]:
     """Inside, HFLM and accelerate see no launcher: they would split requests and take devices their own way."""
-    hidden = {name: os.environ.pop(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name in os.environ}
+    names = "RANK", "LOCAL_RANK", "WORLD_SIZE", "ACCELERATE_USE_DEEPSPEED"
+    hidden = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:
         yield
     finally:
