@@ -84,6 +84,7 @@ def test_the_commands_run_one_after_the_other(tmp_path, tiny_llama):
     assert "full" in table
     assert "lambda" in table
     assert "<html" in (tmp_path / "report.html").read_text()
+    assert json.loads((tmp_path / "results" / "bench.json").read_text())["finished"]
     doctor = next(out for command, out in printed.items() if "doctor --pretrained" in command)
     assert "memory for 65,536 tokens" in doctor
     plan = next(out for command, out in printed.items() if "sweep plan" in command)
