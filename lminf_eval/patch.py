@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from lminf_eval.attention import alibi
 from lminf_eval.attention.chunk import attend_chunk
-from lminf_eval.attention.decode import attend_one
+from lminf_eval.attention.decode import Step, attend_one
 from lminf_eval.attention.kernels import merge
 from lminf_eval.attention.topk import Middle
 from lminf_eval.cache import LambdaCache, LayerCache
@@ -76,18 +76,20 @@ class LambdaModel:
         self._config = model.config.get_text_config()
         self._cache: LambdaCache | None = None
         self._keep = False
-        self._angles: dict = {}
+        self._shared: dict = {}
         self._implementation = model.config._attn_implementation
         self.layers = attention_layers(model)
         self.rotated: dict[int, bool] = {}  # which layers turn queries and keys by their positions
         self._forwards = [vars(layer).get("forward") for layer in self.layers]
         self.family = FAMILIES.get(model.config.model_type)
         if self.family is None:
-            apply = sys.modules[type(self.layers[0]).__module__].apply_rotary_pos_emb
-            self.rotary, self.slopes = Rotary(rotary_module(model), apply, spec.n_local), None
+            home = sys.modules[type(self.layers[0]).__module__]
+            self.rotary = Rotary(rotary_module(model), home.apply_rotary_pos_emb, spec.n_local)
+            self.slopes, self._skipping = None, partial(self.rotary.skipped, home)
             model.set_attn_implementation(IMPLEMENTATION)
         else:
             self.rotary, self.slopes = self.family.rotary(model, spec.n_local), self.family.slopes(model)
+            self._skipping = nullcontext
             for layer in self.layers:
                 layer.forward = partial(self.family.forward, layer)
         for layer in self.layers:
@@ -135,13 +137,16 @@ class LambdaModel:
         """
         if keep:
             self._turn_back(cache, ids_BL.shape[1])
-        self._cache, self._keep, self._angles = cache, keep, {}
+        self._cache, self._keep, self._shared = cache, keep, {}
         # One token alone overwrites what it does not see, and can be tried again as it is.
         try:
-            with cache.restored_on_error() if keep and ids_BL.shape[1] > 1 else nullcontext():
+            with (
+                cache.restored_on_error() if keep and ids_BL.shape[1] > 1 else nullcontext(),
+                self._skipping(),
+            ):
                 output = self.decoder(input_ids=ids_BL, use_cache=False, return_dict=True)
         finally:
-            self._cache, self._angles = None, {}
+            self._cache, self._shared = None, {}
         cache.lengths = [length + ids_BL.shape[1] for length in cache.lengths]
         return output
 
@@ -165,7 +170,8 @@ class LambdaModel:
         turn = partial(self._turn, module)
         how = {"scale": scale, "softcap": options.get("softcap"), "slopes_H": self.slopes}
         if q_BHLD.shape[2] == 1 and self._keep:
-            out, lse = attend_one(q_BHLD, k_BKLD, v_BKLD, layer, cache.lengths, cache.origins, self.spec, turn, **how)
+            step = self._step(layer)
+            out, lse = attend_one(q_BHLD, k_BKLD, v_BKLD, layer, step, turn, scale, options.get("softcap"))
         else:
             at = cache.lengths[0], cache.origins[0]
             out, lse = self._attend_chunk(
@@ -225,15 +231,23 @@ class LambdaModel:
             return own, 0, 0
         return self.spec.n_local, self.spec.sinks, self.spec.top_k * (module.layer_idx >= self.spec.top_k_from_layer)
 
+    def _step(self, layer: LayerCache) -> Step:
+        """What the layers of one reach have in common in this forward pass, made once."""
+        key = "step", layer.window, layer.sinks, layer.ring, layer.keys.device
+        if key not in self._shared:
+            cache = self._cache
+            self._shared[key] = Step.of(layer, cache.lengths, cache.origins, self.spec, self.slopes)
+        return self._shared[key]
+
     def _turn(self, module: nn.Module, x_BHSD: torch.Tensor, positions_BS: torch.Tensor, name: str) -> torch.Tensor:
         """x rotated to relative positions; the angles of one `name` are computed once per forward pass."""
         if not self.rotated[module.layer_idx]:
             return x_BHSD
         kind = layer_type(module, self._config)
         key = name, kind, x_BHSD.device
-        if key not in self._angles:
-            self._angles[key] = self.rotary.angles(positions_BS, x_BHSD, kind)
-        return self.rotary.rotate(x_BHSD, self._angles[key])
+        if key not in self._shared:
+            self._shared[key] = self.rotary.angles(positions_BS, x_BHSD, kind)
+        return self.rotary.rotate(x_BHSD, self._shared[key])
 
     def _turn_back(self, cache: LambdaCache, new: int) -> None:
         """Let the origins follow the sequence, so that angles stay below window + max(window, new tokens).

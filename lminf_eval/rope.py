@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from types import ModuleType
 
 import torch
 from torch import nn
@@ -94,7 +95,9 @@ class Rotary:
 
     def __init__(self, module: nn.Module, apply: Callable, n_local: int):
         self.module = module
-        self._apply = apply if "k" in inspect.signature(apply).parameters else _alone(apply)
+        pairs = "k" in inspect.signature(apply).parameters
+        self._apply = apply if pairs else _alone(apply)
+        self._nothing = (lambda q, k, *rest, **options: (q, k)) if pairs else (lambda x, *rest, **options: x)
         self._takes_whole_heads: bool | None = None  # found out at the first rotation
         self._frequencies = Frequencies(module, n_local)
         module.forward = self.identity
@@ -130,6 +133,20 @@ class Rotary:
         except RuntimeError:  # shapes that don't broadcast
             return False
         return True
+
+    @contextmanager
+    def skipped(self, home: ModuleType) -> Iterator[None]:
+        """Within it, the family's file `home` does not even go through the motions of turning by the identity.
+
+        Those are four products and three copies of queries and keys a layer. A file that calls its function by another
+        name goes on multiplying by one.
+        """
+        before = home.apply_rotary_pos_emb
+        home.apply_rotary_pos_emb = self._nothing
+        try:
+            yield
+        finally:
+            home.apply_rotary_pos_emb = before
 
     @torch.no_grad()
     def identity(self, x: torch.Tensor, position_ids: torch.Tensor, *args, **kwargs) -> Angles:

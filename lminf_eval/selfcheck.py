@@ -147,7 +147,7 @@ def _compare_layers(patched: LambdaModel, recorded: dict, ids: torch.Tensor) -> 
             patched.decoder(input_ids=ids, use_cache=False)
     finally:
         del patched.attend
-        patched._angles = {}
+        patched._shared = {}
     if seen != {layer.layer_idx for layer in patched.layers}:
         raise UsageError(
             unsupported(patched.model.config, "some of its attention layers can't be reached from outside")

@@ -133,7 +133,7 @@ def reference_logits():
 
         def attend(module, q, k, v, scale, options):
             def rotate(x, positions):
-                patched._angles = {}  # it would take them from here for other positions too
+                patched._shared = {}  # it would take them from here for other positions too
                 return patched._turn(module, x, positions[None], "reference")
 
             own = options.get("sliding_window")

@@ -1,9 +1,9 @@
-"""Λ-attention in time linear in length: the band as two triangles, the starting tokens as a third piece, one softmax.
+"""Λ-attention in time linear in length: the window as a band, the starting tokens as a piece more, one softmax.
 
-The sequence is cut in blocks of at most n_local queries. A block sees its own keys (a causal triangle), the keys that
-all its queries see (a rectangle), and those that leave the window one query after another: a strictly anti-causal
-triangle, which is a causal one when queries and keys are both reversed. No piece needs a mask, and their results merge
-exactly by their log-sum-exp.
+Where a device has a kernel for a window, `windowed.py` calls it. Elsewhere the sequence is cut in blocks of at most
+n_local queries. A block sees its own keys (a causal triangle), the keys that all its queries see (a rectangle), and
+those that leave the window one query after another: a strictly anti-causal triangle, which is a causal one when queries
+and keys are both reversed. No piece needs a mask, and their results merge exactly by their log-sum-exp.
 
 Shapes: B batch, H query heads, K key-value heads, L queries, M keys, G starting tokens, W = n_local, D head dimension.
 Keys and queries arrive rotated; where an argument says "far", rotated for the global branch.
@@ -15,6 +15,7 @@ from itertools import pairwise
 
 import torch
 
+from lminf_eval.attention import windowed
 from lminf_eval.attention.kernels import attend, merge
 
 
@@ -31,44 +32,44 @@ def band(
     Returns:
         out [B, H, L, D of v] and lse [B, H, L].
     """
-    L, past = q_BHLD.shape[2], k_BKMD.shape[2] - q_BHLD.shape[2]
-    out, lse = q_BHLD.new_empty(*q_BHLD.shape[:3], v_BKMD.shape[3]), None
-    for start, stop in _blocks(L, past, n_local):
-        own = slice(past + start, past + stop)
-        q = q_BHLD[:, :, start:stop]
-        block_out, block_lse = attend(q, k_BKMD[:, :, own], v_BKMD[:, :, own], scale, True, softcap)
-        if lse is None:
-            lse = block_lse.new_empty(q_BHLD.shape[:3])
-        out_view, lse_view = out[:, :, start:stop], lse[:, :, start:stop]
-        out_view.copy_(block_out)
-        lse_view.copy_(block_lse)
-
-        rectangle = slice(max(0, past + stop - n_local), past + start)
-        if rectangle.start < rectangle.stop:
-            merge(
-                out_view, lse_view, *attend(q, k_BKMD[:, :, rectangle], v_BKMD[:, :, rectangle], scale, False, softcap)
-            )
-
-        leaving = slice(max(0, past + start - n_local + 1), past + stop - n_local)
-        if leaving.start < leaving.stop:
-            rows = slice(0, leaving.stop - leaving.start)  # the last query sees none of them
-            piece_out, piece_lse = attend(
-                q[:, :, rows].flip(2),
-                k_BKMD[:, :, leaving].flip(2),
-                v_BKMD[:, :, leaving].flip(2),
-                scale,
-                True,
-                softcap,
-            )
-            merge(out_view[:, :, rows], lse_view[:, :, rows], piece_out.flip(2), piece_lse.flip(2))
+    (B, H, L, _), past = q_BHLD.shape, k_BKMD.shape[2] - q_BHLD.shape[2]
+    one_call = windowed.has_window(q_BHLD, softcap)
+    head = min(L, max(0, n_local - past))  # queries that still see every key
+    if one_call and not head:
+        return windowed.attend_window(q_BHLD, k_BKMD, v_BKMD, n_local, scale)
+    out = q_BHLD.new_empty(B, L, H, v_BKMD.shape[3]).transpose(1, 2)  # in the order that the model goes on with
+    lse = q_BHLD.new_empty(B, H, L, dtype=torch.promote_types(q_BHLD.dtype, torch.float32))
+    cuts = {0, head, L} if one_call else {0, L, *range(head, L, n_local)}
+    for start, stop in pairwise(sorted(cuts)):
+        keys = slice(max(0, past + start - n_local + 1), past + stop)
+        q, k, v = q_BHLD[:, :, start:stop], k_BKMD[:, :, keys], v_BKMD[:, :, keys]
+        if one_call and start == head:
+            found = windowed.attend_window(q, k, v, n_local, scale)
+        else:
+            found = _triangles(q, k, v, n_local, scale, softcap)
+        out[:, :, start:stop], lse[:, :, start:stop] = found
     return out, lse
 
 
-def _blocks(L: int, past: int, n_local: int) -> list[tuple[int, int]]:
-    """Cuts of L queries so that none is longer than n_local, and none has queries on both sides of a full window."""
-    head = min(L, max(0, n_local - past))  # queries that still see every key
-    cuts = [0, *range(head, L, n_local), L] if head else [*range(0, L, n_local), L]
-    return [(start, stop) for start, stop in pairwise(cuts) if start < stop]
+def _triangles(q_BHLD, k_BKMD, v_BKMD, n_local, scale, softcap):
+    """`band` for at most n_local queries, all or none of which see a full window, and the keys that any sees."""
+    L, past = q_BHLD.shape[2], k_BKMD.shape[2] - q_BHLD.shape[2]
+    out, lse = attend(q_BHLD, k_BKMD[:, :, past:], v_BKMD[:, :, past:], scale, True, softcap)
+    leaving = max(0, past + L - n_local)  # keys that leave the window, one query after another
+    if leaving < past:
+        rectangle = slice(leaving, past)
+        merge(out, lse, *attend(q_BHLD, k_BKMD[:, :, rectangle], v_BKMD[:, :, rectangle], scale, False, softcap))
+    if leaving:
+        piece_out, piece_lse = attend(
+            q_BHLD[:, :, :leaving].flip(2),  # the last query sees none of them
+            k_BKMD[:, :, :leaving].flip(2),
+            v_BKMD[:, :, :leaving].flip(2),
+            scale,
+            True,
+            softcap,
+        )
+        merge(out[:, :, :leaving], lse[:, :, :leaving], piece_out.flip(2), piece_lse.flip(2))
+    return out, lse
 
 
 def add_far(

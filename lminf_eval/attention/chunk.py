@@ -61,12 +61,15 @@ def attend_chunk(
             k_far = torch.cat([layer.sink_keys[:, :, :start], k_far[:, :, : max(0, sinks - start)]], 2)
             v_far = torch.cat([layer.values[:, :, : min(start, sinks)], v_far[:, :, : max(0, sinks - start)]], 2)
         query_at, key_at = far_positions(spec, window, sinks, rows[far:])
-        if slopes_H is None:
-            q_far = turn(q_BHLD[:, :, far:], query_at[None], "far queries")
-            k_far = turn(k_far, key_at[None], "far keys")
-        else:
-            q_far = alibi.queries_at(q_BHLD[:, :, far:], query_at, slopes_H / scale)
+        q_far = q_BHLD[:, :, far:]
+        if slopes_H is not None:
+            q_far = alibi.queries_at(q_far, query_at, slopes_H / scale)
             k_far = alibi.keys_at(k_far, key_at)
+        elif query_at[0] == query_at[-1]:  # the few keys are turned back instead of the many queries on
+            k_far = turn(turn(k_far, torch.zeros(1, 1, dtype=torch.long), "far"), (key_at - query_at[0])[None], "back")
+        else:
+            q_far = turn(q_far, query_at[None], "far queries")
+            k_far = turn(k_far, key_at[None], "far keys")
         seen = min(sinks, start + far - window + 1)
         banded.add_far(out[:, :, far:], lse[:, :, far:], q_far, k_far, v_far, seen, scale, softcap)
     if keep:

@@ -1,19 +1,75 @@
 """One new token per row against the cache: the rows may stand at different positions.
 
-The starting tokens and the window lie in one buffer. The starting tokens are rotated anew for each token so that they
-stand at the method's distance from it; only the new key is rotated otherwise. One softmax over the whole buffer.
+The starting tokens and the window lie in one buffer, so one softmax goes over both and nothing is put together. For
+each token its own key is rotated, and the few starting tokens, so that they stand at the method's distance from it.
 
-Shapes: B rows, H query heads, K key-value heads, G starting tokens, R ring slots, M = G + R, D head dimension.
+Shapes: B rows, H query heads, K key-value heads, G starting tokens, R ring slots, M slots looked at, D head dimension.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
+from lminf_eval.attention import kernels
 from lminf_eval.cache import LayerCache
 from lminf_eval.spec import LambdaSpec
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step has in common in all layers of one reach. Positions are relative to each row's origin."""
+
+    lengths: list[int]  # each row's position in its sequence
+    position_B: torch.Tensor  # the same, on the layer's device
+    near_B1: torch.Tensor  # of the new tokens
+    far_BG: torch.Tensor | None  # of the starting tokens, as far as the method says; None while all are in the window
+    slots: slice  # of the buffer that any row looks at
+    bias: torch.Tensor | None  # [B, 1 or H, 1, M]: -inf where a row sees nothing, and ALiBi; None where it is all zero
+
+    @classmethod
+    def of(
+        cls,
+        layer: LayerCache,
+        lengths: list[int],
+        origins: list[int],
+        spec: LambdaSpec,
+        slopes_H: torch.Tensor | None,
+    ) -> Step:
+        """The step of rows at the positions `lengths`, for layers like this one."""
+        window, G, R = layer.window, layer.sinks, layer.ring
+        position_B1 = torch.tensor(lengths)[:, None]
+        near_B1 = position_B1 - torch.tensor(origins)[:, None]
+        some_far = G > 0 and max(lengths) >= window
+        distance_BG = far_distance(spec, window, G, position_B1)
+        first, last = (0 if some_far else G), G + min(R, max(lengths) + 1)
+        near_BR = (position_B1 - torch.arange(last - G)) % R
+        visible_BM = torch.cat(
+            [
+                torch.arange(first, G)[None] <= position_B1 - window,
+                torch.arange(last - G)[None] <= position_B1,  # a ring slot not written yet
+            ],
+            1,
+        )
+        wide = torch.promote_types(layer.keys.dtype, torch.float32)
+        bias = None
+        if slopes_H is not None:
+            distance_BM = torch.cat([distance_BG.expand(len(lengths), -1)[:, first:], near_BR], 1)
+            bias = -slopes_H.to("cpu", wide)[:, None, None] * distance_BM.to(wide)[:, None, None]
+        if not visible_BM.all():
+            bias = torch.zeros(1, 1, 1, 1, dtype=wide) if bias is None else bias
+            bias = bias.masked_fill(~visible_BM[:, None, None], float("-inf"))
+        device = layer.keys.device
+        return cls(
+            lengths,
+            position_B1[:, 0].to(device),
+            near_B1.to(device),
+            (near_B1 - distance_BG).to(device) if some_far else None,
+            slice(first, last),
+            None if bias is None else bias.to(device),
+        )
 
 
 def attend_one(
@@ -21,72 +77,41 @@ def attend_one(
     k_BK1D: torch.Tensor,
     v_BK1D: torch.Tensor,
     layer: LayerCache,
-    lengths: list[int],
-    origins: list[int],
-    spec: LambdaSpec,
+    step: Step,
     turn: Callable[[torch.Tensor, torch.Tensor, str], torch.Tensor],
     scale: float,
     softcap: float | None = None,
-    slopes_H: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Λ-attention of one token per row, after putting its key and value into `layer`: out [B, H, 1, D], lse [B, H, 1].
 
     Args:
-        lengths, origins: the position of each row's new token, and what its rotations are relative to.
         turn: (x, positions [B or 1, S], a name for them) -> x rotated by the model's own rotary embedding.
-        slopes_H: ALiBi's slopes, for a model without rotations.
     """
-    window, G, R = layer.window, layer.sinks, layer.ring
-    B, H, _, D = q_BH1D.shape
-    K = k_BK1D.shape[1]
-    position_B = torch.tensor(lengths)
-    near_B1 = (position_B - torch.tensor(origins))[:, None]
+    H, G = q_BH1D.shape[1], layer.sinks
+    both = turn(torch.cat([q_BH1D, k_BK1D], 1), step.near_B1, "near")
+    _write(layer, step, k_BK1D, both[:, H:], v_BK1D)
+    if step.far_BG is not None:
+        layer.keys[:, :, :G] = turn(layer.sink_keys, step.far_BG, "sinks")
+    keys, values = layer.keys[:, :, step.slots], layer.values[:, :, step.slots]
+    return kernels.attend_biased(both[:, :H], keys, values, step.bias, scale, softcap)
+
+
+def _write(layer: LayerCache, step: Step, k_BK1D, turned_BK1D, v_BK1D) -> None:
+    lengths = step.lengths
     if len(set(lengths)) == 1:
         layer.write_sinks(k_BK1D, v_BK1D, lengths[0])
-        layer.write(turn(k_BK1D, near_B1, "near"), v_BK1D, lengths[0])
-    else:
-        for row in range(B):
-            if lengths[row] < G:
-                layer.map(lambda x, row=row: x[row : row + 1]).write_sinks(
-                    k_BK1D[row : row + 1], v_BK1D[row : row + 1], lengths[row]
-                )
-        layer.write_rows(turn(k_BK1D, near_B1, "near"), v_BK1D, position_B.to(k_BK1D.device))
-
-    some_far = G > 0 and max(lengths) >= window
-    if some_far:
-        distance_BG = far_distance(spec, window, G, position_B)
-        layer.keys[:, :, :G] = turn(layer.sink_keys, near_B1 - distance_BG, "sinks")
-    first = 0 if some_far else G
-    last = G + min(R, max(lengths) + 1)
-    keys, values = layer.keys[:, :, first:last], layer.values[:, :, first:last]
-
-    wide = torch.promote_types(q_BH1D.dtype, torch.float32)
-    q_BKgD = turn(q_BH1D, near_B1, "near").view(B, K, H // K, D)
-    logits = (q_BKgD @ keys.transpose(-1, -2)).to(wide) * scale
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    if slopes_H is not None:
-        near_BR = (position_B[:, None] - torch.arange(last - G)) % R
-        distance_BM = torch.cat([far_distance(spec, window, G, position_B).expand(B, -1)[:, first:], near_BR], 1)
-        slopes_KG1 = slopes_H.to(logits).view(K, H // K, 1)
-        logits = logits - slopes_KG1 * distance_BM.to(logits)[:, None, None]
-    visible_BM = torch.cat(
-        [
-            torch.arange(first, G)[None] <= position_B[:, None] - window,
-            torch.arange(last - G)[None] <= position_B[:, None],  # a ring slot not written yet
-        ],
-        1,
-    )
-    if not visible_BM.all():
-        logits = logits.masked_fill(~visible_BM.to(logits.device)[:, None, None], float("-inf"))
-    lse_BKg = logits.logsumexp(-1)
-    weights = (logits - lse_BKg.unsqueeze(-1)).exp_()
-    return (weights.to(values.dtype) @ values).view(B, H, 1, -1), lse_BKg.view(B, H, 1)
+        layer.write(turned_BK1D, v_BK1D, lengths[0])
+        return
+    for row, length in enumerate(lengths):
+        if length < layer.sinks:
+            one = slice(row, row + 1)
+            layer.map(lambda x, one=one: x[one]).write_sinks(k_BK1D[one], v_BK1D[one], length)
+    layer.write_rows(turned_BK1D, v_BK1D, step.position_B)
 
 
-def far_distance(spec: LambdaSpec, window: int, sinks: int, position_B: torch.Tensor) -> torch.Tensor:
+def far_distance(spec: LambdaSpec, window: int, sinks: int, position_B1: torch.Tensor) -> torch.Tensor:
     """[B or 1, G]: the distance at which a token sees each starting token that has left its window."""
     j_G = torch.arange(sinks)[None]
     if spec.attention == "streaming":
-        return position_B[:, None].clamp(max=window + sinks - 1) - j_G
+        return position_B1.clamp(max=window + sinks - 1) - j_G
     return torch.full_like(j_G, window)

@@ -39,22 +39,47 @@ def attend(
         q, k, v = (pad(x, (0, widest - x.shape[3])) for x in (q_BHLD, k_BKMD, v_BKMD))
         out, lse = attend(q, k, v, scale, causal)
         return out[..., :D], lse
-    if name == "cpu-flash" and (q_BHLD.shape[1] == k_BKMD.shape[1] or _cpu_flash_groups_heads()):
-        op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        return op(q_BHLD, k_BKMD, v_BKMD, 0.0, causal, scale=scale)
-    group = q_BHLD.shape[1] // k_BKMD.shape[1]
-    k_BHMD, v_BHMD = k_BKMD.repeat_interleave(group, 1), v_BKMD.repeat_interleave(group, 1)
+    k, v = head_groups(q_BHLD, k_BKMD, v_BKMD)
     if name == "cpu-flash":
-        return attend(q_BHLD, k_BHMD, v_BHMD, scale, causal)
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q_BHLD, k, v, 0.0, causal, scale=scale)
     if name == "cuda-flash":
-        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
-            q_BHLD, k_BHMD, v_BHMD, 0.0, causal, False, scale=scale
-        )
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q_BHLD, k, v, 0.0, causal, False, scale=scale)
     else:
         out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
-            q_BHLD, k_BHMD, v_BHMD, None, True, 0.0, causal, scale=scale
+            q_BHLD, k, v, None, True, 0.0, causal, scale=scale
         )
     return out, lse[..., : q_BHLD.shape[2]]  # CUDA pads the log-sum-exp to whole tiles
+
+
+def attend_biased(
+    q_BH1D: torch.Tensor,
+    k_BKMD: torch.Tensor,
+    v_BKMD: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: float,
+    softcap: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`attend` for one query a row, which sees all keys; `bias` [B, 1 or H, 1, M] is added to the scaled logits.
+
+    One query reads every key once and computes next to nothing: no head is expanded, on any device.
+    """
+    B, H, _, D = q_BH1D.shape
+    K = k_BKMD.shape[1]
+    if primitive(q_BH1D, softcap) == "cpu-flash" and v_BKMD.shape[3] == D and (H == K or _cpu_flash_groups_heads()):
+        mask = None if bias is None else bias.to(q_BH1D.dtype)
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q_BH1D, k_BKMD, v_BKMD, 0.0, False, attn_mask=mask, scale=scale
+        )
+    wide = torch.promote_types(q_BH1D.dtype, torch.float32)
+    logits_BKgM = (q_BH1D.reshape(B, K, H // K, D) @ k_BKMD.transpose(-1, -2)).to(wide) * scale
+    if softcap is not None:
+        logits_BKgM = softcap * torch.tanh(logits_BKgM / softcap)
+    if bias is not None:
+        heads = bias.shape[1]
+        logits_BKgM = logits_BKgM + (bias if heads == 1 else bias.reshape(bias.shape[0], K, H // K, -1))
+    lse_BKg = logits_BKgM.logsumexp(-1)
+    weights = (logits_BKgM - lse_BKg.unsqueeze(-1)).exp_()
+    return (weights.to(v_BKMD.dtype) @ v_BKMD).view(B, H, 1, -1), lse_BKg.view(B, H, 1)
 
 
 def primitive(q: torch.Tensor, softcap: float | None = None) -> str:
@@ -69,6 +94,14 @@ def primitive(q: torch.Tensor, softcap: float | None = None) -> str:
         if q.dtype != torch.float64:
             return "cuda-efficient"
     return "math"
+
+
+def head_groups(q_BHLD: torch.Tensor, k_BKMD: torch.Tensor, v_BKMD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values as the fused kernels want them: as they are, or one head for each query head, [B, H, M, D]."""
+    group = q_BHLD.shape[1] // k_BKMD.shape[1]
+    if group == 1 or (q_BHLD.device.type == "cpu" and _cpu_flash_groups_heads()):
+        return k_BKMD, v_BKMD
+    return k_BKMD.repeat_interleave(group, 1), v_BKMD.repeat_interleave(group, 1)
 
 
 @cache
@@ -90,10 +123,12 @@ def merge(out: torch.Tensor, lse: torch.Tensor, other_out: torch.Tensor, other_l
     Args:
         out, other_out: [..., L, D]; lse, other_lse: [..., L].
     """
-    total = torch.logaddexp(lse, other_lse)
-    keep, add = (lse - total).exp_().unsqueeze(-1), (other_lse - total).exp_().unsqueeze(-1)
-    out.copy_(out * keep + other_out * add)
-    lse.copy_(total)
+    share = torch.sigmoid(other_lse - lse).unsqueeze(-1)  # of the second set in the sum of exponentials
+    if out.dtype == share.dtype:
+        out.lerp_(other_out, share)
+    else:  # half precision: rounded once
+        out.copy_(torch.lerp(out.to(share.dtype), other_out.to(share.dtype), share))
+    lse.copy_(torch.logaddexp(lse, other_lse))
 
 
 def _math(q_BHLD, k_BKMD, v_BKMD, scale, causal, softcap):

@@ -7,7 +7,7 @@ import torch
 
 from lminf_eval.attention import alibi
 from lminf_eval.attention.chunk import attend_chunk
-from lminf_eval.attention.decode import attend_one
+from lminf_eval.attention.decode import Step, attend_one
 from lminf_eval.attention.reference import lambda_attention
 from lminf_eval.cache import LayerCache
 from lminf_eval.spec import LambdaSpec
@@ -62,7 +62,7 @@ def test_chunks_and_single_tokens_are_the_definition(spec, chunk):
     for start in range(0, S, chunk):
         part = [x[:, :, start : start + chunk] for x in (q, k, v)]
         if chunk == 1:
-            out, _ = attend_one(*part, layer, [start], [0], spec, unturned, 0.4, slopes_H=SLOPES)
+            out, _ = attend_one(*part, layer, Step.of(layer, [start], [0], spec, SLOPES), unturned, 0.4)
         else:
             reach = spec.n_local, spec.sinks
             out, _ = attend_chunk(*part, layer, True, start, 0, spec, *reach, unturned, 0.4, slopes_H=SLOPES)
