@@ -126,6 +126,7 @@ class Progress:
         self.arrived: dict[int, int] = {}
         ranks.work = f"{'scoring' if what == 'score' else 'generating for'} {requests} requests"
         ranks.done = ranks.total = 0
+        ranks.watch.publish()
 
     def reset(self, total: float) -> None:
         """A round of `total` tokens begins."""
@@ -133,6 +134,7 @@ class Progress:
         self.announced += int(total)
         self._ranks.total = self.announced
         self.update(0)
+        self._ranks.watch.publish()
 
     def update(self, n: float) -> None:
         """`n` more tokens are done."""

@@ -30,7 +30,6 @@ from lminf_eval.parallel.watch import SharedStop, Watch
 from lminf_eval.resume.stop import Stop
 
 JOIN = 600  # seconds that ranks wait for each other at the start: nodes may come up one after the other
-LINGER = 10  # seconds that rank 0, which may be the store's host, waits at the end for the others to have taken notice
 _PIECE = 2**20  # bytes of one value; the store drops a client that sends more than 8 MiB
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -95,6 +94,7 @@ class Ranks:
             if time.monotonic() > deadline:
                 raise UsageError(f"WORLD_SIZE={self.world}: ranks {missing} did not come within {JOIN} seconds")
             time.sleep(0.1)
+        self.watch.look()
         self.stop.listen()
         self.watch.start()
         if self.rank == 0:
@@ -192,7 +192,7 @@ class Ranks:
         except dist.DistError:  # its host is gone, and the others find so themselves
             self.ended = mine
         if self.ended == mine and line:
-            sys.stderr.write(f"lminf: {line}\n")
+            sys.stderr.write(f"\nlminf: {line}\n")  # there may be half a line of a progress bar
             sys.stderr.flush()
         return self.ended
 
@@ -212,14 +212,12 @@ class Ranks:
             return
         others = isinstance(error, dist.DistError) or any(word in str(error).lower() for word in ("gloo", "nccl"))
         self.watch.wait(45 if others else 1 if usage and self.rank else 0)  # for what is behind it
-        verdict = self.ended
-        if verdict is None:
-            what = str(error).removeprefix("lminf: ") if usage else f"{type(error).__name__}: {first_line(error)}"
-            line = "" if usage and self.rank == 0 else f"{self.describe()} failed while {self.doing()}: {what}"
-            verdict = self.end(1, line)
-        if usage and self.rank == 0 and verdict["by"] == 0:
-            return  # it tells itself
-        if usage or verdict["by"] != self.rank:
+        if self.ended is not None:
+            raise SystemExit(self.ended["status"]) from None
+        what = str(error).removeprefix("lminf: ") if usage else f"{type(error).__name__}: {first_line(error)}"
+        tells_itself = usage and self.rank == 0
+        verdict = self.end(1, "" if tells_itself else f"{self.describe()} failed while {self.doing()}: {what}")
+        if verdict["by"] != self.rank or (usage and not tells_itself):
             raise SystemExit(verdict["status"]) from None
 
     def doing(self) -> str:
@@ -228,17 +226,17 @@ class Ranks:
 
     def close(self) -> None:
         """Rank 0, at its end: let the others go."""
+        if os.getpid() != self._pid:  # a forked child
+            return
         if self.ended is None and self.busy:
             self.end(1, f"{self.describe()} ended while {self.doing()}; {self.kept}")
-        others, waiting_for = range(1, self.world), "seen"
-        with contextlib.suppress(dist.DistError):
-            if self.ended is None and os.getpid() == self._pid:
-                waiting_for = "left"
+        if self.ended is None:
+            with contextlib.suppress(dist.DistError):
                 for group in range(self.groups):
                     self.put(f"work/{self.call + 1}/{group}", b"")
-            deadline = time.monotonic() + LINGER
-            while time.monotonic() < deadline and not self.store.check([f"{waiting_for}/{rank}" for rank in others]):
-                time.sleep(0.05)
+            self.watch.linger("left")
+        else:
+            self.watch.linger("seen")
         self.watch.finish()
         if dist.is_initialized():
             dist.destroy_process_group()

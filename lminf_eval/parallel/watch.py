@@ -21,13 +21,14 @@ from typing import Any
 
 import torch.distributed as dist
 
-from lminf_eval.resume.stop import STOPPED, Stop
+from lminf_eval.resume.stop import SIGNALS, STOPPED, Stop
 
 logger = logging.getLogger(f"lm_eval.{__name__}")  # lm-eval shows the loggers below its own name
 
 BEAT = 1.0  # seconds between two looks
 SILENCE = 30  # seconds without a sign of life, after which a rank on another node counts as gone
 LOST = 5  # seconds without the store, after which its host counts as gone
+LINGER = 10  # seconds that rank 0, which may be the store's host, waits at the end for the others to have taken notice
 GRACE = 20  # seconds in which the main thread may still come to the end of a chunk and keep its state
 
 
@@ -45,6 +46,8 @@ class SharedStop(Stop):
 
     def leave(self) -> None:
         ranks = self._ranks
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)  # one is enough
         verdict = ranks.watch.look() or ranks.end(STOPPED, "")
         if verdict["by"] == ranks.rank and verdict["status"] == STOPPED:
             logger.warning("Stopped by %s; the same command goes on from here", self.asked)
@@ -60,7 +63,8 @@ class Watch(threading.Thread):
         self._finished = threading.Event()
         self._beat = 0
         self._heard: dict[int, tuple[int, float]] = {}  # per rank, its last beat and when we first read it
-        self._looked = self._reached = time.monotonic()
+        self._looked = time.monotonic()
+        self._lost: float | None = None  # when the store could no longer be reached; its clients don't connect again
         self.records: dict[int, dict[str, Any]] = {}  # what each rank last said of itself
         self._woken, waker = os.pipe()
         os.set_blocking(waker, False)
@@ -100,15 +104,16 @@ class Watch(threading.Thread):
         ranks = self._ranks
         if ranks.ended is None and not self._finished.is_set():
             try:
+                if self._lost:
+                    raise dist.DistError
                 if ranks.store.check(["verdict"]):
                     ranks.ended = json.loads(ranks.store.get("verdict"))
                     return ranks.ended
                 others = [rank for rank in range(ranks.world) if rank != ranks.rank]
                 values = ranks.store.multi_get([f"rank/{rank}" for rank in others])
                 self.records = {rank: json.loads(value) for rank, value in zip(others, values, strict=True)}
-                self._reached = time.monotonic()
             except dist.DistError:
-                pass  # judged below, by how long it has been
+                self._lost = self._lost or time.monotonic()
             self._judge()
         return ranks.ended
 
@@ -126,15 +131,14 @@ class Watch(threading.Thread):
                 self._heard[rank] = record["beat"], now
             elif now - since > SILENCE:
                 gone.append(rank)
-        lost = now - self._reached > LOST and not slept
         if gone:
             record = self.records[gone[0]]
             who = f"rank {gone[0]} ({record['host']}, pid {record['pid']}) ended while {record['doing']}"
-        elif lost:
+        elif self._lost and now - self._lost > LOST:
             who = f"{os.environ['MASTER_ADDR']}, where rank 0 or its launcher ran, can't be reached any more"
         else:
             return
-        tells = not lost or ranks.rank == min({*range(ranks.world)} - {*gone})
+        tells = not self._lost or ranks.rank == min({*range(1, ranks.world)} - {*gone})
         ranks.end(1, f"{who}; {ranks.kept}" if tells else "")
 
     def _left(self, rank: int) -> bool:
@@ -150,7 +154,8 @@ class Watch(threading.Thread):
             if ready and set(os.read(self._woken, 64)) & {signal.SIGTERM, signal.SIGUSR1}:
                 asked = asked or time.monotonic()
             with contextlib.suppress(dist.DistError):
-                self.publish()
+                if not self._lost:
+                    self.publish()
             if self._finished.is_set() or self.look():
                 break
             if asked and time.monotonic() - asked > 2 and not self._ranks.stop.working:
@@ -170,22 +175,21 @@ class Watch(threading.Thread):
             if self._finished.wait(BEAT):
                 return
         if ranks.rank == 0:
-            self._linger()
+            self.linger("seen")
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(verdict["status"])
 
-    def _linger(self) -> None:
-        """The store may be this process's: let the others read the verdict first."""
-        ranks = self._ranks
-        deadline = time.monotonic() + LOST
+    def linger(self, what: str) -> None:
+        """Rank 0: wait until the others that live have "seen" the verdict, or have "left"."""
+        deadline = time.monotonic() + LINGER
         with contextlib.suppress(dist.DistError):
             while time.monotonic() < deadline:
                 here = {rank for rank, record in self.records.items() if record["machine"] == _machine()}
                 living = [rank for rank in self.records if rank not in here or _alive(self.records[rank]["pid"])]
-                if ranks.store.check([f"seen/{rank}" for rank in living]):
+                if not living or self._ranks.store.check([f"{what}/{rank}" for rank in living]):
                     return
-                time.sleep(0.1)
+                time.sleep(0.05)
 
 
 def _machine() -> str:

@@ -1,0 +1,72 @@
+"""What test_ranks.py starts several times over, as a launcher would: ranks that answer, and one that does a deed.
+
+    python ranks_run.py RANK DEED
+
+Rank 0 sends 12 requests to all ranks, each of which takes a while for each; then it prints the answers. RANK does DEED
+in the middle of its work: nothing, die, raise, refuse, wait (for a collective that never comes), idle (for long).
+"""
+
+import os
+import signal
+import sys
+import time
+from collections import Counter
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from lminf_eval.errors import UsageError
+from lminf_eval.parallel import data
+from lminf_eval.parallel.data import Work
+from lminf_eval.parallel.ranks import Ranks
+
+
+def main(who: int, deed: str, size: int = 1) -> None:
+    ranks = Ranks()
+    tokens = Counter()
+    with ranks.guard():
+        ranks.form(size)
+        if deed == "refuse":
+            raise UsageError("everyone=refuses: it is not allowed")
+    ranks.kept = "all is kept"
+    ranks.stop.listen()
+
+    def run(what, works, bar):
+        bar.reset(10 * len(works))
+        with ranks.stop.deferred():
+            print("at work", file=sys.stderr, flush=True)
+            for i, work in enumerate(works):
+                for _ in range(10):
+                    if ranks.stop.asked:
+                        print(f"rank {ranks.rank} leaves in order", file=sys.stderr, flush=True)
+                        ranks.stop.leave()
+                    time.sleep(0.1)
+                    bar.update(1)
+                if i == 1:
+                    act(ranks, deed if ranks.rank == who else "nothing")
+                tokens["computed"] += 1
+                yield i, f"{what} {work.key}: {int(work.tokens.sum())}"
+
+    if ranks.rank:
+        with ranks.guard():
+            data.serve(ranks, run, tokens)
+    for what in ("score", "generate"):
+        works = [Work(f"{what}{i}", np.arange(i + 40), {}) for i in range(12)]
+        answers = dict(data.answers(ranks, run, what, works, None, tokens, False, 8))
+        print([answers[i] for i in range(12)], tokens["computed"], flush=True)
+
+
+def act(ranks: Ranks, deed: str) -> None:
+    if deed == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if deed == "raise":
+        raise RuntimeError("it went wrong\nat length")
+    if deed == "wait":
+        dist.all_reduce(torch.ones(1), group=ranks.process_group)
+    if deed == "idle":
+        time.sleep(60)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:]))
