@@ -222,13 +222,17 @@ class Engine:
             low += block
         return log_probs, greedy
 
+    @torch.inference_mode()
     def _log_probs_of(self, output, hidden_TC: torch.Tensor, row_U: torch.Tensor, token_U: torch.Tensor):
         """Log-probability of token_U[u] after the hidden state row_U[u], and whether it is the most likely one."""
         logits_TV = self.model.logits(output, hidden_TC)
         row_U, token_U = row_U.to(logits_TV.device), token_U.to(logits_TV.device)
         logits_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
-        log_probs = logits_TV[row_U, token_U] - logits_TV.logsumexp(-1)[row_U]
-        return log_probs.double().cpu().numpy(), (logits_TV.argmax(-1)[row_U] == token_U).cpu().numpy()
+        highest_T, likely_T = logits_TV.max(-1)
+        chosen_U = logits_TV[row_U, token_U] - highest_T[row_U]
+        sum_T = logits_TV.sub_(highest_T[:, None]).exp_().sum(-1)  # in place: they are large, and nobody else's
+        log_probs_U = chosen_U - sum_T.log()[row_U]
+        return log_probs_U.double().cpu().numpy(), (likely_T[row_U] == token_U).cpu().numpy()
 
     def _members(self, requests, node: Node, path, extras) -> Iterator[tuple[int, Score]]:
         for index in node.members:

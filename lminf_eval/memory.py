@@ -27,7 +27,7 @@ def memory(config: Any, spec: LambdaSpec, length: int, batch_size: int, dtype: t
     - keys and values: in each layer 2 s B K D (G + min(W, N)); its own W and no G where a layer slides as trained
     - keys and values of full: in each layer 2 s B K D N
     - keys and values for top-k, in host memory: the same, where `top_k` is set
-    - logits: 4 V T for T = min(B C, 2^25 / V) rows in float32, thrice (with exponentials, and the block before)
+    - logits: V T numbers for T = min(B C, 2^25 / V) rows, in float32 or wider, beside the narrower ones they came as
     - activations of one chunk: s B C (4 hidden + 3 max(intermediate, H D)), and one layer's keys and values in order,
       before and after turning: 4 s B K D min(N, W + C)
     """
@@ -48,7 +48,7 @@ def memory(config: Any, spec: LambdaSpec, length: int, batch_size: int, dtype: t
         "keys and values": kept,
         "keys and values of full": full,
         "keys and values for top-k": full if readmits else 0,
-        "logits": 12 * text.vocab_size * rows,
+        "logits": text.vocab_size * rows * (dtype.itemsize + 4 if dtype.itemsize < 4 else dtype.itemsize),
         "activations": dtype.itemsize * batch_size * chunk * (4 * text.hidden_size + 3 * widest) + 2 * pair * in_order,
     }
 
