@@ -31,6 +31,7 @@ from lminf_eval.resume.stop import Stop
 
 JOIN = 600  # seconds that ranks wait for each other at the start: nodes may come up one after the other
 _PIECE = 2**20  # bytes of one value; the store drops a client that sends more than 8 MiB
+_LONG = timedelta(weeks=52)  # for collectives: a rank that is gone is noticed by `watch.py`, not by waiting
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -119,11 +120,11 @@ class Ranks:
                 store=dist.PrefixStore("torch", self.store),
                 rank=self.rank,
                 world_size=self.world,
-                timeout=timedelta(weeks=52),  # a rank that is gone is noticed by `watch.py`, not by waiting
+                timeout=_LONG,
             )
         if size > 1:
             for first in range(0, self.world, size):  # every rank has to make every group
-                group = dist.new_group(list(range(first, first + size)))
+                group = dist.new_group(list(range(first, first + size)), timeout=_LONG)
                 if first <= self.rank < first + size:
                     self.process_group = group
 
