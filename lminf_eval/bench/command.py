@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.status import Status
 from rich.text import Text
 from transformers.utils.logging import disable_progress_bar
 
@@ -16,8 +18,8 @@ from lminf_eval.bench.cases import attention, ceilings, context, decode, memory,
 from lminf_eval.bench.file import BenchFile, about
 from lminf_eval.bench.options import Options, model_name
 from lminf_eval.bench.record import Job
-from lminf_eval.bench.show import show
-from lminf_eval.bench.subject import Subject, config
+from lminf_eval.bench.show import in_words, show
+from lminf_eval.bench.subject import Subject
 from lminf_eval.bench.work import Ceilings
 
 MODULES = {
@@ -41,17 +43,17 @@ def bench(options: Options, output: Path) -> int:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     disable_progress_bar()
     told = Console(stderr=True, highlight=False, soft_wrap=True)
-    config(options)
     if options.threads:
         torch.set_num_threads(options.threads)
-    told.print(Text(f"reading {model_name(options)}"))
     subject = Subject(options)
     file = BenchFile(output, about(options, subject, sys.argv))
     if file.found:
         told.print(Text(f"{output} holds {file.found} measurements of this bench; going on"))
+    told.print(Text(f"reading {model_name(options)}"))
+    dtype = subject.model.dtype
     done = {record.key: record for record in file.records}
     if ("ceilings",) not in done:
-        file.records.append(ceilings.measure(subject.model.dtype, subject.device, lambda line: None))
+        file.records.append(ceilings.measure(dtype, subject.device, lambda line: None))
         file.write(False)
     reached = ceilings.ceilings(file.records[0])
     jobs = list(_jobs(options, subject, reached))
@@ -62,10 +64,11 @@ def bench(options: Options, output: Path) -> int:
         for number, job in enumerate(todo, start=1):
             about_job = f"{number}/{len(todo)} {job.case} " + ", ".join(f"{k}={v}" for k, v in job.setting.items())
             with told.status(Text(about_job)) as bar:
-                record = job.run(lambda line, bar=bar, name=about_job: bar.update(Text(f"{name}: {line}")))
+                tell = partial(_tell, bar, about_job)
+                record = job.run(job.setting, tell)
             file.records.append(record)
             file.write(False)
-            told.print(Text(about_job))
+            told.print(Text(f"{about_job}: {in_words(record)}"))
         file.write(True)
     except KeyboardInterrupt:
         status = INTERRUPTED
@@ -76,6 +79,10 @@ def bench(options: Options, output: Path) -> int:
     else:
         told.print(Text(f"{output}: {len(file.records) - 1} measurements"))
     return status
+
+
+def _tell(bar: Status, name: str, line: str) -> None:
+    bar.update(Text(f"{name}: {line}"))
 
 
 def _jobs(options: Options, subject: Subject, reached: Ceilings) -> Iterator[Job]:

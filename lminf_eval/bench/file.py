@@ -41,7 +41,6 @@ def about(options: Options, subject: Subject, command: list[str]) -> dict[str, A
         "model": {
             "name": model_name(options),
             "family": subject.config.model_type,
-            "dtype": str(subject.model.dtype).removeprefix("torch."),
             "device": str(subject.device),
             **asdict(subject.size),
         },

@@ -26,6 +26,7 @@ CASES = {
     "context": "one document on two processes",
 }
 DEFAULT_CASES = "prefill,decode,short,memory,attention,prefix"
+MODEL_ARGS = ("n_global", "chunk_size")  # what changes the speed of attention=lambda, beside n_local
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
@@ -82,15 +83,9 @@ def parse(
         smollm2 = cache_home() / NAME
         pretrained, shape = (str(smollm2), "") if smollm2.is_dir() else ("", "135m")
     own = simple_parse_args_string(model_args)
-    if foreign := sorted(own.keys() - LambdaSpec.model_fields.keys()):
-        raise UsageError(
-            f"model_args: {foreign[0]}={own[foreign[0]]} is not one that bench takes"
-            f"{closest(foreign[0], LambdaSpec.model_fields)}; they are {', '.join(LambdaSpec.model_fields)}"
-        )
-    if "n_local" in own:
-        raise UsageError(f"model_args: n_local={own['n_local']}: pass --n-local {own['n_local']}")
-    if own.get("attention", "lambda") == "full":
-        raise UsageError("model_args: attention=full: bench compares with the model as it is anyway")
+    for name in own.keys() - set(MODEL_ARGS):
+        told = "; n_local is --n-local" if name == "n_local" else closest(name, MODEL_ARGS)
+        raise UsageError(f"model_args: {name}={own[name]}: bench takes {' and '.join(MODEL_ARGS)} there{told}")
     windows = counts("n-local", n_local)
     for window in windows:
         LambdaSpec.parse({**own, "n_local": window})

@@ -44,17 +44,13 @@ class Record:
         return value / self.work[side].flops if self.rated else value
 
     def ratios(self) -> dict[str, dict[str, float]]:
-        """For each side but the first: how many times the first one's cost it has, by pairs of runs."""
-        first, *others = self.values
-        return {
-            other: spread(
-                [
-                    self.cost(other, b) / self.cost(first, a)
-                    for a, b in zip(self.values[first], self.values[other], strict=True)
-                ]
-            )
-            for other in others
-        }
+        """For each side but the first: how many times the first one's cost it has, by pairs of runs. None of a first
+        one that cost nothing, as a peak of memory that hid below an earlier one does."""
+        first, *others = self.values or [""]
+        costs = {side: [self.cost(side, value) for value in values] for side, values in self.values.items()}
+        if not all(costs.get(first, [])):
+            return {}
+        return {other: spread([b / a for a, b in zip(costs[first], costs[other], strict=True)]) for other in others}
 
     def reached(self, ceilings: Ceilings) -> dict[str, float]:
         """For each side whose work is known: its floor on this machine over its median time."""
@@ -70,7 +66,7 @@ class Record:
         return asdict(self) | {
             "summary": {
                 "sides": summary,
-                "ratios": self.ratios() if self.values else {},
+                "ratios": self.ratios(),
                 "floor_s": {side: ceilings.floor(work) for side, work in self.work.items()} if self.unit == "s" else {},
                 "reached": self.reached(ceilings) if self.unit == "s" else {},
             }
@@ -85,12 +81,15 @@ class Record:
 
 @dataclass(frozen=True)
 class Job:
-    """A measurement to be made; `seconds` is a guess of its time, for the estimate alone."""
+    """A measurement to be made; `seconds` is a guess of its time, for the estimate alone.
+
+    `run(setting, told)` makes it, telling its progress to `told`.
+    """
 
     case: str
     setting: dict[str, int | str]
     seconds: float
-    run: Callable[[Told], Record]
+    run: Callable[[dict[str, int | str], Told], Record]
 
     @property
     def key(self) -> tuple:

@@ -32,21 +32,23 @@ def show(console: Console, about: dict[str, Any], records: list[Record], ceiling
         )
     )
     for case, meaning in CASES.items():
+        if any(record.case == case for record in records):
+            console.print()
+            console.print(Text(f"{case}: {meaning}", style="bold"))
         groups: dict[tuple, list[Record]] = {}
         for record in records:
             if record.case == case:
                 groups.setdefault((record.unit, tuple(record.setting), _part(record)), []).append(record)
         for group in groups.values():
-            console.print()
-            console.print(_table(case, meaning, group, ceilings))
+            console.print(_table(group, ceilings))
         for line in _left_out([record for record in records if record.case == case]):
             console.print(Text(line))
     console.print()
     console.print(Text(LEGEND, style="dim"))
 
 
-def _table(case: str, meaning: str, records: list[Record], ceilings: Ceilings) -> Table:
-    table = Table(title=Text(f"{case}: {meaning}"), title_justify="left", box=None, pad_edge=False)
+def _table(records: list[Record], ceilings: Ceilings) -> Table:
+    table = Table(box=None, pad_edge=False)
     sides = list(dict.fromkeys(side for record in records for side in record.values))
     counted = any(record.work and record.unit == "s" for record in records)
     facts = list(dict.fromkeys(name for record in records for name in record.facts))
@@ -116,6 +118,12 @@ def shown(record: Record, side: str) -> list[float]:
     if record.case == "decode":
         return [1e3 * value / record.tokens for value in values]
     return values
+
+
+def in_words(record: Record) -> str:
+    """The medians of a record, in a line."""
+    found = [f"{side} {number(median(shown(record, side)))} {_unit(record)}" for side in record.values]
+    return ", ".join([*found, *(f"{side} left out" for side in record.skipped)])
 
 
 def _values(record: Record, side: str) -> str:

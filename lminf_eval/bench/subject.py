@@ -9,14 +9,13 @@ from pathlib import Path
 
 import torch
 from lm_eval.models.huggingface import HFLM
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, models
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     LlamaConfig,
+    PretrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
@@ -26,34 +25,55 @@ from lminf_eval.bench.options import Options
 from lminf_eval.bench.shapes import SHAPES
 from lminf_eval.bench.work import Size
 from lminf_eval.doctor import load_config
-from lminf_eval.errors import UsageError
-from lminf_eval.memory import parameters
+from lminf_eval.errors import UsageError, first_line
 
 Request = tuple[None, list[int], list[int]]
 
 
 class Subject:
-    """The model of a bench.
-
-    Attributes:
-        model: the plain model, with transformers' own `sdpa` attention.
+    """The model of a bench: what its config tells at once, its weights when `model` is first asked for.
 
     Raises:
-        UsageError: for a model that can't be had, can't be run, or doesn't fit the memory; before any weight is read.
+        UsageError: for a model whose config can't be had, that can't be run, or that doesn't fit the memory.
     """
 
     def __init__(self, options: Options):
-        self.options = options
-        self.config = config(options)
-        self.model = _load(options, self.config)
-        self.device, self.size = self.model.device, Size.of(self.model)
+        self.options, self.device = options, torch.device(options.device)
+        self.config = (
+            load_config(options.pretrained, {}) if options.pretrained else LlamaConfig(**SHAPES[options.shape])
+        )
+        support.check(self.config)
+        with torch.device("meta"):
+            self.size = Size.of(AutoModelForCausalLM.from_config(self.config, dtype=_dtype(options, self.config)))
+        needed = self.size.parameters * self.size.itemsize
+        if lacking := self.lacking(needed):
+            raise UsageError(f"the weights: {lacking}")
         self.lambda_lm = cache(self._lambda_lm)
 
     @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's own; a stand-in for random weights, since requests come as tokens."""
-        if self.options.pretrained:
-            return AutoTokenizer.from_pretrained(self.options.pretrained)
+    def model(self) -> PreTrainedModel:
+        """The plain model, with transformers' own `sdpa` attention.
+
+        Raises:
+            UsageError: if its weights can't be read.
+        """
+        options = self.options
+        how = {"dtype": _dtype(options, self.config), "attn_implementation": "sdpa"}
+        if not options.pretrained:
+            torch.manual_seed(0)  # processes that share a text must have the same weights
+            with self.device:
+                model = AutoModelForCausalLM.from_config(self.config, **how)
+        else:
+            try:
+                model = AutoModelForCausalLM.from_pretrained(options.pretrained, **how).to(self.device)
+            except (OSError, ValueError, ImportError, SafetensorError) as error:
+                line = f"pretrained={options.pretrained}: its weights can't be read: {first_line(error)}"
+                raise UsageError(line) from error
+        return model.eval().requires_grad_(False)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """A stand-in, since requests come as tokens."""
         words = {f"w{i}": i for i in range(self.size.vocab)}
         return PreTrainedTokenizerFast(
             tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")), bos_token="w0", eos_token="w1"
@@ -65,7 +85,8 @@ class Subject:
 
     def _lambda_lm(self, n_local: int) -> LMInfinite:
         """`--model lminf` on a twin."""
-        return LMInfinite(self.twin(), tokenizer=self.tokenizer, n_local=n_local, **self.options.model_args)
+        device, own = str(self.device), self.options.model_args
+        return LMInfinite(self.twin(), device=device, tokenizer=self.tokenizer, n_local=n_local, **own)
 
     @cached_property
     def hf(self) -> HFLM:
@@ -95,17 +116,6 @@ class Subject:
         return "" if needed < 0.9 * free else f"needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
 
 
-def config(options: Options) -> LlamaConfig:
-    """The model's config; no weight is read.
-
-    Raises:
-        UsageError: if there is none, or its attention can't be replaced.
-    """
-    found = load_config(options.pretrained, {}) if options.pretrained else LlamaConfig(**SHAPES[options.shape])
-    support.check(found)
-    return found
-
-
 def available(device: torch.device | str) -> int:
     """Bytes of memory that are free on a device."""
     if torch.device(device).type == "cuda":
@@ -117,24 +127,8 @@ def available(device: torch.device | str) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def dtype_of(options: Options, found: AutoConfig) -> torch.dtype:
+def _dtype(options: Options, config: PretrainedConfig) -> torch.dtype:
     """The dtype asked for; `auto` is the checkpoint's own, and float32 for random weights."""
-    if options.dtype != "auto":
-        return getattr(torch, options.dtype)
-    own = getattr(found, "dtype", None) or torch.float32
-    return getattr(torch, own) if isinstance(own, str) else own
-
-
-def _load(options: Options, found: AutoConfig) -> PreTrainedModel:
-    dtype = dtype_of(options, found)
-    needed, free = parameters(found) * dtype.itemsize, available(options.device)
-    if needed > 0.9 * free:
-        raise UsageError(f"the weights take {needed / 1e9:.1f} GB in {dtype}, and {free / 1e9:.1f} GB are free")
-    how = {"dtype": dtype, "attn_implementation": "sdpa"}
-    if options.pretrained:
-        model = AutoModelForCausalLM.from_pretrained(options.pretrained, **how).to(options.device)
-    else:
-        torch.manual_seed(0)  # processes that share a text must have the same weights
-        with torch.device(options.device):
-            model = AutoModelForCausalLM.from_config(found, **how)
-    return model.eval().requires_grad_(False)
+    own = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None) or torch.float32
+    found = own if options.dtype == "auto" else options.dtype
+    return getattr(torch, found) if isinstance(found, str) else found

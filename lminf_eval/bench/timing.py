@@ -52,10 +52,6 @@ class Stopwatch:
 
     def __init__(self, function: Callable, device: torch.device | str):
         self.function, self.cuda = function, torch.device(device).type == "cuda"
-        self.reset()
-
-    def reset(self) -> None:
-        """Begin at zero."""
         self._seconds, self._events = 0.0, []
 
     def __call__(self, *args, **kwargs):

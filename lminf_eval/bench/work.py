@@ -46,6 +46,7 @@ class Size:
     vocab: int
     linear: int
     parameters: int
+    dtype: str
     itemsize: int
 
     @classmethod
@@ -60,6 +61,7 @@ class Size:
             text.vocab_size,
             sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear)),
             sum(parameter.numel() for parameter in model.parameters()),
+            str(model.dtype).removeprefix("torch."),
             model.dtype.itemsize,
         )
 

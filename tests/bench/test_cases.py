@@ -19,6 +19,13 @@ def quiet(line):
     """Takes a line of progress."""
 
 
+def measured(job):
+    """The record that a job makes."""
+    record = job.run(job.setting, quiet)
+    assert record.key == job.key
+    return record
+
+
 def settings(jobs):
     return [job.setting for job in jobs]
 
@@ -39,8 +46,7 @@ def test_both_sides_score_the_same_text_alike(subject):
 def test_prefill(subject):
     jobs = list(prefill.jobs(subject, MACHINE))
     assert settings(jobs) == [{"n_local": 32, "length": 48}, {"n_local": 32, "length": 96}]
-    record = jobs[1].run(quiet)
-    assert record.key == jobs[1].key
+    record = measured(jobs[1])
     assert {side: len(values) for side, values in record.values.items()} == {"lambda": 2, "hf": 2}
     size = subject.size
     assert record.work["lambda"] == size.scoring(96, lambda_pairs(96, 32, 4))
@@ -51,7 +57,7 @@ def test_prefill(subject):
 def test_what_does_not_fit_the_memory_is_left_out_by_name(subject, monkeypatch):
     monkeypatch.setattr("lminf_eval.bench.subject.available", lambda device: 1000)
     for case in (prefill, decode):
-        record = list(case.jobs(subject, MACHINE))[-1].run(quiet)
+        record = measured(list(case.jobs(subject, MACHINE))[-1])
         assert list(record.values) == ["lambda"]
         assert list(record.skipped.values()) == ["needs 0.0 GB, 0.0 GB are free"]
 
@@ -60,7 +66,7 @@ def test_decode(subject):
     jobs = list(decode.jobs(subject, MACHINE))
     assert [job.setting["context"] for job in jobs] == [0, 32, 48, 96]
     for job in (jobs[0], jobs[3]):
-        record = job.run(quiet)
+        record = measured(job)
         assert record.tokens == decode.STEPS
         assert {side: len(values) for side, values in record.values.items()} == {"lambda": 2, "plain": 2}
     size = subject.size
@@ -98,7 +104,7 @@ def test_the_plain_state_has_the_shape_of_a_real_one(subject):
 
 def test_keys_and_values_are_counted_exactly(subject):
     jobs = [job for job in memory.jobs(subject, MACHINE) if job.setting["part"] == "keys and values"]
-    record = jobs[-1].run(quiet)
+    record = measured(jobs[-1])
     per_token = subject.size.kv_bytes
     assert record.unit == "B"
     assert record.values["plain"] == [96 * per_token]
@@ -126,7 +132,7 @@ def test_short(subject):
     assert [(job.setting["requests"], job.setting["batch"]) for job in jobs] == [
         (kind, batch) for kind in short.SETS for batch in (1, 4, 16)
     ]
-    record = jobs[2].run(quiet)
+    record = measured(jobs[2])
     assert {side: len(values) for side, values in record.values.items()} == {"lambda": 2, "hf": 2}
     requests = short.request_set("lambada-like", 512, 32)
     assert record.tokens == sum(len(context) + len(continuation) - 1 for _, context, continuation in requests)
@@ -136,7 +142,7 @@ def test_short(subject):
 def test_prefix(make_options):
     """Contexts of 50 tokens and more are computed once for all four answers."""
     subject = Subject(make_options(n_local="256", runs=1))
-    record = list(prefix.jobs(subject, MACHINE))[1].run(quiet)
+    record = measured(list(prefix.jobs(subject, MACHINE))[1])
     requests = short.request_set("multiple-choice", 512, 256)
     all_tokens = sum(len(context) + len(continuation) - 1 for _, context, continuation in requests)
     contexts = {tuple(context) for _, context, _ in requests}
@@ -149,7 +155,7 @@ def test_prefix(make_options):
 def test_attention_and_the_rest(subject):
     jobs = list(attention.jobs(subject, MACHINE))
     assert settings(jobs) == [{"part": part, "n_local": 32, "length": 96} for part in ("attention", "the rest")]
-    first, rest = (job.run(quiet) for job in jobs)
+    first, rest = map(measured, jobs)
     size = subject.size
     assert list(first.values) == ["in the pass", "alone", "sdpa"]
     assert first.work["in the pass"].flops == size.attention(lambda_pairs(96, 32, 4))
@@ -194,8 +200,19 @@ def test_rivals_that_are_missing_are_named(subject):
 
 def test_rivals_are_measured_too(make_options):
     subject = Subject(make_options(vs=True))
-    scored = list(prefill.jobs(subject, MACHINE))[1].run(quiet)
-    decoded = list(decode.jobs(subject, MACHINE))[3].run(quiet)
+    scored = measured(list(prefill.jobs(subject, MACHINE))[1])
+    decoded = measured(list(decode.jobs(subject, MACHINE))[3])
     assert list(scored.values) == ["lambda", "hf", "sliding sdpa"]
     assert list(decoded.values) == ["lambda", "plain", "sliding sdpa"]
     assert "sliding flash" in scored.skipped
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [prefill, decode, short, attention, memory, prefix])
+def test_on_cuda(make_options, case):
+    subject = Subject(make_options(device="cuda", dtype="bfloat16", vs=True, batches="2"))
+    for job in case.jobs(subject, MACHINE):
+        record = measured(job)
+        runs = 1 if record.unit == "B" else 2
+        assert all(len(values) == runs and min(values) >= 0 for values in record.values.values())
+        assert {"lambda", "shared", "in the pass"} & record.values.keys()

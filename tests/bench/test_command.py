@@ -1,12 +1,14 @@
 """The whole command: what it writes, that it goes on after Ctrl-C, and what it refuses to write over."""
 
 import json
+import re
 
 import pytest
 
 from lminf_eval.bench import FORMAT, command
 from lminf_eval.bench.cases import decode, prefill
 from lminf_eval.bench.command import bench
+from lminf_eval.bench.subject import Subject
 from lminf_eval.errors import UsageError
 
 
@@ -56,6 +58,7 @@ def test_the_file_holds_everything(make_options, tmp_path, capsys):
     assert "plain / lambda" in out
     assert "100 GFLOP/s (matrix product), 10.0 GB/s (copy)" in out
     assert "6 measurements, about" in err
+    assert re.search(r"2/6 prefill n_local=32, length=96: lambda [\d.,]+ tokens/s, hf [\d.,]+ tokens/s\n", err)
     assert list(file.parent.iterdir()) == [file]
 
 
@@ -63,7 +66,7 @@ def test_ctrl_c_leaves_what_was_measured_and_the_same_command_goes_on(make_optio
     file, real, ran = tmp_path / "bench.json", decode.run, []
 
     def count(*args):
-        ran.append(args[2])
+        ran.append(args[1]["context"])
         if len(ran) == 2:
             raise KeyboardInterrupt
         return real(*args)
@@ -94,10 +97,11 @@ def test_a_finished_bench_is_measured_anew(make_options, tmp_path):
     assert read(file)["records"][1]["values"] != before
 
 
-def test_another_bench_is_not_written_over(make_options, tmp_path):
+def test_another_bench_is_not_written_over(make_options, tmp_path, monkeypatch):
     file = tmp_path / "bench.json"
     bench(make_options(cases="prefill", lengths="48"), file)
     before = file.read_bytes()
+    monkeypatch.setattr(Subject, "model", property(lambda self: pytest.fail("weights were read")))
     with pytest.raises(UsageError, match=r"holds another bench \(options lengths: \[48\], now \[64\]\)"):
         bench(make_options(cases="prefill", lengths="64"), file)
     assert file.read_bytes() == before
@@ -120,7 +124,7 @@ def test_an_output_that_cannot_be_written(make_options, tmp_path):
 
 def test_weights_that_do_not_fit_are_refused_before_they_are_made(make_options, tmp_path, monkeypatch):
     monkeypatch.setattr("lminf_eval.bench.subject.available", lambda device: 1000)
-    with pytest.raises(UsageError, match=r"the weights take 0\.0 GB in torch.float32, and 0\.0 GB are free"):
+    with pytest.raises(UsageError, match=r"the weights: needs 0\.0 GB, 0\.0 GB are free"):
         bench(make_options(), tmp_path / "bench.json")
 
 
@@ -130,3 +134,11 @@ def test_a_model_that_cannot_be_run(make_options, tmp_path, tiny_llama):
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
     with pytest.raises(UsageError, match="mamba"):
         bench(make_options(shape="", pretrained=str(folder)), tmp_path / "bench.json")
+
+
+def test_weights_that_cannot_be_read(make_options, tmp_path, tiny_llama):
+    folder = tiny_llama()
+    (folder / "model.safetensors").write_bytes(b"cut off")
+    with pytest.raises(UsageError, match="its weights can't be read"):
+        bench(make_options(shape="", pretrained=str(folder)), tmp_path / "bench.json")
+    assert not list(tmp_path.glob("bench.json*"))

@@ -59,9 +59,12 @@ def test_without_a_model_it_is_the_demos_where_it_is_there(tmp_path, monkeypatch
         ({"n_local": "8"}, r"n_global=10 must be smaller than n_local=8"),
         ({"batches": "two"}, r"batches=two: 'two'"),
         ({"cases": "prefil"}, r"'prefil' \(did you mean prefill\?\) is none of prefill, decode"),
-        ({"model_args": "n_globl=4"}, r"n_globl=4 is not one that bench takes \(did you mean n_global\?\)"),
-        ({"model_args": "n_local=64"}, r"pass --n-local 64"),
-        ({"model_args": "attention=full"}, r"attention=full: bench compares"),
+        (
+            {"model_args": "n_globl=4"},
+            r"n_globl=4: bench takes n_global and chunk_size there \(did you mean n_global\?\)",
+        ),
+        ({"model_args": "n_local=64"}, r"n_local=64: bench takes .*; n_local is --n-local"),
+        ({"model_args": "attention=full"}, r"attention=full: bench takes n_global and chunk_size"),
         ({"model_args": "chunk_size=0"}, r"chunk_size=0"),
     ],
 )

@@ -54,3 +54,9 @@ def test_json_holds_all_and_gives_it_back(record):
 def test_a_record_of_nothing_but_reasons():
     nothing = Record("prefill", {"length": 1}, {}, skipped={"lambda": "out of memory"})
     assert nothing.to_json(MACHINE)["summary"] == {"sides": {}, "ratios": {}, "floor_s": {}, "reached": {}}
+
+
+def test_nothing_is_a_multiple_of_nothing():
+    peaks = Record("memory", {}, {"lambda": [0.0], "hf": [5e6]}, "B")
+    assert peaks.ratios() == {}
+    assert peaks.to_json(MACHINE)["summary"]["sides"]["lambda"]["median"] == 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from statistics import median
 
 import torch
 from torch import nn
@@ -19,69 +20,77 @@ WINDOWS = 8  # of a text that is long enough to tell
 
 
 def jobs(subject: Subject, ceilings: Ceilings) -> Iterator[Job]:
-    """Two for each n_local: of a pass over the longest text, at most `WINDOWS` windows long, and of a chunk alone."""
+    """Two for each n_local, each with passes over the longest text, of `WINDOWS` windows at most."""
     options, size = subject.options, subject.size
     for n_local in options.n_local:
         length = min(options.lengths[-1], WINDOWS * n_local)
         a_pass = ceilings.floor(size.scoring(length, lambda_pairs(length, n_local, 0)))
         pieces = size.attention(n_local**2) / ceilings.flops_per_s
+        each = 1.5 * (options.runs + 1)
         setting = {"n_local": n_local, "length": length}
-        for part, seconds in (("attention", a_pass + pieces), ("the rest", 1.5 * a_pass)):
-            yield Job(
-                "attention",
-                {"part": part, **setting},
-                1.5 * (options.runs + 1) * seconds,
-                partial(run, subject, part, n_local, length),
-            )
+        yield Job("attention", {"part": "attention", **setting}, each * (a_pass + pieces), partial(attention, subject))
+        yield Job("attention", {"part": "the rest", **setting}, each * 1.5 * a_pass, partial(the_rest, subject))
 
 
-def run(subject: Subject, part: str, n_local: int, length: int, told: Told) -> Record:
-    """Seconds of one part of a pass over `length` tokens, and of what it would be at best.
+def attention(subject: Subject, setting: dict, told: Told) -> Record:
+    """Seconds of all that the attention function does in a pass, rotations and cache included ("in the pass"); of the
+    band and the starting tokens alone, a chunk in each layer ("alone"); of plain causal attention on blocks of n_local,
+    one in each layer ("sdpa"). Work is unequal, so rates are compared."""
+    n_local, passes = setting["n_local"], _Passes(subject, setting)
+    size, chunk, sinks = subject.size, passes.chunk, passes.lm.spec.sinks
+    sides = {
+        "in the pass": passes.run,
+        "alone": _band(subject, n_local, chunk, sinks),
+        "sdpa": _sdpa(subject, n_local),
+    }
+    work = {
+        "in the pass": Work(size.attention(lambda_pairs(setting["length"], n_local, sinks))),
+        "alone": Work(size.attention(chunk * (n_local + sinks))),
+        "sdpa": Work(size.attention(full_pairs(n_local))),
+    }
+    return _record(subject, setting, told, passes, sides, work, lambda inside, whole: inside)
 
-    Part "attention": all that the attention function does in the pass, rotations and cache included ("in the pass");
-    the band and the starting tokens alone ("alone"), a chunk in each layer; plain causal attention on blocks of
-    n_local ("sdpa"), one in each layer. Part "the rest": the pass without that function, and the model's linear layers
-    alone, on random input. Work is unequal, so rates are compared.
-    """
-    lm, size, options = subject.lambda_lm(n_local), subject.size, subject.options
-    inside: list[float] = []
-    whole: list[float] = []
-    chunk, sinks = min(lm.spec.chunk_size, length), lm.spec.sinks
-    sides = {"in the pass": partial(_pass, subject, lm, length, inside, whole)}
-    work = {"in the pass": Work(size.attention(lambda_pairs(length, n_local, sinks)))}
-    if part == "attention":
-        sides |= {"alone": _band(subject, n_local, chunk, sinks), "sdpa": _sdpa(subject, n_local)}
-        work |= {
-            "alone": Work(size.attention(chunk * (n_local + sinks))),
-            "sdpa": Work(size.attention(full_pairs(n_local))),
-        }
-    else:
-        sides |= {"linear layers": _linear(subject, chunk)}
-        work = {"in the pass": Work(2.0 * size.linear * length), "linear layers": Work(2.0 * size.linear * chunk)}
-    values, skipped = in_turn(sides, options.runs, subject.device, told)
-    inside, whole = inside[-options.runs :], whole[-options.runs :]
+
+def the_rest(subject: Subject, setting: dict, told: Told) -> Record:
+    """Seconds of a pass without its attention function ("in the pass"), and of the model's linear layers alone, the
+    head among them, on one chunk of random numbers. Work is unequal, so rates are compared."""
+    passes, flops = _Passes(subject, setting), 2.0 * subject.size.linear
+    sides = {"in the pass": passes.run, "linear layers": _linear(subject, passes.chunk)}
+    work = {"in the pass": Work(flops * setting["length"]), "linear layers": Work(flops * passes.chunk)}
+    return _record(subject, setting, told, passes, sides, work, lambda inside, whole: whole - inside)
+
+
+class _Passes:
+    """Scores a text through `--model lminf`, keeping (seconds in its attention function, seconds in all) of each."""
+
+    def __init__(self, subject: Subject, setting: dict):
+        self.subject, self.lm = subject, subject.lambda_lm(setting["n_local"])
+        self.chunk = min(self.lm.spec.chunk_size, setting["length"])
+        self.requests = subject.rolling(setting["length"])
+        self.seconds: list[tuple[float, float]] = []
+
+    def run(self) -> None:
+        streaming, device = self.lm.streaming, self.subject.device
+        watch = streaming.attend = Stopwatch(streaming.attend, device)
+        total = Stopwatch(self.lm._loglikelihood_tokens, device)
+        try:
+            total(self.requests, disable_tqdm=True)
+            synchronise(device)
+        finally:
+            del streaming.attend  # the method shows again
+        self.seconds.append((watch.seconds, total.seconds))
+
+
+def _record(subject: Subject, setting: dict, told: Told, passes: _Passes, sides, work, taken) -> Record:
+    """The record of `sides`, of which the first is `taken(inside, whole)` of each pass."""
+    runs = subject.options.runs
+    values, skipped = in_turn(sides, runs, subject.device, told)
+    facts: dict[str, int | float | str] = {"chunk_size": passes.chunk}
     if "in the pass" in values:
-        taken = inside if part == "attention" else [b - a for a, b in zip(inside, whole, strict=True)]
-        values["in the pass"] = taken
-    share = sorted(a / b for a, b in zip(inside, whole, strict=True))[len(inside) // 2] if inside else 0.0
-    setting = {"part": part, "n_local": n_local, "length": length}
-    work = {name: one for name, one in work.items() if name in values}
-    facts = {"chunk_size": chunk, "share of attention in the pass": share}
+        values["in the pass"] = [taken(*seconds) for seconds in passes.seconds[-runs:]]
+        facts["share of attention in the pass"] = median(inside / whole for inside, whole in passes.seconds[-runs:])
+    work = {name: work[name] for name in values}
     return Record("attention", setting, values, work=work, skipped=skipped, rated=True, facts=facts)
-
-
-def _pass(subject: Subject, lm, length: int, inside: list[float], whole: list[float]) -> None:
-    """Score a text through `lm`, and add the seconds in its attention function and those of the whole."""
-    streaming = lm.streaming
-    watch, total = Stopwatch(streaming.attend, subject.device), Stopwatch(lm._loglikelihood_tokens, subject.device)
-    streaming.attend = watch
-    try:
-        total(subject.rolling(length), disable_tqdm=True)
-        synchronise(subject.device)
-    finally:
-        del streaming.attend  # the method shows again
-    inside.append(watch.seconds)
-    whole.append(total.seconds)
 
 
 def _band(subject: Subject, n_local: int, chunk: int, sinks: int):

@@ -28,15 +28,15 @@ def jobs(subject: Subject, ceilings: Ceilings) -> Iterator[Job]:
         work = size.scoring(length, lambda_pairs(length, n_local, 0))
         alone = 1.6 * torch.get_num_threads() * ceilings.floor(Work(work.flops))
         seconds = options.runs * (1.5 * alone + 3 * START_SECONDS)
-        yield Job("context", {"n_local": n_local, "length": length}, seconds, partial(run, subject, n_local, length))
+        yield Job("context", {"n_local": n_local, "length": length}, seconds, partial(run, subject))
 
 
-def run(subject: Subject, n_local: int, length: int, told: Told) -> Record:
+def run(subject: Subject, setting: dict, told: Told) -> Record:
     """Seconds of one rolling request, without the start of the processes (see `bench/share.py`)."""
-    runs, setting = subject.options.runs, {"n_local": n_local, "length": length}
+    runs = subject.options.runs
     if subject.device.type == "cuda" and torch.cuda.device_count() < 2:
         return Record("context", setting, {}, skipped=dict.fromkeys(SIDES, "it needs two CUDA devices"))
-    task = {"options": asdict(subject.options), "n_local": n_local, "length": length}
+    task = {"options": asdict(subject.options), **setting}
     values, skipped = {side: [] for side in SIDES}, {}
     for number in range(1, runs + 1):
         for side, launcher in SIDES.items():
@@ -49,4 +49,4 @@ def run(subject: Subject, n_local: int, length: int, told: Told) -> Record:
                 values.pop(side)
             else:
                 values[side].append(found)
-    return Record("context", setting, values, tokens=length, skipped=skipped)
+    return Record("context", setting, values, tokens=setting["length"], skipped=skipped)

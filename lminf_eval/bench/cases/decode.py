@@ -13,7 +13,7 @@ from lminf_eval.bench.record import Job, Record
 from lminf_eval.bench.rivals import rivals
 from lminf_eval.bench.subject import Subject
 from lminf_eval.bench.timing import Told, in_turn
-from lminf_eval.bench.work import Ceilings, lambda_keys
+from lminf_eval.bench.work import Ceilings, Work, lambda_keys
 
 STEPS = 16  # tokens decoded in one run
 
@@ -32,11 +32,12 @@ def jobs(subject: Subject, ceilings: Ceilings) -> Iterator[Job]:
                 near = ceilings.floor(size.decoding(rows, min(context, n_local)))
                 seconds = 2 * STEPS * (options.runs + 1) * (near + 3 * plain)
                 setting = {"batch": rows, "n_local": n_local, "context": context}
-                yield Job("decode", setting, seconds, partial(run, subject, n_local, context, rows))
+                yield Job("decode", setting, seconds, partial(run, subject))
 
 
-def run(subject: Subject, n_local: int, context: int, rows: int, told: Told) -> Record:
-    """Seconds of `STEPS` decoded tokens in each of `rows` sequences that have `context` tokens before."""
+def run(subject: Subject, setting: dict, told: Told) -> Record:
+    """Seconds of `STEPS` decoded tokens in each of `batch` sequences that have `context` tokens before."""
+    n_local, context, rows = setting["n_local"], setting["context"], setting["batch"]
     options, size, lm = subject.options, subject.size, subject.lambda_lm(n_local)
     told("lambda, filling its cache")
     ids_SB1 = subject.tokens(STEPS, rows, 1, seed=1).to(subject.device)
@@ -60,9 +61,8 @@ def run(subject: Subject, n_local: int, context: int, rows: int, told: Told) -> 
     values, failed = in_turn(calls, options.runs, subject.device, told)
     windowed = size.decoding(rows, lambda_keys(context, n_local, lm.spec.sinks))
     work = dict.fromkeys(values, windowed) | {"plain": size.decoding(rows, context + 1)}
-    setting = {"batch": rows, "n_local": n_local, "context": context}
-    steps = {name: type(one)(one.flops * STEPS, one.bytes * STEPS) for name, one in work.items() if name in values}
-    return Record("decode", setting, values, tokens=STEPS, work=steps, skipped=skipped | failed, facts=facts)
+    work = {name: Work(work[name].flops * STEPS, work[name].bytes * STEPS) for name in values}
+    return Record("decode", setting, values, tokens=STEPS, work=work, skipped=skipped | failed, facts=facts)
 
 
 def _plain_bytes(subject: Subject, context: int, rows: int) -> int:

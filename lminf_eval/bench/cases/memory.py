@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 
+from lminf_eval.bench.cases.prefill import hf_floor
 from lminf_eval.bench.cases.states import lambda_state, plain_bytes, plain_state
 from lminf_eval.bench.children import START_SECONDS, child
 from lminf_eval.bench.record import Job, Record
 from lminf_eval.bench.subject import Subject
 from lminf_eval.bench.timing import Told
-from lminf_eval.bench.work import Ceilings, full_pairs, lambda_pairs
+from lminf_eval.bench.work import Ceilings, lambda_pairs
 
 
 def jobs(subject: Subject, ceilings: Ceilings) -> Iterator[Job]:
@@ -20,45 +21,45 @@ def jobs(subject: Subject, ceilings: Ceilings) -> Iterator[Job]:
     for n_local in options.n_local:
         for length in options.lengths:
             near = ceilings.floor(size.scoring(length, lambda_pairs(length, n_local, 0)))
-            plain = ceilings.floor(size.scoring(length, full_pairs(length)))
+            plain = hf_floor(subject, ceilings, length)
             setting = {"n_local": n_local, "length": length}
             yield Job(
                 "memory",
                 {"part": "keys and values", **setting},
                 2 * near * min(1.0, 2 * n_local / length),
-                partial(keys_and_values, subject, n_local, length),
+                partial(keys_and_values, subject),
             )
             yield Job(
                 "memory",
                 {"part": "peak", **setting},
                 2 * START_SECONDS + 1.6 * (near + plain),
-                partial(peak, subject, n_local, length),
+                partial(peak, subject),
             )
 
 
-def keys_and_values(subject: Subject, n_local: int, length: int, told: Told) -> Record:
-    """Bytes in the cache of one sequence of `length` tokens, counted in the tensors themselves."""
-    told("keys and values")
-    lm = subject.lambda_lm(n_local)
+def keys_and_values(subject: Subject, setting: dict, told: Told) -> Record:
+    """Bytes in the cache of one sequence, counted in the tensors themselves."""
+    told("filling a cache")
+    length, lm = setting["length"], subject.lambda_lm(setting["n_local"])
     values = {
         "lambda": [float(lambda_state(subject, lm, length, 1, 0).nbytes)],
         "plain": [float(plain_bytes(plain_state(subject, subject.model, length, 1, "meta")))],
     }
-    return Record("memory", {"part": "keys and values", "n_local": n_local, "length": length}, values, "B")
+    return Record("memory", setting, values, "B")
 
 
-def peak(subject: Subject, n_local: int, length: int, told: Told) -> Record:
+def peak(subject: Subject, setting: dict, told: Told) -> Record:
     """Bytes above what the process held with its weights read and a short request done, see `bench/peak.py`."""
     values, skipped = {}, {}
     for side in ("lambda", "hf"):
-        if side == "hf" and (lacking := subject.lacking(subject.hf_bytes(length))):
+        if side == "hf" and (lacking := subject.lacking(subject.hf_bytes(setting["length"]))):
             skipped[side] = lacking
             continue
         told(side)
-        task = {"options": asdict(subject.options), "side": side, "n_local": n_local, "length": length}
+        task = {"options": asdict(subject.options), "side": side, **setting}
         found, why = child(f"memory of {side}", [], "lminf_eval.bench.peak", task)
         if found is None:
             skipped[side] = why
         else:
             values[side] = [found]
-    return Record("memory", {"part": "peak", "n_local": n_local, "length": length}, values, "B", skipped=skipped)
+    return Record("memory", setting, values, "B", skipped=skipped)

@@ -18,21 +18,22 @@ def jobs(subject: Subject, ceilings: Ceilings) -> Iterator[Job]:
     for n_local in options.n_local:
         for length in options.lengths:
             near = ceilings.floor(size.scoring(length, lambda_pairs(length, n_local, 0)))
-            plain = (
-                0.0
-                if subject.lacking(subject.hf_bytes(length))
-                else ceilings.floor(size.scoring(length, full_pairs(length)))
-            )
+            plain = hf_floor(subject, ceilings, length)
             setting = {"n_local": n_local, "length": length}
-            yield Job("prefill", setting, options.runs * 1.6 * (near + plain), partial(run, subject, n_local, length))
+            yield Job("prefill", setting, options.runs * 1.6 * (near + plain), partial(run, subject))
 
 
-def run(subject: Subject, n_local: int, length: int, told: Told) -> Record:
-    """Seconds of one rolling request of `length` tokens; the sides of `--vs` go through `--model hf` too."""
-    options, size, requests = subject.options, subject.size, subject.rolling(length)
+def hf_floor(subject: Subject, ceilings: Ceilings, length: int) -> float:
+    """Seconds that `hf` takes at the least for a text; none where it does not fit the memory and is left out."""
+    lacking = subject.lacking(subject.hf_bytes(length))
+    return 0.0 if lacking else ceilings.floor(subject.size.scoring(length, full_pairs(length)))
+
+
+def run(subject: Subject, setting: dict, told: Told) -> Record:
+    """Seconds of one rolling request; the sides of `--vs` go through `--model hf` too."""
+    options, size, n_local, length = subject.options, subject.size, setting["n_local"], setting["length"]
     lm = subject.lambda_lm(n_local)
-    sides = {"lambda": lm}
-    skipped = {}
+    sides, skipped = {"lambda": lm}, {}
     if lacking := subject.lacking(subject.hf_bytes(length)):
         skipped["hf"] = lacking
     else:
@@ -45,13 +46,14 @@ def run(subject: Subject, n_local: int, length: int, told: Told) -> Record:
     for name, one in sides.items():
         told(f"{name}, warming up")
         one._loglikelihood_tokens(short, disable_tqdm=True)
+    requests = subject.rolling(length)
     calls = {name: partial(one._loglikelihood_tokens, requests, disable_tqdm=True) for name, one in sides.items()}
     values, failed = in_turn(calls, options.runs, subject.device, told, warm=False)
     windowed = size.scoring(length, lambda_pairs(length, n_local, lm.spec.sinks))
     work = dict.fromkeys(values, windowed) | {"hf": size.scoring(length, full_pairs(length))}
     return Record(
         "prefill",
-        {"n_local": n_local, "length": length},
+        setting,
         values,
         tokens=length,
         work={name: work[name] for name in values},

@@ -21,10 +21,10 @@ def jobs(subject: Subject, ceilings: Ceilings) -> Iterator[Job]:
     tokens = sum(len(context) + len(continuation) for _, context, continuation in requests)
     for batch in options.batches_or(1, 16):
         seconds = 3 * (options.runs + 1) * 2.0 * subject.size.linear * tokens / ceilings.flops_per_s
-        yield Job("prefix", {"requests": KIND, "batch": batch}, seconds, partial(run, subject, batch))
+        yield Job("prefix", {"requests": KIND, "batch": batch}, seconds, partial(run, subject))
 
 
-def run(subject: Subject, batch: int, told: Told) -> Record:
+def run(subject: Subject, setting: dict, told: Told) -> Record:
     """Seconds of the same requests with `prefix_sharing` and without, and the tokens that each computed."""
     options, n_local = subject.options, subject.options.n_local[0]
     lm = subject.lambda_lm(n_local)
@@ -37,10 +37,9 @@ def run(subject: Subject, batch: int, told: Told) -> Record:
         computed[f"tokens computed {name}"] = lm._tokens["computed"] - before
 
     sides = {name: partial(score, name, shared) for name, shared in (("shared", True), ("unshared", False))}
-    lm.batch_size_per_gpu = batch
+    lm.batch_size_per_gpu = setting["batch"]
     try:
         values, skipped = in_turn(sides, options.runs, subject.device, told)
     finally:
         lm.prefix_sharing, lm.batch_size_per_gpu = True, 1
-    setting = {"requests": KIND, "batch": batch}
     return Record("prefix", setting, values, skipped=skipped, facts={"n_local": n_local, **computed})

@@ -23,16 +23,16 @@ def jobs(subject: Subject, ceilings: Ceilings) -> Iterator[Job]:
         flops = 2.0 * subject.size.linear * sum(map(_length, requests))
         for batch in options.batches_or(1, 4, 16):
             seconds = 4 * (options.runs + 1) * flops / ceilings.flops_per_s
-            yield Job("short", {"requests": kind, "batch": batch}, seconds, partial(run, subject, kind, batch))
+            yield Job("short", {"requests": kind, "batch": batch}, seconds, partial(run, subject))
 
 
-def run(subject: Subject, kind: str, batch: int, told: Told) -> Record:
+def run(subject: Subject, setting: dict, told: Told) -> Record:
     """Seconds of one set of requests through `--model lminf` and `--model hf` with the same batch size."""
     options, n_local = subject.options, subject.options.n_local[0]
-    requests = request_set(kind, subject.size.vocab, n_local)
+    requests = request_set(setting["requests"], subject.size.vocab, n_local)
     sides = {"lambda": subject.lambda_lm(n_local), "hf": subject.hf}
     for lm in sides.values():
-        lm.batch_size_per_gpu = batch
+        lm.batch_size_per_gpu = setting["batch"]
     calls = {name: partial(lm._loglikelihood_tokens, requests, disable_tqdm=True) for name, lm in sides.items()}
     try:
         values, skipped = in_turn(calls, options.runs, subject.device, told)
@@ -43,7 +43,7 @@ def run(subject: Subject, kind: str, batch: int, told: Told) -> Record:
     each = size.scoring(sum(lengths), sum(map(full_pairs, lengths)))
     return Record(
         "short",
-        {"requests": kind, "batch": batch},
+        setting,
         values,
         tokens=sum(lengths),
         work=dict.fromkeys(values, each),
