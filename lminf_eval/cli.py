@@ -215,10 +215,12 @@ def bench(
     cases: Annotated[
         str, typer.Option(help="Of prefill, decode, short, memory, attention, prefix and context.")
     ] = "prefill,decode,short,memory,attention,prefix",
-    batches: Annotated[str, typer.Option(help="Batch sizes; by default 1 for decode and 1,4,16 for short.")] = "",
+    batches: Annotated[
+        str, typer.Option(help="Batch sizes; by default 1 to decode, 1,4,16 for short, 1,16 for prefix.")
+    ] = "",
     runs: Annotated[int, typer.Option(min=1, help="Runs of each side of a comparison.")] = 3,
     vs: Annotated[bool, typer.Option("--vs", help="Also what is installed of other windowed attention.")] = False,
-    model_args: Annotated[str, typer.Option("--model_args", help="Of lminf alone: n_global=4,chunk_size=1024,…")] = "",
+    model_args: Annotated[str, typer.Option("--model_args", help="Of lminf alone: n_global=4,chunk_size=1024.")] = "",
     output: Annotated[Path, typer.Option("--output", "-o", help="The JSON of all raw times.")] = Path(
         "lminf-bench.json"
     ),
