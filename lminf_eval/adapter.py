@@ -31,6 +31,7 @@ from lminf_eval.parallel import data
 from lminf_eval.parallel.data import Work
 from lminf_eval.parallel.ranks import Ranks
 from lminf_eval.parallel.way import choose
+from lminf_eval.patch import device_of
 from lminf_eval.pieces import encode
 from lminf_eval.prefix import HELD
 from lminf_eval.resume.checkpoint import Checkpoints
@@ -201,6 +202,8 @@ class LMInfinite(HFLM):
                 for where, most in found["max_memory"].items()
                 if not isinstance(where, int) or where % ranks.local_world == ranks.local_rank
             }
+        elif found.get("device_map") == "auto":  # no CUDA device: it would take that for no memory at all
+            found["max_memory"] = None
         return found
 
     @property
@@ -366,7 +369,8 @@ class LMInfinite(HFLM):
         if self.spec.attention == "full" or isinstance(self._model, _Unread):
             return ""
         head = getattr(self.config.get_text_config(), "head_dim", None) or 64
-        return primitive(torch.empty(1, 1, 1, head, dtype=self._model.dtype, device=self._model.device))
+        where = device_of(self._model.get_input_embeddings())
+        return primitive(torch.empty(1, 1, 1, head, dtype=self._model.dtype, device=where))
 
     def _computed(self, bar: tqdm, what: str, works: list[Work]) -> Iterator[tuple[int, Any]]:
         """Each one's index and answer, from this process or another; without any, no weights are read."""

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from lminf_eval.cache import LambdaCache
 from lminf_eval.errors import UsageError, first_line, out_of_memory
+from lminf_eval.patch import device_of
 from lminf_eval.prefix import HELD, Node, forest
 from lminf_eval.resume.checkpoint import EVERY, Checkpoints
 from lminf_eval.resume.stop import Stop
@@ -97,7 +98,7 @@ class Engine:
         self.batch_tokens = chunk_size  # new ones, of all rows of a batch whose size is left to us
         self.bar = tqdm(disable=True) if bar is None else bar
         self.stop, self.checkpoints, self.held = stop or Stop(), checkpoints, held
-        self.device = model.model.device
+        self.device = device_of(model.model.get_input_embeddings())
         self._logits_at_once = _LOGITS_AT_ONCE
         self.computed = 0  # tokens that went through the model
         self.reused = 0  # tokens that a request needed and another had computed
@@ -373,7 +374,7 @@ class Engine:
     def _resume(self, tokens: np.ndarray, wanted: np.ndarray, found: list[np.ndarray], cache: LambdaCache) -> int:
         """The position that an earlier process came to in this document; its `cache` and `found` are filled in."""
         self.checkpoints.begin(tokens, wanted, cache.capacity)
-        devices = {layer.layer_idx: next(layer.parameters()).device for layer in self.model.layers}
+        devices = {layer.layer_idx: device_of(layer) for layer in self.model.layers}
         position, earlier = self.checkpoints.load(cache, devices)
         found[: len(earlier)] = earlier
         self.reused += position

@@ -327,6 +327,15 @@ def attention_layers(model: PreTrainedModel) -> list[nn.Module]:
     return layers
 
 
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module computes. The weights of one that accelerate has offloaded are elsewhere, or nowhere yet."""
+    for part in module.modules():
+        device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return next(module.parameters()).device
+
+
 def find_rotary(model: PreTrainedModel) -> list[nn.Module]:
     """The modules that turn positions into (cos, sin)."""
     return [module for name, module in model.named_modules() if name.rpartition(".")[2].startswith("rotary_emb")]

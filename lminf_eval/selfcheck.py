@@ -21,6 +21,7 @@ from lminf_eval.patch import (
     IMPLEMENTATION,
     LambdaModel,
     attention_layers,
+    device_of,
     find_rotary,
     head_logits,
     rotary_module,
@@ -93,7 +94,9 @@ def own_logits(model: PreTrainedModel, spec: LambdaSpec) -> torch.Tensor:
 
 def _ids(model: PreTrainedModel) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(model.config.get_text_config().vocab_size, (1, _TOKENS), generator=generator).to(model.device)
+    return torch.randint(model.config.get_text_config().vocab_size, (1, _TOKENS), generator=generator).to(
+        device_of(model.get_input_embeddings())
+    )
 
 
 class _Recorder:
