@@ -46,10 +46,31 @@ UNSHARDED = frozenset(_UNSHARDED.split())
 _OTHERS = "parallel=layers, zero3 and context go with it"
 
 
+class InStep(Engine):
+    """An `Engine` of ranks that run the same requests in step."""
+
+    in_step = True
+
+
+class AgreeInStep(InStep):
+    """One whose ranks all go on with the first one's tokens: each computes logits of its own, and one that differed in
+    the last bit, and so took another token, would stop at another length and leave the others waiting."""
+
+    def generate(self, requests: Sequence[GenerateRequest]) -> Iterator[tuple[int, list[int]]]:
+        """As `Engine.generate`."""
+        return super().generate([replace(one, choose=partial(self._agree, one.choose)) for one in requests])
+
+    def _agree(self, choose: Callable | None, tokens: list[int], logits_V: torch.Tensor) -> int:
+        token = torch.tensor([int(logits_V.argmax()) if choose is None else choose(tokens, logits_V)])
+        dist.broadcast(token, 0)
+        return int(token)
+
+
 class TensorParallel(Way):
     """`parallel=deepspeed`: each rank of a group holds its share of the heads, and of every projection."""
 
     reads_on_host = True
+    engine = InStep
 
     def check(self, config: PreTrainedConfig, spec: LambdaSpec) -> None:
         """Refuse heads that can't be divided, and families that AutoTP divides wrongly."""
@@ -60,8 +81,8 @@ class TensorParallel(Way):
         if heads % size or kv_heads % size:
             fitting = [n for n in range(1, kv_heads + 1) if heads % n == kv_heads % n == 0]
             raise UsageError(
-                f"tp_size={size}: neither may {heads} query heads nor {kv_heads} key-value heads leave a remainder, as "
-                f"in this model they do; it can be {', '.join(map(str, fitting))}"
+                f"tp_size={size}: must divide both the model's {heads} query heads and its {kv_heads} key-value heads; "
+                f"it can be {', '.join(map(str, fitting))}"
             )
         if family in UNSHARDED:
             raise UsageError(f"parallel=deepspeed: DeepSpeed can't shard the family {family!r}; {_OTHERS}")
@@ -192,20 +213,6 @@ def count_heads(text: PreTrainedConfig) -> tuple[int, int]:
     return heads, getattr(text, "num_key_value_heads", None) or getattr(text, "num_kv_heads", None) or heads
 
 
-class InStep(Engine):
-    """An `Engine` whose ranks go on with the first one's tokens: each computes logits of its own, and one that differed
-    in the last bit, and so took another token, would stop at another length and leave the others waiting."""
-
-    def generate(self, requests: Sequence[GenerateRequest]) -> Iterator[tuple[int, list[int]]]:
-        """As `Engine.generate`."""
-        return super().generate([replace(one, choose=partial(self._agree, one.choose)) for one in requests])
-
-    def _agree(self, choose: Callable | None, tokens: list[int], logits_V: torch.Tensor) -> int:
-        token = torch.tensor([int(logits_V.argmax()) if choose is None else choose(tokens, logits_V)])
-        dist.broadcast(token, 0)
-        return int(token)
-
-
 class ZeRO3(Way):
     """`parallel=zero3`: each rank holds a part of every parameter, in host memory; all ranks run the same requests.
 
@@ -213,12 +220,13 @@ class ZeRO3(Way):
     `deepspeed_config_file`.
     """
 
-    engine = InStep
     reads_on_host = True
+    engine = AgreeInStep
 
     def check(self, config: PreTrainedConfig, spec: LambdaSpec) -> None:
-        """Refuse quantised weights."""
+        """Refuse quantised weights, and settings that are none."""
         _check_installed("zero3")
+        settings(torch.float32)
         if getattr(config, "quantization_config", None):
             raise UsageError("parallel=zero3: DeepSpeed can't divide quantised weights; parallel=layers goes with them")
 
@@ -253,6 +261,7 @@ def settings(dtype: torch.dtype) -> dict[str, Any]:
             raise UsageError(f"deepspeed_config_file={file}: parallel=zero3 needs zero_optimization with stage 3")
     # What is read next depends on whether logits are asked for, so that nothing can be fetched ahead.
     zero = found["zero_optimization"] | {"stage3_prefetch_bucket_size": 0}
+    found = {name: value for name, value in found.items() if value != "auto"}  # accelerate's word, for training
     halves = {name: {"enabled": dtype == kind} for name, kind in (("bf16", torch.bfloat16), ("fp16", torch.float16))}
     return found | halves | {"zero_optimization": zero, "train_micro_batch_size_per_gpu": 1}  # it wants the last one
 
@@ -264,7 +273,7 @@ def _check_installed(parallel: str) -> None:
 
 def _import(ranks: Ranks, device: torch.device) -> ModuleType:
     """DeepSpeed, told of this run's ranks and devices; what it has to say goes to standard error."""
-    os.environ["LOCAL_SIZE"] = str(ranks.local_world)
+    os.environ.setdefault("LOCAL_SIZE", str(ranks.local_world))
     os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
