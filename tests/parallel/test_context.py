@@ -212,7 +212,7 @@ def test_generation_goes_on_from_a_prompt_that_was_spread(name, answered):
     expected = dict(Engine(alone, 2048, 3).generate(requests))
     for one in found:
         assert one[f"generate {name}"]["answers"] == [expected[i] for i in range(len(requests))]
-        assert one[f"generate {name}"]["sent"] > 0 or one is found[1]
+        assert one[f"generate {name}"]["sent"] > 0
 
 
 def test_bytes_sent_in_each_layer_do_not_depend_on_the_length(answered):
