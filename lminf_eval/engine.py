@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from lminf_eval.cache import LambdaCache
 from lminf_eval.errors import UsageError, first_line, out_of_memory
+from lminf_eval.pairs import asked_of, joined, split
 from lminf_eval.patch import device_of
 from lminf_eval.prefix import HELD, Node, forest
 from lminf_eval.resume.checkpoint import EVERY, Checkpoints
@@ -136,7 +137,7 @@ class Engine:
                 state = cache.rows([0] * len(rows))
             found = self._run(requests, rows, state, keep=False)
             for i, (path, extras) in zip(batch, found, strict=True):
-                yield from self._members(requests, nodes[i], _joined(paths[i], path), extras)
+                yield from self._members(requests, nodes[i], joined(paths[i], path), extras)
             self._answered()
         inner = [i for i, node in enumerate(nodes) if node.children]
         for i in inner:
@@ -146,12 +147,11 @@ class Engine:
             else:  # nobody needs it after the last one
                 state = cache if i == inner[-1] else cache.rows([0])
             ((path, extras),) = self._run(requests, [node], state, keep=True)
-            path = _joined(paths[i], path)
+            path = joined(paths[i], path)
             yield from self._members(requests, node, path, extras)
             self._answered()
             below = [
-                _joined(path, extras.get((node.stop - 1, int(child.tokens[0])), (0.0, False)))
-                for child in node.children
+                joined(path, extras.get((node.stop - 1, int(child.tokens[0])), (0.0, False))) for child in node.children
             ]
             yield from self._score_siblings(requests, node.children, state, below)
 
@@ -161,7 +161,7 @@ class Engine:
         Per node: its path's log-probabilities and greedy flags at positions start .. stop - 2, and a dictionary of them
         at (position, token) for other tokens that were asked for.
         """
-        wanted = [_wanted(requests, node) for node in nodes]
+        wanted = [asked_of(requests, node) for node in nodes]
         start, longest = nodes[0].start, len(nodes[0].tokens)
         cache.readmit_from = [node.marked_from for node in nodes]
         results = [[np.zeros(len(pairs)), np.zeros(len(pairs), dtype=bool)] for pairs in wanted]
@@ -198,7 +198,7 @@ class Engine:
                 self.computed += done
                 self.bar.update(done)
             low = high
-        return [_split(node, pairs, *found) for node, pairs, found in zip(nodes, wanted, results, strict=True)]
+        return [split(node, pairs, *found) for node, pairs, found in zip(nodes, wanted, results, strict=True)]
 
     def _log_probs(self, output, row: int, at_U: np.ndarray, token_U: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Log-probability of token_U[u] after position at_U[u] of the chunk, and whether it is the most likely one."""
@@ -413,42 +413,3 @@ def _let_go() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _wanted(requests: Sequence[ScoreRequest], node: Node) -> np.ndarray:
-    """[U, 2], sorted: the (position, token) pairs whose log-probabilities are asked for in `node`.
-
-    Along the node they are its own next tokens; at its end the first tokens of its children; and, where a member ends,
-    that member's last token.
-    """
-    last = node.stop - 1
-    first = min(requests[index].scored_from for index in node.descendants()) - 1
-    low = min(max(first, node.start), last)
-    positions = np.arange(low, last, dtype=np.int32)
-    pairs = {(len(requests[i].tokens) - 2, int(requests[i].tokens[-1])) for i in node.members}
-    pairs = {(at, token) for at, token in pairs if at == last or at < low or token != node.tokens[at + 1 - node.start]}
-    for child in node.children:
-        if min(requests[index].scored_from for index in child.descendants()) <= node.stop:
-            pairs.add((last, int(child.tokens[0])))
-    others = np.array(sorted(pairs), dtype=np.int32).reshape(-1, 2)
-    own = np.stack([positions, node.tokens[low + 1 - node.start :]], 1)
-    return np.insert(own, np.searchsorted(positions, others[:, 0], side="right"), others, axis=0)
-
-
-def _split(node: Node, pairs: np.ndarray, log_probs: np.ndarray, greedy: np.ndarray):
-    """What `_run` found, as the node's path (positions start .. stop - 2, zero where not asked for) and the rest."""
-    path = np.zeros(len(node.tokens) - 1), np.zeros(len(node.tokens) - 1, dtype=bool)
-    at = pairs[:, 0] - node.start
-    own = at < len(node.tokens) - 1
-    own[own] = node.tokens[at[own] + 1] == pairs[own, 1]
-    path[0][at[own]], path[1][at[own]] = log_probs[own], greedy[own]
-    extras = {
-        (int(position), int(token)): (value, flag)
-        for (position, token), value, flag in zip(pairs[~own], log_probs[~own], greedy[~own], strict=True)
-    }
-    return path, extras
-
-
-def _joined(path, more):
-    """Two stretches of (log-probabilities, greedy flags), one after the other."""
-    return np.append(path[0], more[0]), np.append(path[1], more[1])

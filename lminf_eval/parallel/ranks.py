@@ -14,6 +14,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import json
+import logging
 import os
 import socket
 import sys
@@ -28,6 +29,8 @@ import torch.distributed as dist
 from lminf_eval.errors import UsageError, first_line
 from lminf_eval.parallel.watch import SharedStop, Watch
 from lminf_eval.resume.stop import Stop
+
+logger = logging.getLogger(f"lm_eval.{__name__}")  # lm-eval shows the loggers below its own name
 
 JOIN = 600  # seconds that ranks wait for each other at the start: nodes may come up one after the other
 _PIECE = 2**20  # bytes of one value; the store drops a client that sends more than 8 MiB
@@ -72,6 +75,11 @@ class Ranks:
             self.rank, self.local_rank = _number("RANK", 0), _number("LOCAL_RANK", 0)
             self.local_world = _number("LOCAL_WORLD_SIZE", 1)
             self._join()
+        elif os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_ADDR" in os.environ:
+            logger.warning(
+                "accelerate starts a single process where it is told to use the CPU; with --multi_gpu instead of --cpu "
+                "and use_cpu it starts several"
+            )
 
     def __str__(self) -> str:
         return f"rank {self.rank} of {self.world}"
