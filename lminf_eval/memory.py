@@ -15,7 +15,7 @@ def memory(config: Any, spec: LambdaSpec, length: int, batch_size: int, dtype: t
     """Bytes, beside those of Python and its libraries, when the longest input has `length` tokens.
 
     Held to a measurement once: SmolLM2-135M in float32 on a CPU, N = 8192, W = 2048, C = 2048, B = 1, lambda. These add
-    up to 1.10 GB; the process grew by 1.18 GB, from the 0.49 GB of Python with its libraries.
+    up to 0.93 GB; the process grew by 0.95 GB, from the 0.51 GB of Python with its libraries.
 
     Args:
         spec: resolved (n_local set), unless its attention is full.
@@ -27,6 +27,7 @@ def memory(config: Any, spec: LambdaSpec, length: int, batch_size: int, dtype: t
     - keys and values: in each layer 2 s B K D (G + min(W, N)); its own W and no G where a layer slides as trained
     - keys and values of full: in each layer 2 s B K D N
     - keys and values for top-k, in host memory: the same, where `top_k` is set
+    - set aside: what a chunk writes over, until it has passed all layers: in each layer 2 s B K D min(C, W), if N > W
     - logits: V T numbers for T = min(B C, 2^25 / V) rows, in float32 or wider, beside the narrower ones they came as
     - activations of one chunk: s B C (4 hidden + 3 max(intermediate, H D)), and one layer's keys and values in order,
       before and after turning: 4 s B K D min(N, W + C)
@@ -47,6 +48,7 @@ def memory(config: Any, spec: LambdaSpec, length: int, batch_size: int, dtype: t
         "weights": dtype.itemsize * parameters(config),
         "keys and values": kept,
         "keys and values of full": full,
+        "set aside": pair * sum(min(chunk, window) for window, _ in windows if length > window),
         "keys and values for top-k": full if readmits else 0,
         "logits": text.vocab_size * rows * (dtype.itemsize + 4 if dtype.itemsize < 4 else dtype.itemsize),
         "activations": dtype.itemsize * batch_size * chunk * (4 * text.hidden_size + 3 * widest) + 2 * pair * in_order,
