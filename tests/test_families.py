@@ -325,9 +325,10 @@ def test_float32_is_the_definition(family):
 
 
 def test_bfloat16_stays_near_it(family):
-    """The median token's logits within 3 % (in norm), and all within 10 % where no expert is chosen by a hair.
+    """The median token's logits within 3 % (in norm), and nine in ten within 6 % where no expert is chosen by a hair.
 
-    Measured: medians up to 2 %; the worst token of a family without experts 7.3 %.
+    The single worst token is left to chance: with other random weights it ranged from 6 % to 21 % in Gemma 4, by one
+    order of rounding in the rotation as by another, where the median stayed at 2 %.
     """
     name, model, ids = family
     model, spec = model.bfloat16(), LambdaSpec(n_local=W, n_global=G)
@@ -335,9 +336,10 @@ def test_bfloat16_stays_near_it(family):
     patched = lambda_model(model, spec)
     found = run(patched, ids, [20, *range(60, S)])
     patched.restore()
-    assert ((found - expected).norm(dim=-1) / expected.norm(dim=-1)).median() < 0.03
+    errors = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert errors.median() < 0.03
     if not FAMILIES[name].keys() & MOE.keys():
-        assert error(found, expected) < 0.1
+        assert errors.quantile(0.9) < 0.06
 
 
 def test_the_table_names_what_is_tested_here():
