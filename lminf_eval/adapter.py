@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
 from lm_eval import utils
-from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
-from safetensors import SafetensorError
 from tqdm import tqdm
 
-from lminf_eval import __version__, support
+from lminf_eval import __version__
 from lminf_eval.arguments import PARALLEL, check, find_device, identity
 from lminf_eval.attention.kernels import primitive
 from lminf_eval.engine import GenerateRequest, Score, ScoreRequest
-from lminf_eval.errors import UsageError, first_line
+from lminf_eval.errors import UsageError
+from lminf_eval.loading import LateHFLM
 from lminf_eval.memory import parameters
 from lminf_eval.parallel import data
 from lminf_eval.parallel.data import Work
@@ -37,15 +33,14 @@ from lminf_eval.prefix import HELD
 from lminf_eval.resume.checkpoint import Checkpoints
 from lminf_eval.resume.journal import HOW, Journal
 from lminf_eval.sampling import check_options, chooser
-from lminf_eval.scaling import apply_rope
-from lminf_eval.spec import LambdaSpec, trained_length
+from lminf_eval.spec import LambdaSpec
 
 logger = logging.getLogger(f"lm_eval.{__name__}")  # lm-eval shows the loggers below its own name
 
 UNBOUNDED = sys.maxsize  # a context length that no input reaches
 
 
-class LMInfinite(HFLM):
+class LMInfinite(LateHFLM):
     """A Hugging Face causal LM under Λ-attention (`--model lminf`).
 
     Every `--model_args` of lm-eval's `hf` works as there. Its own are those of `LambdaSpec`; `prefix_sharing`, and
@@ -91,23 +86,18 @@ class LMInfinite(HFLM):
         if self.parallel == "layers":
             kwargs["parallelize"] = True
         self.prefix_sharing, self.prefix_states = prefix_sharing, kwargs.pop("prefix_states", HELD)
-        self.n_local_from = ""
-        self._unread: dict[str, Any] | None = None  # the arguments the weights will be loaded with
         self._streaming = None
-        self._constructed = False
         self._tokens = Counter(computed=0, reused=0)
         self._recalled = 0  # answers found in the journal
         self._chunk_size = 0  # what memory was found to suffice for, once known
         self.journal: Journal | None = None
         self._checkpoints: Checkpoints | None = None
         device = self.ranks.device(find_device(device))
-        with _alone():
-            super().__init__(pretrained, device=device, batch_size=batch_size, **kwargs)
-        self._constructed = True
+        self.construct(pretrained, device=device, batch_size=batch_size, **kwargs)
         if not isinstance(pretrained, str):
             if self.spec.rope:
                 raise UsageError(f"rope={self.spec.rope}: it is set before a model is made; pass pretrained=<its name>")
-            self._inspect(self.config)
+            self.inspect(self.config)
         if not self.truncation:
             self.tokenizer.model_max_length = UNBOUNDED  # the tokenizer knows nothing of what we can read
         if journal is not None:
@@ -121,90 +111,7 @@ class LMInfinite(HFLM):
         self.ranks.kept = f"what was finished is in {folder}; the same command goes on from there"
         self.ranks.stop.listen()
 
-    # ------------------------------------------------------------------ loading, in HFLM's own steps
-
-    def _get_config(self, pretrained: str, **kwargs: Any) -> None:
-        try:
-            super()._get_config(pretrained, **kwargs)
-        except (OSError, ValueError) as error:
-            where = "" if Path(pretrained).is_dir() else "there is no directory of this name, and from the hub "
-            raise UsageError(
-                f"pretrained={pretrained}: {where}its config can't be read: {first_line(error)}"
-            ) from error
-        self._inspect(self._config)
-
-    def _inspect(self, config: transformers.PretrainedConfig) -> None:
-        """Refuse what can't be run, and settle n_local."""
-        if getattr(config, "is_encoder_decoder", False):
-            raise UsageError(f"the family {config.model_type!r} is an encoder-decoder; only causal LMs can be run")
-        if self.spec.attention != "full":
-            support.check(config)
-            self.spec, self.n_local_from = self.spec.resolve(config)
-        self.way.check(config, self.spec)
-        self.trained_length, _ = trained_length(config)
-        apply_rope(config, self.spec)
-
-    def _create_tokenizer(self, pretrained, tokenizer, **kwargs: Any) -> None:
-        try:
-            super()._create_tokenizer(pretrained, tokenizer, **kwargs)
-        except (OSError, ValueError, ImportError) as error:
-            name = tokenizer if isinstance(tokenizer, str) else pretrained
-            raise UsageError(f"tokenizer={name}: it can't be read: {first_line(error)}") from error
-        if not self.tokenizer.encode("The quick brown fox.", add_special_tokens=False):
-            raise UsageError(
-                f"tokenizer={self.tokenizer.name_or_path}: it encodes text to nothing (no vocabulary?); "
-                "pass tokenizer=<a directory or hub name with a working one>"
-            )
-
-    def _create_model(self, pretrained: str, **kwargs: Any) -> None:
-        if self.spec.rope:
-            kwargs["config"] = self._config
-        if self.way.reads_on_host:
-            kwargs["device_map"] = "cpu"  # HFLM then leaves the model where transformers puts it by default
-        self._unread = {"pretrained": pretrained, **kwargs}
-        self._model = _Unread()
-
-    @property
-    def model(self):
-        """The transformers model; its weights are read at the first call after construction."""
-        if self._constructed and isinstance(self._model, _Unread):
-            destination = self._model.destination
-            logger.info("Loading the weights of %s", self._unread["pretrained"])
-            try:
-                self._model = self.way.load(self._read, self._dtype(), self.device)
-            except UsageError:
-                raise
-            except (OSError, ValueError, ImportError, SafetensorError) as error:
-                line = f"pretrained={self.pretrained}: its weights can't be read: {first_line(error)}"
-                raise UsageError(line) from error
-            if destination is not None and not self.way.reads_on_host:
-                self._model.to(destination)
-        return super().model
-
-    def _read(self) -> transformers.PreTrainedModel:
-        super()._create_model(**self._unread)
-        self._model.eval()
-        self._model.tie_weights()
-        return self._model
-
-    def _dtype(self) -> torch.dtype:
-        """The weights' dtype: what was asked for, else what the config says."""
-        wanted = self._unread["dtype"]
-        wanted = getattr(torch, wanted, None) if isinstance(wanted, str) else wanted  # torch has no "auto"
-        return wanted or self.config.dtype or self.config.get_text_config().dtype or torch.float32
-
-    def _get_accelerate_args(self, *args: Any, **kwargs: Any) -> dict:
-        """HFLM's, and where ranks share a node, each has its own of the CUDA devices that layers are spread over."""
-        found, ranks = super()._get_accelerate_args(*args, **kwargs), self.ranks
-        if found.get("max_memory"):
-            found["max_memory"] = {
-                where: most
-                for where, most in found["max_memory"].items()
-                if not isinstance(where, int) or where % ranks.local_world == ranks.local_rank
-            }
-        elif found.get("device_map") == "auto":  # no CUDA device: it would take that for no memory at all
-            found["max_memory"] = None
-        return found
+    # ------------------------------------------------------------------ the model that answers
 
     @property
     def streaming(self):
@@ -330,7 +237,7 @@ class LMInfinite(HFLM):
     def get_model_info(self) -> dict:
         """What lm-eval writes into the results beside the model's name, so that a run can be repeated."""
         info = super().get_model_info()
-        if isinstance(self._model, _Unread):  # all answers came from a cache: nobody knows
+        if self.unread:  # all answers came from a cache: nobody knows
             info["model_num_parameters"] = -1
         elif self.way.reads_on_host:  # a rank has a part of it
             info["model_num_parameters"] = parameters(self.config)
@@ -366,7 +273,7 @@ class LMInfinite(HFLM):
         )
 
     def _primitive(self) -> str:
-        if self.spec.attention == "full" or isinstance(self._model, _Unread):
+        if self.spec.attention == "full" or self.unread:
             return ""
         head = getattr(self.config.get_text_config(), "head_dim", None) or 64
         where = device_of(self._model.get_input_embeddings())
@@ -482,30 +389,3 @@ class LMInfinite(HFLM):
         if isinstance(think, int):
             text = text.lstrip()
         return postprocess_generated_text(text, until, think if isinstance(think, str) else None)
-
-
-@contextlib.contextmanager
-def _alone() -> Iterator[None]:
-    """Inside, HFLM and accelerate see no launcher: they would split requests and take devices their own way."""
-    names = "RANK", "LOCAL_RANK", "WORLD_SIZE", "ACCELERATE_USE_DEEPSPEED"
-    hidden = {name: os.environ.pop(name) for name in names if name in os.environ}
-    try:
-        yield
-    finally:
-        os.environ.update(hidden)
-
-
-class _Unread(torch.nn.Module):
-    """Stands where HFLM expects its model, until the weights are read."""
-
-    def __init__(self):
-        super().__init__()
-        self.destination: Any = None
-
-    def to(self, device: Any) -> _Unread:
-        """Remember where HFLM wants the model."""
-        self.destination = device
-        return self
-
-    def tie_weights(self) -> None:
-        """Nothing to tie yet."""
