@@ -257,6 +257,28 @@ def test_without_lm_evals_defaults_ours_stay_away_too(searched):
     assert searched == ["mine"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "rank", "reads"),
+    [
+        (["--model", "lminf"], "1", False),
+        (["--model=lminf"], "3", False),
+        (["-M", "lminf"], "1", False),
+        (["--model", "lminf"], "0", True),
+        (["--model", "hf", "--output_path", "lminf"], "1", True),
+        (["--tasks", "lminf"], "1", True),
+    ],
+)
+def test_a_process_that_answers_rank_0_reads_no_tasks(arguments, rank, reads, searched, monkeypatch):
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.setattr(sys, "argv", ["lm_eval", "run", *arguments])
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    manager = TaskManager(include_path="mine")
+    assert (len(searched) > 1) == reads
+    assert manager.match_tasks(["passkey_32k"]) == ([] if reads else ["passkey_32k"])  # a task that nobody found
+
+
 @pytest.mark.slow
 def test_the_command_line_lists_our_tasks_and_a_users_task_of_the_same_name_wins(tmp_path):
     name = "passkey_4k"
