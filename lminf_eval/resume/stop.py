@@ -25,12 +25,10 @@ class Stop:
     def __init__(self):
         self.asked = ""  # the name of the signal that asked
         self._deferred = False
-        self._process = 0
 
     def listen(self) -> None:
         """Take the signals from now on; Python allows that in the main thread only, elsewhere nothing is done."""
         if threading.current_thread() is threading.main_thread():
-            self._process = os.getpid()
             for number in SIGNALS:
                 signal.signal(number, self._ask)
 
@@ -46,9 +44,6 @@ class Stop:
             self.leave()
 
     def _ask(self, number: int, _frame) -> None:
-        if os.getpid() != self._process:  # a forked worker, of lm-eval's bootstrap say, inherits the handler
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
         self.asked = signal.Signals(number).name
         if not self._deferred:
             self.leave()
@@ -57,3 +52,28 @@ class Stop:
         """End the process with the status `STOPPED`."""
         logger.warning("Stopped by %s; the same command goes on from here", self.asked)
         raise SystemExit(STOPPED)
+
+
+# A forked worker, of lm-eval's bootstrap say, is not to inherit the handler: its pool sends SIGTERM and waits for its end.
+# Nor may a signal be lost that comes before the worker is at its first line, for Python forgets those: over the fork
+# they are held back.
+_held = threading.local()
+
+
+def _hold() -> None:
+    _held.mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+def _let_go() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _held.mask)
+
+
+def _let_go_in_child() -> None:
+    for number in SIGNALS:
+        if isinstance(getattr(signal.getsignal(number), "__self__", None), Stop):
+            signal.signal(number, signal.SIG_DFL)
+    _let_go()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_hold, after_in_parent=_let_go, after_in_child=_let_go_in_child)
