@@ -54,9 +54,9 @@ class Stop:
         raise SystemExit(STOPPED)
 
 
-# A forked worker, of lm-eval's bootstrap say, is not to inherit the handler: its pool sends SIGTERM and waits for its end.
-# Nor may a signal be lost that comes before the worker is at its first line, for Python forgets those: over the fork
-# they are held back.
+# A forked worker, of lm-eval's bootstrap say, is not to inherit the handler: its pool sends SIGTERM and waits for
+# its end. Nor may a signal be lost that comes before the worker is at its first line, for Python forgets
+# those: over the fork they are held back.
 _held = threading.local()
 
 
