@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,10 @@ def test_two_processes(tmp_path):
 def test_ctrl_c_memory_and_figures(tmp_path):
     file = tmp_path / "lminf-bench.json"
     command = [*TINY, "--cases", "prefill,memory"]
-    with subprocess.Popen([LMINF, *command], cwd=tmp_path, stdout=-1, stderr=-1, text=True) as process:
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs are deaf to it
+    with subprocess.Popen(
+        [LMINF, *command], cwd=tmp_path, stdout=-1, stderr=-1, text=True, preexec_fn=heard
+    ) as process:
         try:
             while not file.exists() or len(json.loads(file.read_text())["records"]) < 4:  # peaks come next
                 assert process.poll() is None, process.communicate()
