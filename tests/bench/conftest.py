@@ -1,9 +1,20 @@
 """A bench of a tiny Llama with random weights."""
 
+import logging
+
 import pytest
 
 from lminf_eval.bench.options import parse
 from lminf_eval.bench.subject import Subject
+
+
+@pytest.fixture(autouse=True)
+def _lm_evals_voice():
+    """The command silences lm-eval's loggers for good; tests that come after want to hear them."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 @pytest.fixture
