@@ -6,35 +6,22 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 
-from lminf_eval.bench.cases.prefill import hf_floor
+from lminf_eval.bench.cases.prefill import texts
 from lminf_eval.bench.cases.states import lambda_state, plain_bytes, plain_state
 from lminf_eval.bench.children import START_SECONDS, child
 from lminf_eval.bench.record import Job, Record
 from lminf_eval.bench.subject import Subject
 from lminf_eval.bench.timing import Told
-from lminf_eval.bench.work import Ceilings, lambda_pairs
+from lminf_eval.bench.work import Ceilings
 
 
 def jobs(subject: Subject, ceilings: Ceilings) -> Iterator[Job]:
     """Two for each n_local and length: the peak, measured once, and the bytes of keys and values, which are exact."""
-    options, size = subject.options, subject.size
-    for n_local in options.n_local:
-        for length in options.lengths:
-            near = ceilings.floor(size.scoring(length, lambda_pairs(length, n_local, 0)))
-            plain = hf_floor(subject, ceilings, length)
-            setting = {"n_local": n_local, "length": length}
-            yield Job(
-                "memory",
-                {"part": "keys and values", **setting},
-                2 * near * min(1.0, 2 * n_local / length),
-                partial(keys_and_values, subject),
-            )
-            yield Job(
-                "memory",
-                {"part": "peak", **setting},
-                2 * START_SECONDS + 1.6 * (near + plain),
-                partial(peak, subject),
-            )
+    for setting, near, plain in texts(subject, ceilings):
+        filling = 2 * near * min(1.0, 2 * setting["n_local"] / setting["length"])
+        yield Job("memory", {"part": "keys and values", **setting}, filling, partial(keys_and_values, subject))
+        scoring = 2 * START_SECONDS + 1.6 * (near + plain)
+        yield Job("memory", {"part": "peak", **setting}, scoring, partial(peak, subject))
 
 
 def keys_and_values(subject: Subject, setting: dict, told: Told) -> Record:

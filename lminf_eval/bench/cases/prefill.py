@@ -14,13 +14,16 @@ from lminf_eval.bench.work import Ceilings, full_pairs, lambda_pairs
 
 def jobs(subject: Subject, ceilings: Ceilings) -> Iterator[Job]:
     """One for each n_local and length."""
-    options, size = subject.options, subject.size
-    for n_local in options.n_local:
-        for length in options.lengths:
-            near = ceilings.floor(size.scoring(length, lambda_pairs(length, n_local, 0)))
-            plain = hf_floor(subject, ceilings, length)
-            setting = {"n_local": n_local, "length": length}
-            yield Job("prefill", setting, options.runs * 1.6 * (near + plain), partial(run, subject))
+    for setting, near, plain in texts(subject, ceilings):
+        yield Job("prefill", setting, subject.options.runs * 1.6 * (near + plain), partial(run, subject))
+
+
+def texts(subject: Subject, ceilings: Ceilings) -> Iterator[tuple[dict[str, int], float, float]]:
+    """Each n_local and length as a setting, with the seconds that lambda and `hf` take at the least."""
+    for n_local in subject.options.n_local:
+        for length in subject.options.lengths:
+            near = ceilings.floor(subject.size.scoring(length, lambda_pairs(length, n_local, 0)))
+            yield {"n_local": n_local, "length": length}, near, hf_floor(subject, ceilings, length)
 
 
 def hf_floor(subject: Subject, ceilings: Ceilings, length: int) -> float:
