@@ -6,6 +6,7 @@ what made them, so that a demo that was stopped goes on at the row it was in.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -14,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -169,13 +170,15 @@ def evaluate(folder: Path, words: list[str]) -> None:
     before = set(folder.rglob("results_*.json"))
     quiet = {"LMEVAL_LOG_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}  # all it needs is here
     with (folder / "lm_eval.txt").open("w") as printed:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "lm_eval", *words, "--output_path", str(folder)],
-            stdout=printed,
-            env={**quiet, **os.environ},
-            preexec_fn=_ignore_interrupt,
-        )
+        with _deaf_to_interrupts() as interrupts:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "lm_eval", *words, "--output_path", str(folder)],
+                stdout=printed,
+                env={**quiet, **os.environ},
+            )
         try:
+            if interrupts:
+                raise KeyboardInterrupt
             status = process.wait()
         finally:
             process.kill()
@@ -191,9 +194,20 @@ def evaluate(folder: Path, words: list[str]) -> None:
     os.replace(partial, folder / RECORD)
 
 
-def _ignore_interrupt() -> None:
-    """Ctrl-C reaches the child too, whose traceback would bury our line; we end it ourselves."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+@contextlib.contextmanager
+def _deaf_to_interrupts() -> Iterator[list[int]]:
+    """A terminal's Ctrl-C reaches a child too, whose traceback would bury our line; one started here never hears it.
+
+    One that reaches us meanwhile is put into the list: raised inside `Popen`, it would leave a child that nobody ends.
+    """
+    came: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which children inherit
+    try:
+        yield came
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
 
 
 def measured(folder: Path, inside: int) -> dict[str, str]:

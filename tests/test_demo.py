@@ -142,6 +142,26 @@ def test_a_failing_command_leaves_no_record(tmp_path):
     assert not demo.finished(tmp_path / "row", ["run", "--no-such-option"])
 
 
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
+def test_ctrl_c_while_lm_eval_starts_is_heard_and_ends_it(tmp_path, monkeypatch):
+    start, started = subprocess.Popen, []
+
+    def interrupted(*args, **kwargs):
+        started.append(start(*args, **kwargs))
+        os.kill(os.getpid(), signal.SIGINT)
+        return started[-1]
+
+    monkeypatch.setattr(demo.subprocess, "Popen", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            demo.evaluate(tmp_path / "row", ["run", "--help"])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert started[0].returncode == -signal.SIGKILL
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
 SCRIPT = """
 import signal
 import sys
