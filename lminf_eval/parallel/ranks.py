@@ -189,8 +189,11 @@ class Ranks:
         """This rank, with its host and process, for messages."""
         return f"rank {self.rank} ({socket.gethostname()}, pid {os.getpid()})"
 
-    def end(self, status: int, line: str) -> dict[str, Any]:
+    def end(self, status: int, line: str, spokesman: int | None = None) -> dict[str, Any]:
         """End the run: every rank is to leave with `status`; `line` says why, on standard error, unless it is empty.
+
+        Args:
+            spokesman: of what all ranks find by themselves, the rank that says so where the store can't settle it.
 
         Returns:
             The verdict, which is another's where that one was first.
@@ -200,6 +203,7 @@ class Ranks:
             self.ended = json.loads(self.store.compare_set("verdict", "", json.dumps(mine)))
         except dist.DistError:  # its host is gone, and the others find so themselves
             self.ended = mine
+            line = line if spokesman in (None, self.rank) else ""
         if self.ended == mine and line:
             sys.stderr.write(f"\nlminf: {line}\n")  # there may be half a line of a progress bar
             sys.stderr.flush()

@@ -138,8 +138,8 @@ class Watch(threading.Thread):
             who = f"{os.environ['MASTER_ADDR']}, where rank 0 or its launcher ran, can't be reached any more"
         else:
             return
-        tells = not self._lost or ranks.rank == min({*range(1, ranks.world)} - {*gone})
-        ranks.end(1, f"{who}; {ranks.kept}" if tells else "")
+        left = {*range(1, ranks.world)} - {*gone}  # rank 0 may be gone with its node, which nobody can tell
+        ranks.end(1, f"{who}; {ranks.kept}", min(left, default=0))
 
     def _left(self, rank: int) -> bool:
         """Whether a rank whose process is gone said before that it would go, or why."""

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from lminf_eval.errors import UsageError
 from lminf_eval.parallel.ranks import Ranks
@@ -76,6 +77,18 @@ def test_a_killed_rank_is_named_and_the_others_end(who):
     said = rf"lminf: rank {who} \(.+, pid \d+\) ended while scoring 4 requests, at \d+ of 40 tokens; all is kept"
     assert len(lines(err)) == 1, err
     assert re.fullmatch(said, lines(err)[0])
+
+
+def test_where_the_store_is_gone_too_one_rank_tells_what_all_find(capsys):
+    class Gone:
+        def compare_set(self, *_):
+            raise dist.DistError
+
+    for rank in (1, 2):
+        ranks = Ranks()
+        ranks.rank, ranks.store = rank, Gone()
+        assert ranks.end(1, "rank 0 ended", spokesman=1)["status"] == 1
+    assert lines(capsys.readouterr().err) == ["lminf: rank 0 ended"]
 
 
 @pytest.mark.slow
