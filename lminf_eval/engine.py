@@ -20,7 +20,7 @@ from lminf_eval.cache import LambdaCache
 from lminf_eval.errors import UsageError, first_line, out_of_memory
 from lminf_eval.pairs import asked_of, joined, split
 from lminf_eval.patch import device_of
-from lminf_eval.prefix import HELD, Node, forest
+from lminf_eval.prefix import HELD, MIN_SHARED, MIN_SHARED_ON_GPU, Node, forest
 from lminf_eval.resume.checkpoint import EVERY, Checkpoints
 from lminf_eval.resume.stop import Stop
 
@@ -100,6 +100,7 @@ class Engine:
         self.bar = tqdm(disable=True) if bar is None else bar
         self.stop, self.checkpoints, self.held = stop or Stop(), checkpoints, held
         self.device = device_of(model.model.get_input_embeddings())
+        self.least = MIN_SHARED if self.device.type == "cpu" else MIN_SHARED_ON_GPU
         self._logits_at_once = _LOGITS_AT_ONCE
         self.computed = 0  # tokens that went through the model
         self.reused = 0  # tokens that a request needed and another had computed
@@ -115,7 +116,7 @@ class Engine:
     def _score(self, requests: Sequence[ScoreRequest]) -> Iterator[tuple[int, Score]]:
         inputs = [np.asarray(request.tokens, dtype=np.int32)[:-1] for request in requests]
         marks = [len(request.tokens) if request.rolling else request.scored_from - 1 for request in requests]
-        roots = forest(inputs, self.share, marks if self.model.readmits else None, self.held)
+        roots = forest(inputs, self.share, marks if self.model.readmits else None, self.held, self.least)
         self._begin(inputs, roots)
         nothing = np.zeros(0), np.zeros(0, dtype=bool)
         yield from self._score_siblings(requests, roots, None, [nothing] * len(roots))
@@ -256,7 +257,7 @@ class Engine:
     def _generate(self, requests: Sequence[GenerateRequest]) -> Iterator[tuple[int, list[int]]]:
         inputs = [np.asarray(request.tokens, dtype=np.int32) for request in requests]
         marks = [len(request.tokens) - 1 for request in requests]
-        roots = forest(inputs, self.share, marks if self.model.readmits else None, self.held)
+        roots = forest(inputs, self.share, marks if self.model.readmits else None, self.held, self.least)
         self._begin(inputs, roots, sum(request.max_new for request in requests))
         capacity = max((len(request.tokens) + request.max_new for request in requests), default=0)
         ready, size = [], self.batch_size or 1

@@ -8,7 +8,10 @@ from itertools import pairwise
 
 import numpy as np
 
-MIN_SHARED = 32  # tokens below which sharing saves less than a pass of its own costs
+MIN_SHARED = 32  # tokens below which sharing saves less than a pass of its own costs, on a CPU
+# While a GPU reads the weights once, s bytes a number, it can compute F s / 2 B tokens (F operations and B bytes a
+# second): by NVIDIA's data sheets about 150 on an A100 in bfloat16, about 300 on an H100.
+MIN_SHARED_ON_GPU = 256
 HELD = 8  # states held at once for branches still to come; beyond, prefixes are computed again
 MAX_DEPTH = 64  # branchings on one path, for the call stack's sake; beyond, likewise
 
@@ -37,13 +40,18 @@ class Node:
 
 
 def forest(
-    inputs: list[np.ndarray], share: bool = True, marks: list[int] | None = None, held: int = HELD
+    inputs: list[np.ndarray],
+    share: bool = True,
+    marks: list[int] | None = None,
+    held: int = HELD,
+    least: int = MIN_SHARED,
 ) -> list[Node]:
     """The roots under which each of `inputs`, arrays of token ids, is the path to the node that names it a member.
 
-    With `share=False` every input has a root of its own. Worked through depth first, the forest takes at most `held`
-    states at once for branches still to come; branches beyond that have their prefix again. With `marks`, input i is
-    computed in another way from position marks[i] on, so that only inputs whose marks agree share what lies there.
+    Inputs branch from one another after `least` common tokens or more; with `share=False` every input has a root of its
+    own. Worked through depth first, the forest takes at most `held` states at once for branches still to come; branches
+    beyond that have their prefix again. With `marks`, input i is computed in another way from position marks[i] on, so
+    that only inputs whose marks agree share what lies there.
     """
     if marks is None:
         marks = [len(tokens) for tokens in inputs]
@@ -53,7 +61,7 @@ def forest(
     marked = [_marked(tokens, mark) for tokens, mark in zip(inputs, marks, strict=True)]
     order = sorted(range(len(inputs)), key=cmp_to_key(lambda a, b: _compare(marked[a], marked[b])))
     agreed = [_common_prefix(marked[a], marked[b]) for a, b in pairwise(order)]
-    roots = _grow(marked, order, agreed, 0, len(order), 0, held, MAX_DEPTH)
+    roots = _grow(_Sorted(marked, order, agreed, least), 0, len(order), 0, held, MAX_DEPTH)
     todo = list(roots)
     while todo:
         node = todo.pop()
@@ -68,18 +76,28 @@ def _marked(tokens: np.ndarray, mark: int) -> np.ndarray:
     return np.append(tokens[:mark], ~tokens[mark:]) if mark < len(tokens) else tokens
 
 
-def _grow(inputs, order, agreed, low, high, start, held, depth) -> list[Node]:
-    """Nodes at `start` for the sorted inputs order[low:high], all of which agree before it.
+@dataclass(frozen=True)
+class _Sorted:
+    """`inputs`, the order that sorts them, and the length of the common prefix of the i-th and the next in it."""
 
-    agreed[i] is the length of the common prefix of the i-th and the next input. Sorted neighbours share a node where
-    one is a prefix of the other, or where they agree on MIN_SHARED more tokens.
+    inputs: list[np.ndarray]
+    order: list[int]
+    agreed: list[int]
+    least: int
+
+
+def _grow(these: _Sorted, low: int, high: int, start: int, held: int, depth: int) -> list[Node]:
+    """Nodes at `start` for the low-th to (high-1)-th inputs, all of which agree before it.
+
+    Neighbours share a node where one is a prefix of the other, or where they agree on `least` more tokens.
 
     Of siblings the one with the most requests comes last, and may go on with its parent's state instead of a copy. So
     the teeth of a comb need one held state, not one each, and any tree at most the logarithm of its requests.
     """
+    inputs, order, agreed = these.inputs, these.order, these.agreed
     nested = [agreed[i] == len(inputs[order[i]]) for i in range(low, high - 1)]
     branch = held > 0 and depth > 0
-    joined = [n or (branch and agreed[low + i] - start >= MIN_SHARED) for i, n in enumerate(nested)]
+    joined = [n or (branch and agreed[low + i] - start >= these.least) for i, n in enumerate(nested)]
     ends = [i + 1 for i in range(low, high) if i == high - 1 or not joined[i - low]]
     groups = sorted(pairwise([low, *ends]), key=lambda group: group[1] - group[0])
     nodes = []
@@ -88,7 +106,7 @@ def _grow(inputs, order, agreed, low, high, start, held, depth) -> list[Node]:
         partings = [agreed[j] for j in range(first, end - 1) if not nested[j - low]]
         left = held if start == 0 or group == groups[-1] else held - 1
         if partings and not left:
-            nodes += _grow(inputs, order, agreed, first, end, start, 0, depth)
+            nodes += _grow(these, first, end, start, 0, depth)
             continue
         longest = inputs[order[end - 1]]  # of nested inputs the last is the longest
         node = Node(start, longest[start : min(partings, default=len(longest))])
@@ -97,7 +115,7 @@ def _grow(inputs, order, agreed, low, high, start, held, depth) -> list[Node]:
             node.members.append(order[inside])
             inside += 1
         if inside < end:
-            node.children = _grow(inputs, order, agreed, inside, end, node.stop, left, depth - 1)
+            node.children = _grow(these, inside, end, node.stop, left, depth - 1)
         nodes.append(node)
     return nodes
 

@@ -66,25 +66,23 @@ def random_inputs(rng):
     return inputs
 
 
-@pytest.mark.parametrize("min_shared", [1, 4, 32])
+@pytest.mark.parametrize("least", [1, 4, 32])
 @pytest.mark.parametrize(("max_held", "max_depth"), [(0, 64), (1, 64), (2, 64), (8, 64), (8, 3), (8, 0)])
-def test_random_lists(monkeypatch, min_shared, max_held, max_depth):
-    monkeypatch.setattr(prefix, "MIN_SHARED", min_shared)
+def test_random_lists(monkeypatch, least, max_held, max_depth):
     monkeypatch.setattr(prefix, "MAX_DEPTH", max_depth)
     rng = np.random.default_rng(0)
     for _ in range(60):
         inputs = random_inputs(rng)
-        roots = forest(inputs, held=max_held)
+        roots = forest(inputs, held=max_held, least=least)
         assert check(inputs, roots, max_held) <= sum(map(len, inputs))
 
 
-def test_as_few_tokens_as_a_trie_where_everything_may_be_shared(monkeypatch):
-    monkeypatch.setattr(prefix, "MIN_SHARED", 1)
+def test_as_few_tokens_as_a_trie_where_everything_may_be_shared():
     rng = np.random.default_rng(0)
     for _ in range(50):
         inputs = random_inputs(rng)
         trie = {tuple(tokens[:n].tolist()) for tokens in inputs for n in range(1, len(tokens) + 1)}
-        assert tokens_in(forest(inputs, held=10**6)) == len(trie)
+        assert tokens_in(forest(inputs, held=10**6, least=1)) == len(trie)
 
 
 def test_nested_prefixes_are_one_node():
