@@ -1,10 +1,24 @@
 """Fixtures every test may use: a real model, tiny random ones, and a fixed seed."""
 
+import os
+import shutil
+import tempfile
 from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
 import torch
+
+
+def pytest_configure(config):
+    """Every process started from here on, of pytest-xdist or of a test, begins with tests/startup/sitecustomize.py."""
+    if "LMINF_TESTS_PARSED" in os.environ:
+        return
+    folder = tempfile.mkdtemp()
+    config.add_cleanup(lambda: shutil.rmtree(folder))
+    os.environ["LMINF_TESTS_PARSED"] = os.path.join(folder, "tasks.pickle")
+    paths = [str(Path(__file__).parent / "startup"), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
 
 
 def pytest_collection_modifyitems(items):

@@ -12,7 +12,7 @@ from pydoc_data.topics import topics
 
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("parallel-command")]
 
 CHOICES = """output_type: multiple_choice
 doc_to_text: "{{passage}}\\nQuestion: {{question}}\\nAnswer:"

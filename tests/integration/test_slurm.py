@@ -60,7 +60,7 @@ def cluster(tmp_path_factory):
     (folder / "munge.key").chmod(0o400)
     # Jobs inherit the submitting shell's environment; a login node's limits on threads are not theirs.
     environment = {**os.environ, "PATH": path, "SLURM_CONF": str(configuration), "HF_HUB_OFFLINE": "1"}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(CHECKOUT)}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(CHECKOUT), os.environ["PYTHONPATH"]])}
     munge = [f"--{name}={folder}/{file}" for name, file in (("socket", "munge.socket"), ("key-file", "munge.key"))]
     munge += [f"--{name}={folder}/munge.{name.split('-')[0]}" for name in ("pid-file", "log-file", "seed-file")]
     daemons = (["munged", "--foreground", "--force", *munge], ["slurmctld", "-D"], ["slurmd", "-D"])

@@ -16,7 +16,7 @@ from lminf_eval.resume.stop import STOPPED
 from lminf_eval.sweep.folder import CellFolder, read_result
 from lminf_eval.sweep.grid import read
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("sweep-command")]
 
 MAIN = "from lminf_eval.cli import app; app()"
 

@@ -97,7 +97,8 @@ def test_only_one_process_has_a_cell_and_its_child_holds_it_on(folder):
         "from lminf_eval.sweep.folder import CellFolder; from lminf_eval.sweep.grid import cells\n"
         f"folder = CellFolder(Path(sys.argv[1]), cells({SWEEP})[0])\n"
         "with folder.locked() as lock:\n"
-        "    child = subprocess.Popen(['sleep', '60'], pass_fds=[lock], stdout=subprocess.DEVNULL)\n"
+        "    silent = {'stdout': subprocess.DEVNULL, 'stderr': subprocess.DEVNULL}  # else the test waits for its end\n"
+        "    child = subprocess.Popen(['sleep', '60'], pass_fds=[lock], **silent)\n"
         "    print(child.pid, flush=True)\n"
         "    os.kill(os.getpid(), 9)\n"
     )
