@@ -17,6 +17,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from tqdm import tqdm
 
 from lminf_eval import __version__
+from lminf_eval.allocator import keep_freed_memory
 from lminf_eval.arguments import PARALLEL, check, find_device, identity
 from lminf_eval.attention.kernels import primitive
 from lminf_eval.engine import GenerateRequest, Score, ScoreRequest
@@ -119,6 +120,8 @@ class LMInfinite(LateHFLM):
         if self._streaming is None:
             model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
             self._streaming = self.way.prepare(model, self.spec)
+            if device_of(model.get_input_embeddings()).type == "cpu":
+                keep_freed_memory()
             logger.info("Running %s with %s", self.pretrained, self.describe())
         return self._streaming
 

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -218,15 +219,17 @@ def assert_one_line(done, *words):
 
 @pytest.mark.slow
 def test_a_hub_switched_off_or_out_of_reach_is_told_soon(tmp_path):
-    words = "pretrained=someone/some-model: there is no directory of this name", "can't be read"
-    off, done = run(tmp_path, "pretrained=someone/some-model", {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)})
-    assert_one_line(done, *words)
-    with socket.socket() as listener:  # a proxy that takes no connection
+    with socket.socket() as listener, ThreadPoolExecutor() as pool:  # a proxy that takes no connection
         listener.bind(("127.0.0.1", 0))
         proxy = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        environment = {"HTTPS_PROXY": proxy, "HTTP_PROXY": proxy, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
-        seconds, done = run(tmp_path, "pretrained=someone/some-model", environment)
-    assert_one_line(done, *words)
+        unreachable = {"HTTPS_PROXY": proxy, "HTTP_PROXY": proxy, "HF_HUB_OFFLINE": "0"}
+        runs = [
+            pool.submit(run, tmp_path, "pretrained=someone/some-model", environment | {"HF_HOME": str(tmp_path)})
+            for environment in ({"HF_HUB_OFFLINE": "1"}, unreachable)
+        ]
+        (off, switched_off), (seconds, out_of_reach) = [one.result() for one in runs]
+    for done in (switched_off, out_of_reach):
+        assert_one_line(done, "pretrained=someone/some-model: there is no directory of this name", "can't be read")
     assert seconds - off < 90  # huggingface_hub tries five times more, in 23 s
 
 

@@ -200,10 +200,16 @@ class Ranks:
         """
         mine = {"status": status, "line": line, "by": self.rank}
         try:
+            if self.watch.lost:
+                raise dist.DistError
             self.ended = json.loads(self.store.compare_set("verdict", "", json.dumps(mine)))
         except dist.DistError:  # its host is gone, and the others find so themselves
             self.ended = mine
-            line = line if spokesman in (None, self.rank) else ""
+            if spokesman == self.rank:
+                self.watch.outlives = True
+                atexit.register(self.watch.linger, "seen")
+            elif spokesman is not None:
+                line = ""
         if self.ended == mine and line:
             sys.stderr.write(f"\nlminf: {line}\n")  # there may be half a line of a progress bar
             sys.stderr.flush()

@@ -64,7 +64,8 @@ class Watch(threading.Thread):
         self._beat = 0
         self._heard: dict[int, tuple[int, float]] = {}  # per rank, its last beat and when we first read it
         self._looked = time.monotonic()
-        self._lost: float | None = None  # when the store could no longer be reached; its clients don't connect again
+        self.lost: float | None = None  # when the store could no longer be reached; its clients don't connect again
+        self.outlives = False  # whether the others look if this rank is there, for want of the store
         self.records: dict[int, dict[str, Any]] = {}  # what each rank last said of itself
         self._woken, waker = os.pipe()
         os.set_blocking(waker, False)
@@ -104,7 +105,7 @@ class Watch(threading.Thread):
         ranks = self._ranks
         if ranks.ended is None and not self._finished.is_set():
             try:
-                if self._lost:
+                if self.lost:
                     raise dist.DistError
                 if ranks.store.check(["verdict"]):
                     ranks.ended = json.loads(ranks.store.get("verdict"))
@@ -113,7 +114,7 @@ class Watch(threading.Thread):
                 values = ranks.store.multi_get([f"rank/{rank}" for rank in others])
                 self.records = {rank: json.loads(value) for rank, value in zip(others, values, strict=True)}
             except dist.DistError:
-                self._lost = self._lost or time.monotonic()
+                self.lost = self.lost or time.monotonic()
             self._judge()
         return ranks.ended
 
@@ -134,7 +135,7 @@ class Watch(threading.Thread):
         if gone:
             record = self.records[gone[0]]
             who = f"rank {gone[0]} ({record['host']}, pid {record['pid']}) ended while {record['doing']}"
-        elif self._lost and now - self._lost > LOST:
+        elif self.lost and now - self.lost > LOST:
             who = f"{os.environ['MASTER_ADDR']}, where rank 0 or its launcher ran, can't be reached any more"
         else:
             return
@@ -143,8 +144,9 @@ class Watch(threading.Thread):
 
     def _left(self, rank: int) -> bool:
         """Whether a rank whose process is gone said before that it would go, or why."""
-        with contextlib.suppress(dist.DistError):
-            return self._ranks.store.check([f"left/{rank}"]) or self._ranks.store.check(["verdict"])
+        if not self.lost:
+            with contextlib.suppress(dist.DistError):
+                return self._ranks.store.check([f"left/{rank}"]) or self._ranks.store.check(["verdict"])
         return False
 
     def run(self) -> None:
@@ -153,9 +155,11 @@ class Watch(threading.Thread):
             ready, _, _ = select.select([self._woken], [], [], BEAT if asked is None else BEAT / 4)
             if ready and set(os.read(self._woken, 64)) & {signal.SIGTERM, signal.SIGUSR1}:
                 asked = asked or time.monotonic()
-            with contextlib.suppress(dist.DistError):
-                if not self._lost:
+            try:
+                if not self.lost:
                     self.publish()
+            except dist.DistError:
+                self.lost = time.monotonic()
             if self._finished.is_set() or self.look():
                 break
             if asked and time.monotonic() - asked > 2 and not self._ranks.stop.working:
@@ -166,30 +170,39 @@ class Watch(threading.Thread):
     def _follow(self, verdict: dict[str, Any]) -> None:
         """Leave as the verdict says, by the main thread if that may still keep its state."""
         ranks = self._ranks
-        with contextlib.suppress(dist.DistError):
-            ranks.store.set(f"seen/{ranks.rank}", "1")
+        if not self.lost:
+            with contextlib.suppress(dist.DistError):
+                ranks.store.set(f"seen/{ranks.rank}", "1")
         if ranks.stop.working:
             ranks.stop.asked = ranks.stop.asked or "the end of another rank"
             self._finished.wait(GRACE)
         while ranks.rank == 0 and not ranks.busy and not ranks.stop.asked:  # it may do without them, and end well
             if self._finished.wait(BEAT):
                 return
-        if ranks.rank == 0:
+        if ranks.rank == 0 or self.outlives:
             self.linger("seen")
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(verdict["status"])
 
     def linger(self, what: str) -> None:
-        """Rank 0: wait until the others that live have "seen" the verdict, or have "left"."""
+        """Wait until the others that live have "seen" the verdict, or have "left".
+
+        Without the store, the one rank that `outlives` the others waits until none of this machine lives.
+        """
         deadline = time.monotonic() + LINGER
-        with contextlib.suppress(dist.DistError):
-            while time.monotonic() < deadline:
-                here = {rank for rank, record in self.records.items() if record["machine"] == _machine()}
-                living = [rank for rank in self.records if rank not in here or _alive(self.records[rank]["pid"])]
+        while time.monotonic() < deadline and self.lost is None:
+            here = {rank for rank, record in self.records.items() if record["machine"] == _machine()}
+            living = [rank for rank in self.records if rank not in here or _alive(self.records[rank]["pid"])]
+            try:
                 if not living or self._ranks.store.check([f"{what}/{rank}" for rank in living]):
                     return
-                time.sleep(0.05)
+            except dist.DistError:
+                self.lost = time.monotonic()
+            time.sleep(0.05)
+        pids = [record["pid"] for record in self.records.values() if record["machine"] == _machine()]
+        while self.outlives and any(map(_alive, pids)) and time.monotonic() < deadline:
+            time.sleep(0.05)
 
 
 def _machine() -> str:

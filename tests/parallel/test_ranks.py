@@ -8,9 +8,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-import torch.distributed as dist
 
 from lminf_eval.errors import UsageError
 from lminf_eval.parallel.ranks import Ranks
@@ -60,7 +60,7 @@ def lines(err: str) -> list[str]:
 
 
 def test_all_answers_come_back_in_order_and_nobody_is_missed():
-    status, out, err = Run(3, -1, "nothing").end()
+    status, out, err = Run(3, -1, "hurry").end()
     assert status == [0, 0, 0], err
     assert out.splitlines() == ANSWERS
     assert not lines(err)
@@ -79,16 +79,15 @@ def test_a_killed_rank_is_named_and_the_others_end(who):
     assert re.fullmatch(said, lines(err)[0])
 
 
-def test_where_the_store_is_gone_too_one_rank_tells_what_all_find(capsys):
-    class Gone:
-        def compare_set(self, *_):
-            raise dist.DistError
-
+def test_where_the_store_is_gone_too_one_rank_tells_what_all_find_and_outlives_them(capsys):
+    watches = []
     for rank in (1, 2):
         ranks = Ranks()
-        ranks.rank, ranks.store = rank, Gone()
+        ranks.rank, ranks.watch = rank, SimpleNamespace(lost=1.0, outlives=False, linger=lambda what: None)
         assert ranks.end(1, "rank 0 ended", spokesman=1)["status"] == 1
+        watches.append(ranks.watch)
     assert lines(capsys.readouterr().err) == ["lminf: rank 0 ended"]
+    assert [watch.outlives for watch in watches] == [True, False]
 
 
 @pytest.mark.slow

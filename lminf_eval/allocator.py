@@ -1,0 +1,21 @@
+"""What the C library does with freed memory, where models run on a CPU."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # as malloc.h numbers them
+
+
+def keep_freed_memory() -> None:
+    """Keep what is freed for this process's next tensors, where the C library is glibc; elsewhere nothing is done.
+
+    glibc gives large blocks back to the system at once, and the next chunk's tensors are paid for again, page by page.
+    """
+    if sys.platform != "linux":
+        return
+    library = ctypes.CDLL(None)
+    if hasattr(library, "gnu_get_libc_version"):
+        library.mallopt(_MMAP_MAX, 0)  # blocks of any size come from the heap,
+        library.mallopt(_TRIM_THRESHOLD, 2**31 - 1)  # whose end is given back beyond 2 GiB alone
