@@ -116,8 +116,7 @@ class Engine:
     def _score(self, requests: Sequence[ScoreRequest]) -> Iterator[tuple[int, Score]]:
         inputs = [np.asarray(request.tokens, dtype=np.int32)[:-1] for request in requests]
         marks = [len(request.tokens) if request.rolling else request.scored_from - 1 for request in requests]
-        roots = forest(inputs, self.share, marks if self.model.readmits else None, self.held, self.least)
-        self._begin(inputs, roots)
+        roots = self._begin(inputs, marks)
         nothing = np.zeros(0), np.zeros(0, dtype=bool)
         yield from self._score_siblings(requests, roots, None, [nothing] * len(roots))
 
@@ -257,8 +256,7 @@ class Engine:
     def _generate(self, requests: Sequence[GenerateRequest]) -> Iterator[tuple[int, list[int]]]:
         inputs = [np.asarray(request.tokens, dtype=np.int32) for request in requests]
         marks = [len(request.tokens) - 1 for request in requests]
-        roots = forest(inputs, self.share, marks if self.model.readmits else None, self.held, self.least)
-        self._begin(inputs, roots, sum(request.max_new for request in requests))
+        roots = self._begin(inputs, marks, sum(request.max_new for request in requests))
         capacity = max((len(request.tokens) + request.max_new for request in requests), default=0)
         ready, size = [], self.batch_size or 1
         for prompt in self._prefill(inputs, roots, None, capacity):
@@ -398,8 +396,9 @@ class Engine:
             yield leaves[:size]
             leaves = leaves[size:]
 
-    def _begin(self, inputs: list[np.ndarray], roots: list[Node], new: int = 0) -> None:
-        """Tell the bar how many tokens there are to do: those of the forest, and at most `new` generated ones."""
+    def _begin(self, inputs: list[np.ndarray], marks: list[int], new: int = 0) -> list[Node]:
+        """The forest of `inputs`; the bar is told its tokens and at most `new` generated ones."""
+        roots = forest(inputs, self.share, marks if self.model.readmits else None, self.held, self.least)
         todo, stored = list(roots), 0
         while todo:
             node = todo.pop()
@@ -407,6 +406,7 @@ class Engine:
             todo += node.children
         self.reused += sum(map(len, inputs)) - stored
         self.bar.reset(stored + new)
+        return roots
 
 
 def _let_go() -> None:
