@@ -26,7 +26,8 @@ from lminf_eval.resume.stop import Stop
 
 logger = logging.getLogger(f"lm_eval.{__name__}")  # lm-eval shows the loggers below its own name
 
-_LOGITS_AT_ONCE = 2**25  # numbers of a logits block: 128 MiB in float32
+_LOGITS_AT_ONCE = 2**26  # numbers of a logits block: 256 MiB in float32
+_TILE = 2**22  # numbers of it that are turned into log-probabilities at once; a CPU keeps them in its cache meanwhile
 _SMALLEST = 16  # tokens of a chunk; where memory does not suffice for one, it does not for anything
 
 
@@ -225,15 +226,21 @@ class Engine:
 
     @torch.inference_mode()
     def _log_probs_of(self, output, hidden_TC: torch.Tensor, row_U: torch.Tensor, token_U: torch.Tensor):
-        """Log-probability of token_U[u] after the hidden state row_U[u], and whether it is the most likely one."""
+        """Log-probability of token_U[u] after the hidden state row_U[u], and whether it is the most likely one.
+
+        The rows rise.
+        """
         logits_TV = self.model.logits(output, hidden_TC)
-        row_U, token_U = row_U.to(logits_TV.device), token_U.to(logits_TV.device)
-        logits_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
-        highest_T, likely_T = logits_TV.max(-1)
-        chosen_U = logits_TV[row_U, token_U] - highest_T[row_U]
-        sum_T = logits_TV.sub_(highest_T[:, None]).exp_().sum(-1)  # in place: they are large, and nobody else's
-        log_probs_U = chosen_U - sum_T.log()[row_U]
-        return log_probs_U.double().cpu().numpy(), (likely_T[row_U] == token_U).cpu().numpy()
+        wide = torch.promote_types(logits_TV.dtype, torch.float32)
+        rows = max(1, _TILE // logits_TV.shape[1])
+        log_probs, greedy = [], []
+        for low in range(0, len(logits_TV), rows):
+            tile_TV = logits_TV[low : low + rows]
+            inside_U = (row_U >= low) & (row_U < low + rows)
+            at, token = (x[inside_U].to(tile_TV.device) for x in (row_U - low, token_U))
+            log_probs.append(tile_TV.log_softmax(-1, dtype=wide)[at, token])
+            greedy.append(tile_TV.argmax(-1)[at] == token)
+        return torch.cat(log_probs).double().cpu().numpy(), torch.cat(greedy).cpu().numpy()
 
     def _members(self, requests, node: Node, path, extras) -> Iterator[tuple[int, Score]]:
         for index in node.members:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import transformers
 
-from lminf_eval.engine import _LOGITS_AT_ONCE
+from lminf_eval.engine import _LOGITS_AT_ONCE, _TILE
 from lminf_eval.spec import LambdaSpec
 
 
@@ -28,7 +28,7 @@ def memory(config: Any, spec: LambdaSpec, length: int, batch_size: int, dtype: t
     - keys and values of full: in each layer 2 s B K D N
     - keys and values for top-k, in host memory: the same, where `top_k` is set
     - set aside: what a chunk writes over, until it has passed all layers: in each layer 2 s B K D min(C, W), if N > W
-    - logits: V T numbers for T = min(B C, 2^25 / V) rows, in float32 or wider, beside the narrower ones they came as
+    - logits: s V T for T = min(B C, 2^26 / V) rows, and 2^22 numbers of them in float32 or wider
     - activations of one chunk: s B C (4 hidden + 3 max(intermediate, H D)), and one layer's keys and values in order,
       before and after turning: 4 s B K D min(N, W + C)
     """
@@ -50,7 +50,7 @@ def memory(config: Any, spec: LambdaSpec, length: int, batch_size: int, dtype: t
         "keys and values of full": full,
         "set aside": pair * sum(min(chunk, window) for window, _ in windows if length > window),
         "keys and values for top-k": full if readmits else 0,
-        "logits": text.vocab_size * rows * (dtype.itemsize + 4 if dtype.itemsize < 4 else dtype.itemsize),
+        "logits": text.vocab_size * rows * dtype.itemsize + min(text.vocab_size * rows, _TILE) * max(4, dtype.itemsize),
         "activations": dtype.itemsize * batch_size * chunk * (4 * text.hidden_size + 3 * widest) + 2 * pair * in_order,
     }
 

@@ -1,11 +1,11 @@
 """A full window in one kernel call, where a device has a kernel for it: no triangles to merge, and faster.
 
 On a CPU a block of queries gets a view of all the keys that any of them sees, and a mask that is the same for every
-block; the views overlap, nothing is copied, and the blocks are a batch of one call. On CUDA flash attention knows a
-window itself.
+block; the views overlap, no key is copied, and the blocks are a batch of one call. The query heads of one key-value
+head are rows of one block: the more rows, the larger the matrix products. On CUDA flash attention knows a window itself.
 
-Shapes: B batch, H query heads, K key-value heads, L queries, M keys, W = n_local, N blocks of R queries, D head
-dimension.
+Shapes: B batch, H query heads, K key-value heads of G query heads each, L queries, M keys, W = n_local, N blocks of R
+queries (S = G R rows), D head dimension.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from torch.nn.functional import pad
 
 from lminf_eval.attention import kernels
 
-_ROWS = 64  # queries of a block on a CPU: at a window of 2048 three percent of the logits are masked ones
+# A block's on a CPU. At a window of 2048, 64 queries mask three percent of the logits, and 192 nine; PyTorch's kernel
+# multiplies 64 rows at once where a block has 192, and half as many where it has fewer.
+_QUERIES, _ROWS = 64, 192
 
 
 def has_window(q_BHLD: torch.Tensor, softcap: float | None = None) -> bool:
@@ -46,25 +48,29 @@ def attend_window(
 
 
 def _on_cpu(q_BHLD, k_BKMD, v_BKMD, n_local, scale):
-    B, H, L, D = q_BHLD.shape
-    k_BKMD, v_BKMD = kernels.head_groups(q_BHLD, k_BKMD, v_BKMD)
+    (B, H, L, D), K = q_BHLD.shape, k_BKMD.shape[1]
+    G = H // K
+    block = max(_QUERIES, -(-_ROWS // G))
     out = q_BHLD.new_empty(B, L, H, D).transpose(1, 2)  # the kernel's own order, and the next layer's
     lse = q_BHLD.new_empty(B, H, L, dtype=torch.promote_types(q_BHLD.dtype, torch.float32))
-    whole = L - L % _ROWS
-    for start, stop, R in ((0, whole, _ROWS), (whole, L, L - whole)):
+    whole = L - L % block
+    for start, stop, R in ((0, whole, block), (whole, L, L - whole)):
         if start < stop:
-            mask_RM = _mask(R, n_local, q_BHLD.dtype)
+            mask_SM = _mask(R, n_local, q_BHLD.dtype).repeat(G, 1)
             keys = slice(start, stop + n_local - 1)
             for row in range(B):
-                q_NHRD = q_BHLD[row, :, start:stop].unflatten(1, (-1, R)).transpose(0, 1)
+                q_NKGRD, out_NKGRD, lse_NKGR = (
+                    x[row, :, start:stop].unflatten(1, (-1, R)).unflatten(0, (K, G)).movedim(2, 0)
+                    for x in (q_BHLD, out, lse)
+                )
                 k_NKMD, v_NKMD = (
                     x[row, :, keys].unfold(1, n_local - 1 + R, R).permute(1, 0, 3, 2) for x in (k_BKMD, v_BKMD)
                 )
-                out_NHRD, lse_NHR = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                    q_NHRD, k_NKMD, v_NKMD, 0.0, False, attn_mask=mask_RM, scale=scale
+                out_NKSD, lse_NKS = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                    q_NKGRD.flatten(2, 3), k_NKMD, v_NKMD, 0.0, False, attn_mask=mask_SM, scale=scale
                 )
-                out[row, :, start:stop].unflatten(1, (-1, R)).copy_(out_NHRD.transpose(0, 1))
-                lse[row, :, start:stop].unflatten(1, (-1, R)).copy_(lse_NHR.transpose(0, 1))
+                out_NKGRD.copy_(out_NKSD.unflatten(2, (G, R)))
+                lse_NKGR.copy_(lse_NKS.unflatten(2, (G, R)))
     return out, lse
 
 

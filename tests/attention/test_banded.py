@@ -90,6 +90,15 @@ def test_anything_at_random(route):
         torch.testing.assert_close(banded(q, k, v, spec, chunk, softcap=softcap), expected, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize(("group", "block"), [(1, 192), (2, 96), (3, 64), (8, 64)])  # queries at once on a CPU
+def test_lengths_about_the_blocks(route, group, block):
+    spec = LambdaSpec(n_local=20, n_global=3)
+    for rows in (block - 1, block, block + 1, 2 * block, 2 * block + 7):
+        q, k, v = random_qkv(rows + 19, H=2 * group, K=2, B=2)  # the first 19 see less than a window
+        expected = lambda_attention(q, k, v, rotate, spec, 0.4)
+        torch.testing.assert_close(banded(q, k, v, spec, 1000), expected, rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize("attention", ["lambda", "streaming"])
 @pytest.mark.parametrize("group", [1, 2, 3])
 @pytest.mark.parametrize(
