@@ -1,8 +1,8 @@
 """A full window in one kernel call, where a device has a kernel for it: no triangles to merge, and faster.
 
 On a CPU a block of queries gets a view of all the keys that any of them sees, and a mask that is the same for every
-block; the views overlap, no key is copied, and the blocks are a batch of one call. The query heads of one key-value
-head are rows of one block: the more rows, the larger the matrix products. On CUDA flash attention knows a window itself.
+block; the views overlap, no key is copied, and the blocks are a batch of one call. Query heads of one key-value head
+are rows of one block: the more rows, the larger the matrix products. On CUDA flash attention knows a window itself.
 
 Shapes: B batch, H query heads, K key-value heads of G query heads each, L queries, M keys, W = n_local, N blocks of R
 queries (S = G R rows), D head dimension.
