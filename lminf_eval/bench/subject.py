@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from lm_eval.models.huggingface import HFLM
 from safetensors import SafetensorError
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -73,11 +73,13 @@ class Subject:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        """A stand-in, since requests come as tokens."""
-        words = {f"w{i}": i for i in range(self.size.vocab)}
-        return PreTrainedTokenizerFast(
-            tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")), bos_token="w0", eos_token="w1"
-        )
+        """A stand-in, a word a token: most requests come as tokens, and those for a continuation must come as text."""
+        last = getattr(self.config.get_text_config(), "eos_token_id", None)  # at which `hf` stops
+        words = [f"w{i}" for i in range(self.size.vocab)]
+        words[last if isinstance(last, int) else 1] = "<end>"
+        tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0]))
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=words[0], eos_token="<end>")
 
     def twin(self) -> PreTrainedModel:
         """A copy of the model that shares its weights."""

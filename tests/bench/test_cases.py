@@ -116,10 +116,10 @@ def test_keys_and_values_are_counted_exactly(subject):
 def test_request_sets(kind, n_local):
     requests = short.request_set(kind, 512, n_local)
     assert requests == short.request_set(kind, 512, n_local)
-    assert len(requests) == {"lambada-like": 64, "multiple-choice": 128}[kind]
+    assert len(requests) == {"lambada-like": 64, "multiple-choice": 128, "generation": 16}[kind]
     assert max(len(context) + len(continuation) for _, context, continuation in requests) < n_local
     contexts = {tuple(context) for _, context, _ in requests}
-    assert len(contexts) == {"lambada-like": 64, "multiple-choice": 32}[kind]
+    assert len(contexts) == {"lambada-like": 64, "multiple-choice": 32, "generation": 16}[kind]
     lengths = [len(context) for context in contexts]
     if n_local == 2048:
         assert min(lengths) >= 50
@@ -137,6 +137,21 @@ def test_short(subject):
     requests = short.request_set("lambada-like", 512, 32)
     assert record.tokens == sum(len(context) + len(continuation) - 1 for _, context, continuation in requests)
     assert subject.hf.batch_size_per_gpu == subject.lambda_lm(32).batch_size_per_gpu == 1  # as before
+
+
+def test_short_generation(subject):
+    """Both sides read the prompts as the tokens that were drawn, and end where the other does."""
+    job = list(short.jobs(subject, MACHINE))[7]
+    assert job.setting == {"requests": "generation", "batch": 4}
+    record = measured(job)
+    assert {side: len(values) for side, values in record.values.items()} == {"lambda": 2, "hf": 2}
+    assert record.reached(MACHINE) == {}
+    requests = short.request_set("generation", 512, 32)
+    asked = short.instances(subject, requests)
+    assert [subject.tokenizer.encode(one.args[0]) for one in asked] == [context for _, context, _ in requests]
+    written = subject.lambda_lm(32).generate_until(asked, disable_tqdm=True)
+    assert written == subject.hf.generate_until(asked, disable_tqdm=True)
+    assert max(len(text.split()) for text in written) == short.NEW
 
 
 def test_prefix(make_options):

@@ -6,13 +6,16 @@ import random
 from collections.abc import Iterator
 from functools import partial
 
+from lm_eval.api.instance import Instance
+
 from lminf_eval.bench.record import Job, Record
 from lminf_eval.bench.subject import Request, Subject
 from lminf_eval.bench.timing import Told, in_turn
 from lminf_eval.bench.work import Ceilings, full_pairs
 
-SETS = ("lambada-like", "multiple-choice")
+SETS = ("lambada-like", "multiple-choice", "generation")
 QUESTIONS, CHOICES = 32, 4
+PROMPTS, NEW = 16, 16
 
 
 def jobs(subject: Subject, ceilings: Ceilings) -> Iterator[Job]:
@@ -22,18 +25,26 @@ def jobs(subject: Subject, ceilings: Ceilings) -> Iterator[Job]:
         requests = request_set(kind, subject.size.vocab, options.n_local[0])
         flops = 2.0 * subject.size.linear * sum(map(_length, requests))
         for batch in options.batches_or(1, 4, 16):
-            seconds = 4 * (options.runs + 1) * flops / ceilings.flops_per_s
+            step = ceilings.floor(subject.size.decoding(batch, 0)) if kind == "generation" else 0.0
+            seconds = 4 * (options.runs + 1) * (flops / ceilings.flops_per_s + NEW * -(-PROMPTS // batch) * step)
             yield Job("short", {"requests": kind, "batch": batch}, seconds, partial(run, subject))
 
 
 def run(subject: Subject, setting: dict, told: Told) -> Record:
-    """Seconds of one set of requests through `--model lminf` and `--model hf` with the same batch size."""
-    options, n_local = subject.options, subject.options.n_local[0]
-    requests = request_set(setting["requests"], subject.size.vocab, n_local)
+    """Seconds of one set of requests through `--model lminf` and `--model hf` with the same batch size.
+
+    Of "generation" no floor is told: prompts are bound by operations, and what follows by bytes.
+    """
+    options, n_local, kind = subject.options, subject.options.n_local[0], setting["requests"]
+    requests = request_set(kind, subject.size.vocab, n_local)
     sides = {"lambda": subject.lambda_lm(n_local), "hf": subject.hf}
     for lm in sides.values():
         lm.batch_size_per_gpu = setting["batch"]
-    calls = {name: partial(lm._loglikelihood_tokens, requests, disable_tqdm=True) for name, lm in sides.items()}
+    if kind == "generation":
+        asked = instances(subject, requests)
+        calls = {name: partial(lm.generate_until, asked, disable_tqdm=True) for name, lm in sides.items()}
+    else:
+        calls = {name: partial(lm._loglikelihood_tokens, requests, disable_tqdm=True) for name, lm in sides.items()}
     try:
         values, skipped = in_turn(calls, options.runs, subject.device, told)
     finally:
@@ -46,20 +57,28 @@ def run(subject: Subject, setting: dict, told: Told) -> Record:
         setting,
         values,
         tokens=sum(lengths),
-        work=dict.fromkeys(values, each),
+        work={} if kind == "generation" else dict.fromkeys(values, each),
         skipped=skipped,
         facts={"requests": len(requests), "n_local": n_local},
     )
+
+
+def instances(subject: Subject, requests: list[Request]) -> list[Instance]:
+    """The contexts of `requests` as lm-eval asks for their continuation, by the `NEW` most likely tokens."""
+    how = {"until": [], "max_gen_toks": NEW, "do_sample": False}
+    texts = [subject.tokenizer.decode(context) for _, context, _ in requests]
+    return [Instance("generate_until", {}, (text, dict(how)), i) for i, text in enumerate(texts)]
 
 
 def request_set(kind: str, vocab: int, n_local: int) -> list[Request]:
     """Requests of tokens drawn at random, the same each time, all shorter than n_local.
 
     "lambada-like": 64 contexts of 50 to 150 tokens with one or two to predict. "multiple-choice": 32 questions of 50 to
-    150 tokens with 4 answers of 1 to 8 each. All shorter where n_local is.
+    150 tokens with 4 answers of 1 to 8 each. "generation": 16 contexts of 50 to 150 tokens, each with 16 that stand for
+    the new ones. All shorter where n_local is.
     """
     draw = random.Random(0)
-    most = max(2, min(150, n_local - 10))
+    most = max(2, min(150, n_local - NEW - 1))
     least = max(1, most // 3)
 
     def tokens(low: int, high: int) -> list[int]:
@@ -67,6 +86,8 @@ def request_set(kind: str, vocab: int, n_local: int) -> list[Request]:
 
     if kind == "lambada-like":
         return [(None, tokens(least, most), tokens(1, 2)) for _ in range(64)]
+    if kind == "generation":
+        return [(None, tokens(least, most), tokens(NEW, NEW)) for _ in range(PROMPTS)]
     contexts = [tokens(least, most) for _ in range(QUESTIONS)]
     return [(None, context, tokens(1, 8)) for context in contexts for _ in range(CHOICES)]
 
