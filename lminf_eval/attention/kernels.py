@@ -39,7 +39,7 @@ def attend(
         q, k, v = (pad(x, (0, widest - x.shape[3])) for x in (q_BHLD, k_BKMD, v_BKMD))
         out, lse = attend(q, k, v, scale, causal)
         return out[..., :D], lse
-    k, v = head_groups(q_BHLD, k_BKMD, v_BKMD)
+    k, v = _head_groups(q_BHLD, k_BKMD, v_BKMD)
     if name == "cpu-flash":
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q_BHLD, k, v, 0.0, causal, scale=scale)
     if name == "cuda-flash":
@@ -96,7 +96,7 @@ def primitive(q: torch.Tensor, softcap: float | None = None) -> str:
     return "math"
 
 
-def head_groups(q_BHLD: torch.Tensor, k_BKMD: torch.Tensor, v_BKMD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _head_groups(q_BHLD: torch.Tensor, k_BKMD: torch.Tensor, v_BKMD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values as the fused kernels want them: as they are, or one head for each query head, [B, H, M, D]."""
     group = q_BHLD.shape[1] // k_BKMD.shape[1]
     if group == 1 or (q_BHLD.device.type == "cpu" and _cpu_flash_groups_heads()):

@@ -56,7 +56,7 @@ def _on_cpu(q_BHLD, k_BKMD, v_BKMD, n_local, scale):
     whole = L - L % block
     for start, stop, R in ((0, whole, block), (whole, L, L - whole)):
         if start < stop:
-            mask_SM = _mask(R, n_local, q_BHLD.dtype).repeat(G, 1)
+            mask_SM = _mask(R, n_local, q_BHLD.dtype).repeat(G, 1)  # let go after the call: of many heads it is large
             keys = slice(start, stop + n_local - 1)
             for row in range(B):
                 q_NKGRD, out_NKGRD, lse_NKGR = (

@@ -67,7 +67,7 @@ def instances(subject: Subject, requests: list[Request]) -> list[Instance]:
     """The contexts of `requests` as lm-eval asks for their continuation, by the `NEW` most likely tokens."""
     how = {"until": [], "max_gen_toks": NEW, "do_sample": False}
     texts = [subject.tokenizer.decode(context) for _, context, _ in requests]
-    return [Instance("generate_until", {}, (text, dict(how)), i) for i, text in enumerate(texts)]
+    return [Instance("generate_until", {}, (text, how), i) for i, text in enumerate(texts)]
 
 
 def request_set(kind: str, vocab: int, n_local: int) -> list[Request]:
