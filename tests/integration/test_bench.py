@@ -29,7 +29,7 @@ def test_every_case(tmp_path):
     assert raw["finished"]
     assert raw["command"][1:8] == TINY[:7]
     counts = Counter(record["case"] for record in raw["records"])
-    assert counts == {"ceilings": 1, "prefill": 2, "decode": 4, "short": 6, "attention": 2, "prefix": 2}
+    assert counts == {"ceilings": 1, "prefill": 2, "decode": 4, "short": 9, "attention": 2, "prefix": 2}
     assert all(record["values"] for record in raw["records"])
     for case in counts.keys() - {"ceilings"}:
         assert f"\n{case}: " in done.stdout
