@@ -11,6 +11,7 @@ import torch
 from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel
 
+from lminf_eval.linear import Linears
 from lminf_eval.patch import find_rotary, head_logits
 from lminf_eval.rope import Frequencies, follows_length
 
@@ -82,6 +83,7 @@ class FullModel:
     def __init__(self, model: PreTrainedModel):
         self.model, self.decoder = model, model.base_model
         self._held = [Frequencies(module, 1) for module in find_rotary(model) if follows_length(module)]
+        self._linears = Linears(model)
         self.by_length = bool(self._held)
         self._length = 1
         self.reach = sys.maxsize  # tokens before it that a token sees
@@ -96,6 +98,7 @@ class FullModel:
 
     def restore(self) -> PreTrainedModel:
         """The model as it was: its frequencies follow each forward pass again."""
+        self._linears.restore()
         for frequencies in self._held:
             frequencies.restore()
         return self.model

@@ -26,6 +26,7 @@ from lminf_eval.attention.topk import Middle
 from lminf_eval.cache import LambdaCache, LayerCache
 from lminf_eval.errors import UsageError, first_line, out_of_memory
 from lminf_eval.families import FAMILIES
+from lminf_eval.linear import Linears
 from lminf_eval.rope import Rotary, backwards, set_forward
 from lminf_eval.spec import LambdaSpec
 from lminf_eval.support import unsupported
@@ -96,9 +97,11 @@ class LambdaModel:
             layer.lminf = self
             kind = layer_type(layer, self._config)
             self.rotated[layer.layer_idx] = self.rotary is not None and self.rotary.knows(kind)
+        self._linears = Linears(model)
 
     def restore(self) -> PreTrainedModel:
         """The model as it was; its outputs are bit-identical to before."""
+        self._linears.restore()
         if self.family is None:
             self.model.set_attn_implementation(self._implementation)
         for layer, forward in zip(self.layers, self._forwards, strict=True):

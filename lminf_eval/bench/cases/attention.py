@@ -55,7 +55,7 @@ def the_rest(subject: Subject, setting: dict, told: Told) -> Record:
     """Seconds of a pass without its attention function ("in the pass"), and of the model's linear layers alone, the
     head among them, on one chunk of random numbers. Work is unequal, so rates are compared."""
     passes, flops = _Passes(subject, setting), 2.0 * subject.size.linear
-    sides = {"in the pass": passes.run, "linear layers": _linear(subject, passes.chunk)}
+    sides = {"in the pass": passes.run, "linear layers": _linear(passes)}
     work = {"in the pass": Work(flops * setting["length"]), "linear layers": Work(flops * passes.chunk)}
     return _record(subject, setting, told, passes, sides, work, lambda inside, whole: whole - inside)
 
@@ -121,10 +121,11 @@ def _sdpa(subject: Subject, n_local: int):
     return attend
 
 
-def _linear(subject: Subject, chunk: int):
-    modules = [module for module in subject.model.modules() if isinstance(module, nn.Linear)]
-    how = {"dtype": subject.model.dtype, "device": subject.device}
-    inputs = {module.in_features: torch.randn(1, chunk, module.in_features, **how) for module in modules}
+def _linear(passes: _Passes):
+    model = passes.lm.streaming.model
+    modules = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    how = {"dtype": model.dtype, "device": passes.subject.device}
+    inputs = {module.in_features: torch.randn(1, passes.chunk, module.in_features, **how) for module in modules}
 
     @torch.inference_mode()
     def multiply() -> None:
