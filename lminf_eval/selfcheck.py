@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from lminf_eval.attention.kernels import attend
 from lminf_eval.errors import UsageError
@@ -38,6 +38,7 @@ _ROTATION = {torch.float64: 1e-5, torch.float32: 1e-4}
 _LOGITS = {torch.float64: 1e-4, torch.float32: 1e-3}
 _HALF_ROTATION, _HALF_LOGITS = 2e-2, 1e-1
 _TOKENS = 24
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # as configs call their number
 
 
 def lambda_model(
@@ -169,13 +170,25 @@ def _compare_logits(patched: LambdaModel, expected: torch.Tensor, ids: torch.Ten
         if part.shape[1]:
             output = patched.hidden(part, cache)
             found.append(patched.logits(output, output.last_hidden_state[0]))
-    error = relative_error(torch.cat(found), expected)
+    error = _logits_error(torch.cat(found), expected, patched.model.config.get_text_config())
     rough = patched.slopes is not None and patched.family.rounds_bias
     if not error < (_HALF_LOGITS if rough else allowed(expected.dtype)):  # NaN must not pass
         raise UsageError(
             unsupported(patched.model.config, f"its patched logits differ from its own by {error:.1%} below n_local")
         )
     return {layer.window for layer in cache.layers.values()}
+
+
+def _logits_error(found: torch.Tensor, expected: torch.Tensor, text: PretrainedConfig) -> float:
+    """`relative_error`; of experts in half precision, the least that three tokens in four stay below.
+
+    There another rounding may choose another expert for a token, whose logits are then other ones altogether.
+    """
+    experts = any(getattr(text, name, None) not in (None, 0, 1) for name in _EXPERTS)
+    if not experts or expected.dtype in _LOGITS:
+        return relative_error(found, expected)
+    errors = [relative_error(one, other) for one, other in zip(found, expected, strict=True)]
+    return float(torch.tensor(errors).quantile(0.75))  # NaN where any is
 
 
 def allowed(dtype: torch.dtype) -> float:
