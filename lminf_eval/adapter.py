@@ -24,11 +24,11 @@ from lminf_eval.engine import GenerateRequest, Score, ScoreRequest
 from lminf_eval.errors import UsageError
 from lminf_eval.loading import LateHFLM
 from lminf_eval.memory import parameters
+from lminf_eval.modules import device_of
 from lminf_eval.parallel import data
 from lminf_eval.parallel.data import Work
 from lminf_eval.parallel.ranks import Ranks
 from lminf_eval.parallel.way import choose
-from lminf_eval.patch import device_of
 from lminf_eval.pieces import encode
 from lminf_eval.prefix import HELD
 from lminf_eval.resume.checkpoint import Checkpoints

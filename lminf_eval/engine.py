@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from lminf_eval.cache import LambdaCache
 from lminf_eval.errors import UsageError, first_line, out_of_memory
+from lminf_eval.modules import device_of
 from lminf_eval.pairs import asked_of, joined, split
-from lminf_eval.patch import device_of
 from lminf_eval.prefix import HELD, MIN_SHARED, MIN_SHARED_ON_GPU, Node, forest
 from lminf_eval.resume.checkpoint import EVERY, Checkpoints
 from lminf_eval.resume.stop import Stop

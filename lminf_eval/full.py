@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn.functional import pad
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, cache_utils
 
 from lminf_eval.linear import Linears
-from lminf_eval.patch import find_rotary, head_logits
+from lminf_eval.modules import decoder_of, find_rotary, head_logits, takes
 from lminf_eval.rope import Frequencies, follows_length
+
+_BY_TOKEN = ("keys", "values", "indexer_keys")  # a cache layer's tensors [B, …, tokens, D]; others are states [B, …]
+_WHOLE = {  # a layer that slides would forget what a copy of some rows still needs: it keeps everything instead
+    "DynamicSlidingWindowLayer": "DynamicLayer",
+    "LinearAttentionAndSlidingWindowAttentionLayer": "LinearAttentionAndFullAttentionLayer",
+}
+
+
+def new_layers(config: PretrainedConfig) -> DynamicCache:
+    """Return transformers' own cache for a model: keys and values, and recurrent states in the layers that have any."""
+    layers = DynamicCache(config=config)
+    for i, layer in enumerate(layers.layers):
+        if whole := _WHOLE.get(type(layer).__name__):
+            layers.layers[i] = getattr(cache_utils, whole)()
+    return layers
 
 
 @dataclass
 class FullCache:
-    """Keys and values of B sequences, as long as they are.
+    """Keys, values and recurrent states of B sequences, as long as they are.
 
     Sequences of unequal length are padded on the left; `mask` [B, S] is False there, and None where nothing is padded.
     """
@@ -31,44 +47,86 @@ class FullCache:
 
     @torch.inference_mode()
     def rows(self, index: list[int]) -> FullCache:
-        """A copy with these rows alone."""
-        layers = copy.deepcopy(self.layers)
-        if layers.get_seq_length():
-            layers.batch_select_indices(torch.tensor(index, device=layers.layers[0].keys.device))
+        """Return a copy with these rows alone."""
+        layers = _mapped(lambda name, x: x[index], self.layers)
         mask = None if self.mask is None else self.mask[index]
         return FullCache(self.capacity, layers, [self.lengths[i] for i in index], mask)
 
     def narrow(self, n: int) -> FullCache:
-        """A copy with the first n rows."""
+        """Return a copy with the first n rows."""
         return self.rows(list(range(n)))
 
     def expand(self, n: int) -> FullCache:
-        """A copy with n times the one row of this cache."""
+        """Return a copy with n times the one row of this cache."""
         return self.rows([0] * n)
 
     @classmethod
     @torch.inference_mode()
     def stack(cls, caches: list[FullCache]) -> FullCache:
-        """One cache whose rows are those of `caches`, of one row each."""
+        """Return one cache whose rows are those of `caches`, of one row each."""
         lengths = [cache.lengths[0] for cache in caches]
-        longest, layers = max(lengths), DynamicCache()
-        for i in range(len(caches[0].layers.layers)):
-            parts = [cache.layers.layers[i] for cache in caches]
-            padded = [
-                torch.cat(
-                    [pad(getattr(part, name), (0, 0, longest - n, 0)) for part, n in zip(parts, lengths, strict=True)]
-                )
-                for name in ("keys", "values")
-            ]
-            layers.update(*padded, i)
+        longest = max(lengths)
+
+        def joined(name: str, *parts: torch.Tensor) -> torch.Tensor:
+            if name not in _BY_TOKEN:
+                return torch.cat(parts)
+            padded = [pad(part, (0, 0, longest - n, 0)) for part, n in zip(parts, lengths, strict=True)]
+            return torch.cat(padded)
+
+        layers = _mapped(joined, *(cache.layers for cache in caches))
         mask = torch.arange(longest)[None] >= longest - torch.tensor(lengths)[:, None]
         return cls(max(cache.capacity for cache in caches), layers, lengths, None if mask.all() else mask)
 
+    def saved_states(self) -> dict[int, Any]:
+        """Return copies of the layers that write over their own state, for `rollback`."""
+        kinds = (cache_utils.DynamicLayer, getattr(cache_utils, "DynamicIndexedLayer", cache_utils.DynamicLayer))
+        layers = {i: layer for i, layer in enumerate(self.layers.layers) if type(layer) not in kinds}
+        return {
+            i: _mapped_layer(lambda name, x: x if name in _BY_TOKEN else x.clone(), layer)
+            for i, layer in layers.items()
+        }
+
+    def rollback(self, seen: int, states: dict[int, Any]) -> None:
+        """Make every layer what it was after `seen` tokens; `states` are `saved_states` of then."""
+        for i, layer in enumerate(self.layers.layers):
+            if i in states:
+                self.layers.layers[i] = states[i]
+                continue
+            for name in _BY_TOKEN:
+                if getattr(layer, name, None) is not None:
+                    setattr(layer, name, getattr(layer, name)[..., :seen, :])
+
     @property
     def nbytes(self) -> int:
-        """Bytes held in keys and values, over all layers."""
-        tensors = [t for layer in self.layers.layers for t in (layer.keys, layer.values) if t is not None]
-        return sum(t.numel() * t.element_size() for t in tensors)
+        """Bytes held in keys, values and states, over all layers."""
+        sizes: list[int] = []
+        _mapped(lambda name, x: sizes.append(x.numel() * x.element_size()) or x, self.layers)
+        return sum(sizes)
+
+
+def _mapped(function: Callable[..., torch.Tensor], first: DynamicCache, *others: DynamicCache) -> DynamicCache:
+    """Return a cache like `first`, each tensor `function(its name, first's, *others')`."""
+    made = copy.copy(first)
+    made.layers = [
+        _mapped_layer(function, *layers)
+        for layers in zip(first.layers, *(other.layers for other in others), strict=True)
+    ]
+    return made
+
+
+def _mapped_layer(function: Callable[..., torch.Tensor], first: Any, *others: Any) -> Any:
+    made = copy.copy(first)
+    for name, value in vars(first).items():
+        parts = [vars(other)[name] for other in others]
+        if isinstance(value, torch.Tensor):
+            setattr(made, name, function(name, value, *parts))
+        elif isinstance(value, dict):  # states by number, and what is known of each
+            states = {
+                key: function(name, x, *(part[key] for part in parts)) if isinstance(x, torch.Tensor) else x
+                for key, x in value.items()
+            }
+            setattr(made, name, states)
+    return made
 
 
 class FullModel:
@@ -81,23 +139,34 @@ class FullModel:
     """
 
     def __init__(self, model: PreTrainedModel):
-        self.model, self.decoder = model, model.base_model
-        self._held = [Frequencies(module, 1) for module in find_rotary(model) if follows_length(module)]
-        self._linears = Linears(model)
-        self.by_length = bool(self._held)
-        self._length = 1
+        self.model, self.decoder = model, decoder_of(model)
+        self.by_length = any(follows_length(module) for module in find_rotary(model))
         self.reach = sys.maxsize  # tokens before it that a token sees
         self.readmits = False
-        self._takes_positions = "position_ids" in inspect.signature(type(self.decoder).forward).parameters
+        self._takes_positions = takes(self.decoder, "position_ids")
+        self._cache_name = takes(self.decoder, "cache", "past_key_values")  # 5.24 renamed it
+        self.active = False
+        self.apply()
+
+    def apply(self) -> None:
+        """Take hold of frequencies and linear layers. Calling it again changes nothing, until `restore`."""
+        if self.active:
+            return
+        self.active, self._length = True, 1
+        self._held = [Frequencies(module, 1) for module in find_rotary(self.model) if follows_length(module)]
+        self._linears = Linears(self.model)
 
     def new_cache(self, batch: int, capacity: int) -> FullCache:
         """State for `batch` sequences of `capacity` tokens; it grows as they do."""
-        return FullCache(capacity, DynamicCache(), [0] * batch)
+        return FullCache(capacity, new_layers(self.model.config), [0] * batch)
 
     stack = staticmethod(FullCache.stack)
 
     def restore(self) -> PreTrainedModel:
-        """The model as it was: its frequencies follow each forward pass again."""
+        """Give back the model as it was: its frequencies follow each forward pass again."""
+        if not self.active:
+            return self.model
+        self.active = False
         self._linears.restore()
         for frequencies in self._held:
             frequencies.restore()
@@ -111,22 +180,21 @@ class FullModel:
             self._length = cache.capacity
             for frequencies in self._held:
                 frequencies.settle(cache.capacity)
-        options, seen, mask = {}, cache.layers.get_seq_length(), cache.mask
+        options, seen, mask = {}, max(cache.lengths), cache.mask
+        states = cache.saved_states() if L > 1 else {}  # one token alone is never tried again
         if cache.mask is not None:
             cache.mask = torch.cat([cache.mask, torch.ones(B, L, dtype=torch.bool)], 1)
             options["attention_mask"] = cache.mask.to(ids_BL.device)
         if self._takes_positions:
             options["position_ids"] = (torch.tensor(cache.lengths)[:, None] + torch.arange(L)).to(ids_BL.device)
         if keep or seen:
-            options |= {"past_key_values": cache.layers, "use_cache": True}
+            options |= {self._cache_name: cache.layers, "use_cache": True}
         else:
             options["use_cache"] = False
         try:
             output = self.decoder(input_ids=ids_BL, return_dict=True, **options)
-        except BaseException:  # for want of memory, say: it can be tried again
-            for layer in cache.layers.layers:
-                if layer.keys is not None:
-                    layer.keys, layer.values = layer.keys[:, :, :seen], layer.values[:, :, :seen]
+        except BaseException:  # out of memory, most often: the engine tries again in smaller chunks
+            cache.rollback(seen, states)
             cache.mask = mask
             raise
         cache.lengths = [n + L for n in cache.lengths]

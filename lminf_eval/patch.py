@@ -10,9 +10,9 @@ Shapes: B batch, H query heads, K key-value heads, L new tokens, G starting toke
 from __future__ import annotations
 
 import sys
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from contextlib import nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,11 +27,13 @@ from lminf_eval.cache import LambdaCache, LayerCache
 from lminf_eval.errors import UsageError, first_line, out_of_memory
 from lminf_eval.families import FAMILIES
 from lminf_eval.linear import Linears
+from lminf_eval.modules import attention_layers, decoder_of, head_logits, layer_type, rotary_module, takes
 from lminf_eval.rope import Rotary, backwards, set_forward
 from lminf_eval.spec import LambdaSpec
 from lminf_eval.support import unsupported
 
 IMPLEMENTATION = "lminf"
+_CACHES = ("layer_past", "past_key_values", "cache")  # what attention modules call transformers' own cache
 _HARMLESS = {  # what families pass to their attention function beside what we read; it changes nothing at inference
     "dropout",
     "is_causal",
@@ -47,13 +49,20 @@ _HARMLESS = {  # what families pass to their attention function beside what we r
 def _attention(module: nn.Module, q, k, v, attention_mask=None, *, scaling=None, **options):
     """The function transformers calls in each layer. q [B, H, L, D] and k [B, K, L, D] come without rotation."""
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
-    if attention_mask is not None:
+    if attention_mask is not None and attention_mask.dtype == torch.int64:  # `_mask`'s
+        options["sliding_window"] = int(attention_mask)
+    elif attention_mask is not None:
         options["a mask of its own"] = attention_mask
     return module.lminf.attend(module, q, k, v, scale, options).transpose(1, 2).contiguous(), None
 
 
+def _mask(*args, local_size: int | None = None, **kwargs) -> torch.Tensor | None:
+    """The band needs no mask. But some families (phimoe) tell a layer's own window in its mask alone: [1, 1, 1, 1]."""
+    return None if local_size is None else torch.full((1, 1, 1, 1), local_size)
+
+
 AttentionInterface.register(IMPLEMENTATION, _attention)
-AttentionMaskInterface.register(IMPLEMENTATION, lambda *args, **kwargs: None)  # the band needs no mask
+AttentionMaskInterface.register(IMPLEMENTATION, _mask)
 
 
 class LambdaModel:
@@ -73,35 +82,50 @@ class LambdaModel:
 
     def __init__(self, model: PreTrainedModel, spec: LambdaSpec):
         self.model, self.spec = model, spec
-        self.decoder = model.base_model
+        self.decoder = decoder_of(model)
         self._config = model.config.get_text_config()
         self._cache: LambdaCache | None = None
+        self._outside: Any = None  # transformers' own cache, in a pass that is not ours, of a family of `families/`
         self._keep = False
         self._shared: dict = {}
-        self._implementation = model.config._attn_implementation
         self.layers = attention_layers(model)
         self.rotated: dict[int, bool] = {}  # which layers turn queries and keys by their positions
-        self._forwards = [vars(layer).get("forward") for layer in self.layers]
         self.family = FAMILIES.get(model.config.model_type)
+        self.slopes = None if self.family is None else self.family.slopes(model)
+        self._scaled_by_position = self.family is None and takes(self.decoder, "position_ids")
+        self.active = False
+        self.apply()
+
+    def apply(self) -> None:
+        """Take the model's attention over. Calling it again changes nothing, until `restore`."""
+        if self.active:
+            return
+        model, self.active = self.model, True
+        self._implementation = model.config._attn_implementation
+        self._forwards = [vars(layer).get("forward") for layer in self.layers]
         if self.family is None:
             home = sys.modules[type(self.layers[0]).__module__]
-            self.rotary = Rotary(rotary_module(model), home.apply_rotary_pos_emb, spec.n_local)
-            self.slopes, self._skipping = None, partial(self.rotary.skipped, home)
+            self.rotary = Rotary(rotary_module(model), home.apply_rotary_pos_emb, self.spec.n_local)
+            self._skipping = partial(self.rotary.skipped, home)
             model.set_attn_implementation(IMPLEMENTATION)
         else:
-            self.rotary, self.slopes = self.family.rotary(model, spec.n_local), self.family.slopes(model)
-            self._skipping = nullcontext
+            self.rotary, self._skipping = self.family.rotary(model, self.spec.n_local), nullcontext
             for layer in self.layers:
-                layer.forward = partial(self.family.forward, layer)
+                layer.forward = partial(self._family_forward, layer)
         for layer in self.layers:
             layer.lminf = self
-            kind = layer_type(layer, self._config)
-            self.rotated[layer.layer_idx] = self.rotary is not None and self.rotary.knows(kind)
+            known = self.rotary is not None and self.rotary.knows(layer_type(layer, self._config))
+            self.rotated.setdefault(layer.layer_idx, known)
+        self._hook = self.decoder.register_forward_pre_hook(self._enter, with_kwargs=True)
         self._linears = Linears(model)
 
     def restore(self) -> PreTrainedModel:
-        """The model as it was; its outputs are bit-identical to before."""
+        """Give back the model as it was; its outputs are bit-identical to before."""
+        if not self.active:
+            return self.model
+        self.active = False
         self._linears.restore()
+        self._hook.remove()
         if self.family is None:
             self.model.set_attn_implementation(self._implementation)
         for layer, forward in zip(self.layers, self._forwards, strict=True):
@@ -132,11 +156,12 @@ class LambdaModel:
         return self.spec.top_k > 0
 
     @torch.inference_mode()
-    def hidden(self, ids_BL: torch.Tensor, cache: LambdaCache, keep: bool = True):
+    def hidden(self, ids_BL: torch.Tensor, cache: LambdaCache, keep: bool = True, skipped: int = 0):
         """The decoder's output for the next L tokens of each row; `last_hidden_state` is [B, L, hidden].
 
-        Rows may stand at different positions only where L is 1. With `keep=False` the cache is not extended: these are
-        the last tokens that anyone asks for. A pass that fails, for want of memory say, leaves the cache as it was.
+        Rows may stand at different positions only if L is 1. With `keep=False` the cache is not extended: these are
+        the last tokens that anyone asks for. Between the cache and these tokens, `skipped` ones are another rank's. A
+        pass that fails (out of memory, most often) leaves the cache as it was.
         """
         if keep:
             self._turn_back(cache, ids_BL.shape[1])
@@ -147,7 +172,8 @@ class LambdaModel:
                 cache.restored_on_error() if keep and ids_BL.shape[1] > 1 else nullcontext(),
                 self._skipping(),
             ):
-                output = self.decoder(input_ids=ids_BL, use_cache=False, return_dict=True)
+                options = self._positions(cache, ids_BL, skipped)
+                output = self.decoder(input_ids=ids_BL, use_cache=False, return_dict=True, **options)
         finally:
             self._cache, self._shared = None, {}
         cache.lengths = [length + ids_BL.shape[1] for length in cache.lengths]
@@ -158,7 +184,35 @@ class LambdaModel:
         """[T, V]: the model's own head, with all that the family does in it, on T chosen hidden states."""
         return head_logits(self.model, self.decoder, output, hidden_TC)
 
+    def _positions(self, cache: LambdaCache, ids_BL: torch.Tensor, skipped: int) -> dict[str, torch.Tensor]:
+        """Rotations are ours, but some families (Ministral 3) scale queries by their position too.
+
+        A position beyond the window counts as the window's last, as distances do: the model has met no other.
+        """
+        if not self._scaled_by_position:
+            return {}
+        at_BL = torch.tensor(cache.lengths)[:, None] + skipped + torch.arange(ids_BL.shape[1])
+        return {"position_ids": at_BL.clamp(max=self.spec.n_local - 1).to(ids_BL.device)}
+
     # ------------------------------------------------------------------ inside the forward pass
+
+    def _enter(self, decoder: nn.Module, args: tuple, options: dict) -> None:
+        """Before each pass of the decoder: one that is not ours gets its own turn of angles, or is refused.
+
+        Raises:
+            UsageError: for a padded batch.
+        """
+        if self._cache is not None:
+            return
+        mask = options.get("attention_mask")
+        if torch.is_tensor(mask) and not bool(mask.all()):
+            raise UsageError("attention_mask: a patched model takes no padding; pass rows of one length, or one row")
+        self._shared = {}
+
+    def _family_forward(self, layer: nn.Module, *args, **options):
+        """An attention module's forward in a family of `families/`, which reads nothing of a cache by itself."""
+        self._outside = next((options[name] for name in _CACHES if options.get(name) is not None), None)
+        return self.family.forward(layer, *args, **options)
 
     def attend(self, module: nn.Module, q_BHLD, k_BKLD, v_BKLD, scale: float, options: dict) -> torch.Tensor:
         """Λ-attention of one layer over the cache and the new tokens: [B, H, L, D of v]. Extends the cache."""
@@ -166,6 +220,9 @@ class LambdaModel:
         if self.slopes is not None:  # biases are larger than half precision can tell apart
             q_BHLD, k_BKLD, v_BKLD = (x.to(torch.promote_types(dtype, torch.float32)) for x in (q_BHLD, k_BKLD, v_BKLD))
         window, sinks, top_k = self._reach(module, options)
+        if self._cache is None:
+            out, lse = self._attend_outside(module, q_BHLD, k_BKLD, v_BKLD, window, sinks, scale, options)
+            return self._with_sink_logits(out, lse, options).to(dtype)
         cache, index = self._cache, module.layer_idx
         layer = cache.layers.get(index)
         if layer is None and self._keep:
@@ -182,10 +239,38 @@ class LambdaModel:
             )
         if top_k and cache.capacity > window + sinks:
             self._readmit(index, out, lse, q_BHLD, k_BKLD, v_BKLD, turn, **how)
-        if options.get("s_aux") is not None:  # a learned logit per head joins the softmax, with no value (gpt-oss)
-            share = lse - torch.logaddexp(lse, options["s_aux"].to(lse.dtype)[None, :, None])
-            out = out * share.exp().unsqueeze(-1).to(out.dtype)
-        return out.to(dtype)
+        return self._with_sink_logits(out, lse, options).to(dtype)
+
+    def _with_sink_logits(self, out, lse, options: dict) -> torch.Tensor:
+        """A learned logit for each head joins the softmax, with no value (gpt-oss)."""
+        if options.get("s_aux") is None:
+            return out
+        share = lse - torch.logaddexp(lse, options["s_aux"].to(lse.dtype)[None, :, None])
+        return out * share.exp().unsqueeze(-1).to(out.dtype)
+
+    def _attend_outside(self, module, q_BHLD, k_BKSD, v_BKSD, window, sinks, scale, options):
+        """Λ-attention in a forward pass of the model's user, whose own cache, if there is one, holds all S keys.
+
+        They lie there without rotation, as the model wrote them; L queries are the newest of the S tokens.
+
+        Raises:
+            UsageError: for `top_k`, which begins at a request's last prompt token.
+        """
+        if self.spec.top_k:
+            raise UsageError(f"top_k={self.spec.top_k}: model(...) and generate() take top_k=0 only; use the engine")
+        if self._outside is not None:
+            k_BKSD, v_BKSD = self._outside.update(k_BKSD, v_BKSD, module.layer_idx)
+        S, L = k_BKSD.shape[2], q_BHLD.shape[2]
+        start, turn, layer = S - L, partial(self._turn, module), None
+        first = max(0, start - window)
+        if start:
+            layer = LayerCache.empty(k_BKSD, v_BKSD, window, sinks, S)
+            layer.write_sinks(k_BKSD[:, :, :start], v_BKSD, 0)
+            past = turn(k_BKSD[:, :, first:start], torch.arange(start - first)[None], f"past {window}")
+            layer.write(past, v_BKSD[:, :, first:start], first)
+        new = k_BKSD[:, :, start:], v_BKSD[:, :, start:]
+        how = {"scale": scale, "softcap": options.get("softcap"), "slopes_H": self.slopes}
+        return attend_chunk(q_BHLD, *new, layer, False, start, first, self.spec, window, sinks, turn, **how)
 
     _attend_chunk = staticmethod(attend_chunk)  # context parallel has its own
 
@@ -280,77 +365,3 @@ class LambdaModel:
                 f"out of memory while moving a window on: {first_line(error)}; take a smaller n_local"
             ) from error
         cache.origins = [o + step for o, step in zip(cache.origins, steps, strict=True)]
-
-
-def layer_type(module: nn.Module, config) -> str | None:
-    """What a family calls the kind of an attention layer ("full_attention", "sliding_attention"), if it tells."""
-    for name in ("layer_type", "attention_type"):
-        if isinstance(getattr(module, name, None), str):
-            return getattr(module, name)
-    types = getattr(config, "layer_types", None)
-    return types[module.layer_idx] if types and module.layer_idx < len(types) else None
-
-
-def head_logits(model: PreTrainedModel, decoder: nn.Module, output, hidden_TC: torch.Tensor) -> torch.Tensor:
-    """[T, V]: the model's own forward, its decoder standing still and answering with hidden states we already have.
-
-    So whatever a family does between the decoder and its logits (scaling, soft-capping) happens as it always does.
-    """
-    answer = replace(output, last_hidden_state=hidden_TC[None], past_key_values=None)
-    with _forward(decoder, lambda *args, **kwargs: answer):
-        return model(inputs_embeds=hidden_TC[None], use_cache=False).logits[0]
-
-
-@contextmanager
-def _forward(module: nn.Module, function):
-    before = vars(module).get("forward")
-    module.forward = function
-    try:
-        yield
-    finally:
-        set_forward(module, before)
-
-
-def attention_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The model's attention modules, in order.
-
-    Raises:
-        UsageError: if there are none whose queries and keys can be had before rotation.
-    """
-    own = model.config.model_type in FAMILIES
-    layers = [
-        module
-        for module in model.modules()
-        if hasattr(module, "layer_idx")
-        and "Attention" in type(module).__name__
-        and (own or hasattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb"))
-    ]
-    if not layers:
-        raise UsageError(unsupported(model.config, "its attention has no apply_rotary_pos_emb to take over"))
-    return layers
-
-
-def device_of(module: nn.Module) -> torch.device:
-    """Where a module computes. The weights of one that accelerate has offloaded are elsewhere, or nowhere yet."""
-    for part in module.modules():
-        device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
-        if device is not None:
-            return torch.device(device)
-    return next(module.parameters()).device
-
-
-def find_rotary(model: PreTrainedModel) -> list[nn.Module]:
-    """The modules that turn positions into (cos, sin)."""
-    return [module for name, module in model.named_modules() if name.rpartition(".")[2].startswith("rotary_emb")]
-
-
-def rotary_module(model: PreTrainedModel) -> nn.Module:
-    """The one module that turns positions into (cos, sin).
-
-    Raises:
-        UsageError: if there is none, or more than one.
-    """
-    found = find_rotary(model)
-    if len(found) != 1:
-        raise UsageError(unsupported(model.config, f"it has {len(found)} rotary_emb modules where one is expected"))
-    return found[0]

@@ -101,8 +101,10 @@ def families_table() -> list[Support]:
     return sorted(rows, key=lambda row: (row.kind == "none", row.family))
 
 
-def unsupported(config: Any, why: str) -> str:
-    """The line that refuses a family by name."""
+def unsupported(config: Any, why: str, attention: str = "lambda") -> str:
+    """Return the line that refuses a family by name."""
+    if attention == "full":
+        return f"attention=full can't run the family {config.model_type!r}: {why}; --model hf runs it"
     instead = "" if why in (_ENCODER_DECODER, _NO_CAUSAL_LM) else "attention=full runs it as it is, and "
     return (
         f"attention=lambda can't run the family {config.model_type!r}: {why}; "

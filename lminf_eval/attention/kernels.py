@@ -39,7 +39,7 @@ def attend(
         q, k, v = (pad(x, (0, widest - x.shape[3])) for x in (q_BHLD, k_BKMD, v_BKMD))
         out, lse = attend(q, k, v, scale, causal)
         return out[..., :D], lse
-    k, v = _head_groups(q_BHLD, k_BKMD, v_BKMD)
+    q_BHLD, k, v = dense(q_BHLD, *_head_groups(q_BHLD, k_BKMD, v_BKMD))
     if name == "cpu-flash":
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q_BHLD, k, v, 0.0, causal, scale=scale)
     if name == "cuda-flash":
@@ -67,8 +67,9 @@ def attend_biased(
     K = k_BKMD.shape[1]
     if primitive(q_BH1D, softcap) == "cpu-flash" and v_BKMD.shape[3] == D and (H == K or _cpu_flash_groups_heads()):
         mask = None if bias is None else bias.to(q_BH1D.dtype)
+        q, k, v = dense(q_BH1D, k_BKMD, v_BKMD)
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q_BH1D, k_BKMD, v_BKMD, 0.0, False, attn_mask=mask, scale=scale
+            q, k, v, 0.0, False, attn_mask=mask, scale=scale
         )
     wide = torch.promote_types(q_BH1D.dtype, torch.float32)
     logits_BKgM = (q_BH1D.reshape(B, K, H // K, D) @ k_BKMD.transpose(-1, -2)).to(wide) * scale
@@ -80,6 +81,11 @@ def attend_biased(
     lse_BKg = logits_BKgM.logsumexp(-1)
     weights = (logits_BKgM - lse_BKg.unsqueeze(-1)).exp_()
     return (weights.to(v_BKMD.dtype) @ v_BKMD).view(B, H, 1, -1), lse_BKg.view(B, H, 1)
+
+
+def dense(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Return the tensors with neighbouring numbers in their last dimension: the fused kernels take that for granted."""
+    return [x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in tensors]
 
 
 def primitive(q: torch.Tensor, softcap: float | None = None) -> str:

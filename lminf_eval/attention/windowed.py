@@ -41,7 +41,7 @@ def attend_window(
         widest = max(D, q_BHLD.shape[3])
         q_BHLD, k_BKMD, v_BKMD = (pad(x, (0, widest - x.shape[3])) for x in (q_BHLD, k_BKMD, v_BKMD))
     first = k_BKMD.shape[2] - q_BHLD.shape[2] - n_local + 1
-    k_BKMD, v_BKMD = k_BKMD[:, :, first:], v_BKMD[:, :, first:]
+    q_BHLD, k_BKMD, v_BKMD = kernels.dense(q_BHLD, k_BKMD[:, :, first:], v_BKMD[:, :, first:])
     function = _on_cuda if q_BHLD.device.type == "cuda" else _on_cpu
     out, lse = function(q_BHLD, k_BKMD, v_BKMD, n_local, scale)
     return out[..., :D], lse

@@ -19,7 +19,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from lminf_eval.diagnosis.logits import LogitStatistics, distance_edges, entropy, visible_logits
-from lminf_eval.patch import LambdaModel, layer_type
+from lminf_eval.modules import layer_type
+from lminf_eval.patch import LambdaModel
 from lminf_eval.selfcheck import lambda_model
 from lminf_eval.spec import LambdaSpec
 

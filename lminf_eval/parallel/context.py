@@ -49,7 +49,7 @@ class ContextModel(LambdaModel):
         self._sees_cache = self._renews = False
 
     @torch.inference_mode()
-    def hidden(self, ids_BL: torch.Tensor, cache: LambdaCache, keep: bool = True):
+    def hidden(self, ids_BL: torch.Tensor, cache: LambdaCache, keep: bool = True, skipped: int = 0):
         """The decoder's output; `last_hidden_state` is [B, S, E] for this rank's own tokens of a chunk that is spread.
 
         With `keep`, the last state of all is the chunk's last, on every rank.
@@ -63,7 +63,7 @@ class ContextModel(LambdaModel):
         own = self.exchange.own
         self._sees_cache = own.start < widest  # some of this rank's tokens do
         self._renews = widest <= L  # nothing that is cached now stays in a window
-        output = super().hidden(ids_BL[:, own], cache, keep)
+        output = super().hidden(ids_BL[:, own], cache, keep, own.start)
         cache.lengths = [start + L] * len(cache.lengths)
         if keep:
             if self._renews:

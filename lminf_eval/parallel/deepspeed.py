@@ -34,7 +34,7 @@ from lminf_eval.full import FullModel
 from lminf_eval.parallel.ranks import Ranks
 from lminf_eval.parallel.way import Way
 from lminf_eval.patch import LambdaModel
-from lminf_eval.selfcheck import allowed, lambda_model, own_logits, relative_error
+from lminf_eval.selfcheck import full_model, lambda_model, own_logits
 from lminf_eval.spec import LambdaSpec
 
 # Of the families of support.TESTED, those that AutoTP divides wrongly: by tests/parallel/test_deepspeed.py.
@@ -124,10 +124,7 @@ class TensorParallel(Way):
         with self._blamed(model.config):
             if spec.attention != "full":
                 return lambda_model(model, spec, partial(_own_slopes, self.ranks.process_group), self._expected)
-            error = relative_error(own_logits(model, spec), self._expected)
-            if not error < allowed(model.dtype):  # NaN must not pass
-                raise UsageError(f"{model.config.model_type!r}: sharded, its logits are off by {error:.1%}")
-            return FullModel(model)
+            return full_model(model, self._expected)
 
     @contextlib.contextmanager
     def _blamed(self, config: PreTrainedConfig) -> Iterator[None]:

@@ -14,9 +14,8 @@ import transformers
 
 from lminf_eval.engine import Engine
 from lminf_eval.errors import UsageError
-from lminf_eval.full import FullModel
 from lminf_eval.parallel.ranks import Ranks
-from lminf_eval.selfcheck import lambda_model
+from lminf_eval.selfcheck import full_model, lambda_model
 from lminf_eval.spec import LambdaSpec
 
 WAYS = {
@@ -68,9 +67,9 @@ class Way:
         """What the engine takes: the model patched to Λ-attention and checked, or as it is for `full`.
 
         Raises:
-            UsageError: where the patched model would not be the same model.
+            UsageError: if what runs would not be the same model.
         """
-        return FullModel(model) if spec.attention == "full" else lambda_model(model, spec)
+        return full_model(model) if spec.attention == "full" else lambda_model(model, spec)
 
 
 def choose(parallel: str, sizes: dict[str, int | None], ranks: Ranks) -> Way:
