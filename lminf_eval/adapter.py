@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 from collections import Counter
@@ -49,6 +50,9 @@ class LMInfinite(LateHFLM):
     kept and found again (see `resume/journal.py`). Nothing is loaded before the first request, so that tasks can refuse
     their own settings first.
 
+    A model object that the user passes is patched while requests run, and itself again in between. `close()`, or the
+    end of a `with` block, gives everything back.
+
     Under a launcher of many processes rank 0 alone goes on from here, as if it were one process; the others answer what
     it sends them and end with it (see `parallel/`).
 
@@ -88,6 +92,8 @@ class LMInfinite(LateHFLM):
             kwargs["parallelize"] = True
         self.prefix_sharing, self.prefix_states = prefix_sharing, kwargs.pop("prefix_states", HELD)
         self._streaming = None
+        self._closed = False
+        self.shares_model = not isinstance(pretrained, str)  # its user calls it between our requests
         self._tokens = Counter(computed=0, reused=0)
         self._recalled = 0  # answers found in the journal
         self._chunk_size = 0  # what memory was found to suffice for, once known
@@ -116,14 +122,47 @@ class LMInfinite(LateHFLM):
 
     @property
     def streaming(self):
-        """The model as the engine takes it: patched to Λ-attention and checked, or as it is for `full`."""
-        if self._streaming is None:
+        """The model as the engine takes it: patched to Λ-attention and checked, or as it is for `full`.
+
+        A model that its user shares stays so until the next requests are answered.
+        """
+        if self._streaming is not None:
+            self._streaming.apply()
+        else:
             model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
             self._streaming = self.way.prepare(model, self.spec)
             if device_of(model.get_input_embeddings()).type == "cpu":
                 keep_freed_memory()
             logger.info("Running %s with %s", self.pretrained, self.describe())
         return self._streaming
+
+    def close(self) -> None:
+        """Give the model back as it was, and answer no more requests. Closing again changes nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._streaming is not None:
+            self._streaming.restore()
+        self._streaming = self._model = None
+        if self.journal is not None:
+            self.journal.close()
+
+    def __enter__(self) -> LMInfinite:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    @property
+    def model(self):
+        """The transformers model; its weights are read at the first call after construction.
+
+        Raises:
+            UsageError: after `close`.
+        """
+        if self.__dict__.get("_closed"):
+            raise UsageError(f"the model {self.pretrained} is closed; make another LMInfinite")
+        return super().model
 
     # ------------------------------------------------------------------ what lm-eval asks of a model
 
@@ -292,9 +331,9 @@ class LMInfinite(LateHFLM):
 
     def _run(self, what: str, works: list[Work], bar: Any) -> Iterator[tuple[int, Any]]:
         """This rank's part: each one's index and answer, kept in the journal first; as all ranks of a group do it."""
-        size, stop = self.batch_size_per_gpu, self.ranks.stop
+        size, stop, streaming = self.batch_size_per_gpu, self.ranks.stop, self.streaming
         engine = self.way.engine(
-            self.streaming,
+            streaming,
             self._chunk_size or self.spec.chunk_size,
             None if size == "auto" else int(size),
             self.prefix_sharing,
@@ -307,7 +346,7 @@ class LMInfinite(LateHFLM):
         request, answer = (
             (self._score_request, self._score) if what == "score" else (self._generate_request, self._text)
         )
-        with stop.deferred(), self._autocast():
+        with stop.deferred(), self._autocast(), self._restored(streaming):
             for i, found in getattr(engine, what)([request(work) for work in works]):
                 result = answer(works[i], found)
                 if self.ranks.leads and self.journal is not None:
@@ -316,6 +355,15 @@ class LMInfinite(LateHFLM):
         self._chunk_size = engine.chunk_size
         self._tokens.update(computed=engine.computed, reused=engine.reused)
         logger.info("%d tokens computed, %d reused from shared prefixes", engine.computed, engine.reused)
+
+    @contextlib.contextmanager
+    def _restored(self, streaming) -> Iterator[None]:
+        """After it, a model that its user shares is itself again."""
+        try:
+            yield
+        finally:
+            if self.shares_model:
+                streaming.restore()
 
     def _score_request(self, work: Work) -> ScoreRequest:
         return ScoreRequest(work.tokens, work.options["scored_from"], work.options["rolling"])
@@ -343,7 +391,13 @@ class LMInfinite(LateHFLM):
         return self.journal.key(kind, tokens, options) if self.journal is not None else ""
 
     def _recall(self, works: list[Work]) -> tuple[list, list[int]]:
-        """The answers that the journal has, None elsewhere; and where that is."""
+        """The answers that the journal has, None elsewhere; and where that is.
+
+        Raises:
+            UsageError: after `close`.
+        """
+        if self._closed:
+            _ = self.model
         answers = [self.journal.get(work.key) if self.journal is not None else None for work in works]
         missing = [i for i, answer in enumerate(answers) if answer is None]
         self._recalled += len(answers) - len(missing)

@@ -269,10 +269,10 @@ class Engine:
         for prompt in self._prefill(inputs, roots, None, capacity):
             ready.append(prompt)
             if len(ready) == size:
-                yield from self._decode(requests, ready)
+                yield from self._decode_apart(requests, ready)
                 ready = []
         if ready:
-            yield from self._decode(requests, ready)
+            yield from self._decode_apart(requests, ready)
 
     def _prefill(self, inputs, nodes: list[Node], cache, capacity: int):
         """(request index, its state, logits [1, V] after its last token), the longest of unrelated prompts first."""
@@ -299,6 +299,13 @@ class Engine:
                     yield index, state.rows([0]), self.model.logits(output, output.last_hidden_state[0, -1:])
             if node.children:
                 yield from self._prefill(inputs, node.children, state, capacity)
+
+    def _decode_apart(self, requests: Sequence[GenerateRequest], ready) -> Iterator[tuple[int, list[int]]]:
+        """`_decode` for all of `ready` together, or length by length if the model can't pad."""
+        lengths = [state.lengths[0] for _, state, _ in ready]
+        for length in [None] if self.model.pads else sorted(set(lengths)):
+            batch = [one for one, its in zip(ready, lengths, strict=True) if length in (None, its)]
+            yield from self._decode(requests, batch)
 
     def _decode(self, requests: Sequence[GenerateRequest], ready) -> Iterator[tuple[int, list[int]]]:
         """Token by token for all of `ready` at once, whatever their lengths; who is done leaves the batch."""

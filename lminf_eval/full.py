@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, cache_utils
 
 from lminf_eval.linear import Linears
-from lminf_eval.modules import decoder_of, find_rotary, head_logits, takes
+from lminf_eval.modules import CACHE_NAMES, decoder_of, find_rotary, head_logits, takes
 from lminf_eval.rope import Frequencies, follows_length
 
 _BY_TOKEN = ("keys", "values", "indexer_keys")  # a cache layer's tensors [B, …, tokens, D]; others are states [B, …]
@@ -143,8 +143,9 @@ class FullModel:
         self.by_length = any(follows_length(module) for module in find_rotary(model))
         self.reach = sys.maxsize  # tokens before it that a token sees
         self.readmits = False
-        self._takes_positions = takes(self.decoder, "position_ids")
-        self._cache_name = takes(self.decoder, "cache", "past_key_values")  # 5.24 renamed it
+        self.pads = True  # whether sequences of unequal length can share a batch; the check at load finds out
+        self.gives_positions = takes(self.decoder, "position_ids") is not None  # the check at load may say no
+        self._cache_name = takes(self.decoder, *CACHE_NAMES)
         self.active = False
         self.apply()
 
@@ -185,7 +186,7 @@ class FullModel:
         if cache.mask is not None:
             cache.mask = torch.cat([cache.mask, torch.ones(B, L, dtype=torch.bool)], 1)
             options["attention_mask"] = cache.mask.to(ids_BL.device)
-        if self._takes_positions:
+        if self.gives_positions:
             options["position_ids"] = (torch.tensor(cache.lengths)[:, None] + torch.arange(L)).to(ids_BL.device)
         if keep or seen:
             options |= {self._cache_name: cache.layers, "use_cache": True}

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 
 from lminf_eval import support
 from lminf_eval.errors import UsageError, first_line
+from lminf_eval.modules import check_structure
 from lminf_eval.parallel.ranks import Ranks
 from lminf_eval.parallel.way import Way
 from lminf_eval.scaling import apply_rope
@@ -63,13 +64,14 @@ class LateHFLM(HFLM):
                 f"pretrained={pretrained}: {where}its config can't be read: {first_line(error)}"
             ) from error
         self.inspect(self._config)
+        check_structure(self._config, self.spec.attention, bool(kwargs.get("trust_remote_code")))
 
     def inspect(self, config: transformers.PretrainedConfig) -> None:
         """Refuse what can't be run, and settle n_local."""
         if getattr(config, "is_encoder_decoder", False):
             raise UsageError(f"the family {config.model_type!r} is an encoder-decoder; only causal LMs can be run")
+        support.check(config, self.spec.attention)
         if self.spec.attention != "full":
-            support.check(config)
             self.spec, self.n_local_from = self.spec.resolve(config)
         self.way.check(config, self.spec)
         self.trained_length, _ = trained_length(config)

@@ -5,33 +5,55 @@ Shapes: T chosen positions, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lminf_eval.errors import UsageError
 from lminf_eval.families import FAMILIES
 from lminf_eval.rope import set_forward
 from lminf_eval.support import unsupported
 
+CACHE_NAMES = ("cache", "past_key_values")  # of a decoder's argument and output: transformers 5.24 renamed it
 _WINDOWS = ("sliding_window", "attention_chunk_size")  # what configs and attention modules call a layer's own window
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:
     """Return the module between the embeddings and the head.
 
-    It is not always `base_model`: OPT's head reads `model.decoder`, and a model for images and text has a text part. Nor
-    is it always `get_decoder()`: ModernBERT calls its last linear layer `decoder`.
+    It is not always `base_model`: OPT's head reads `model.decoder`, and a model for images and text has a text part.
+    Nor is it always `get_decoder()`: ModernBERT calls its last linear layer so, and Llama 4 finds only itself.
     """
-    found = model.get_decoder()
-    return found if isinstance(found, PreTrainedModel) else model.base_model
+    found = [model.get_decoder(), model.base_model, getattr(model, "model", None)]
+    return next((one for one in found if isinstance(one, PreTrainedModel) and one is not model), model)
+
+
+def check_structure(config: PretrainedConfig, attention: str, trust_remote_code: bool = False) -> None:
+    """Refuse, before any weight is read, a model that lacks the parts which `attention` takes over.
+
+    Raises:
+        UsageError: naming the family and the reason.
+    """
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
+    except (AttributeError, ImportError, KeyError, NotImplementedError, OSError, RuntimeError, TypeError, ValueError):
+        return  # some can be built only with their weights; what is wrong is said when these are read
+    if attention == "full":
+        if takes(decoder_of(model), *CACHE_NAMES) is None:
+            raise UsageError(unsupported(config, "its state is not a cache that chunks could go on from", attention))
+    else:
+        attention_layers(model)
+        if config.model_type not in FAMILIES:
+            rotary_module(model)
 
 
 def takes(module: nn.Module, *names: str) -> str | None:
@@ -102,7 +124,8 @@ def head_logits(model: PreTrainedModel, decoder: nn.Module, output: Any, hidden_
 
     So whatever a family does between the decoder and its logits (scaling, soft-capping) happens as it always does.
     """
-    answer = replace(output, last_hidden_state=hidden_TC[None], past_key_values=None)
+    caches = {field.name: None for field in fields(output) if field.name in CACHE_NAMES}
+    answer = replace(output, last_hidden_state=hidden_TC[None], **caches)
     with replaced_forward(decoder, lambda *args, **kwargs: answer):
         return model(inputs_embeds=hidden_TC[None], use_cache=False).logits[0]
 

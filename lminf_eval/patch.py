@@ -143,7 +143,8 @@ class LambdaModel:
         return LambdaCache.empty(batch, capacity)
 
     stack = staticmethod(LambdaCache.stack)
-    by_length = False  # frequencies are those of n_local, whatever a sequence's length
+    by_length = False  # frequencies are those of n_local, however long a sequence is
+    pads = True  # sequences of unequal length can share a batch
 
     @property
     def reach(self) -> int:

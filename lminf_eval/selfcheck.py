@@ -239,19 +239,37 @@ def _compare_logits(patched: LambdaModel, expected: torch.Tensor, ids: torch.Ten
 
 
 def _compare_with_own(full: FullModel, expected: torch.Tensor, ids: torch.Tensor) -> None:
-    """Chunks, single tokens, and a batch of two of unequal length against the model's own forward."""
-    model, T = full.model, ids.shape[1]
-    why = "its logits in chunks differ from those of its own forward by"
-    _require(model, _logits(full, ids, {T // 3, 2 * T // 3, T - 2, T - 1}), expected, why, attention="full")
-    lengths, caches = (T // 3, T // 2), []
+    """Chunks, single tokens, and batches of two against the model's own forward; finds out what the model takes."""
+    T = ids.shape[1]
+    try:
+        _compare_chunks(full, expected, ids)
+    except UsageError:
+        if not full.gives_positions:
+            raise
+        full.gives_positions = False  # RoBERTa counts positions from two on, and does so only if none are given
+        _compare_chunks(full, expected, ids)
+    try:
+        _compare_batch(full, expected, ids, (T // 3, T // 2))
+    except UsageError:
+        full.pads = False  # absolute positions, most often: a batch is then of one length
+        _compare_batch(full, expected, ids, (T // 2, T // 2))
+
+
+def _compare_chunks(full: FullModel, expected: torch.Tensor, ids: torch.Tensor) -> None:
+    T, why = ids.shape[1], "its logits in chunks differ from those of its own forward by"
+    _require(full.model, _logits(full, ids, {T // 3, 2 * T // 3, T - 2, T - 1}), expected, why, attention="full")
+
+
+def _compare_batch(full: FullModel, expected: torch.Tensor, ids: torch.Tensor, lengths: tuple[int, int]) -> None:
+    caches = []
     for n in lengths:
-        caches.append(full.new_cache(1, T))
+        caches.append(full.new_cache(1, ids.shape[1]))
         full.hidden(ids[:, :n], caches[-1])
     batch = full.stack([cache.rows([0]) for cache in caches])
     output = full.hidden(torch.cat([ids[:, n : n + 1] for n in lengths]), batch)
     found = full.logits(output, output.last_hidden_state[:, -1])
     why = "its logits in a batch differ from those of its own forward by"
-    _require(model, found, expected[list(lengths)], why, attention="full")
+    _require(full.model, found, expected[list(lengths)], why, attention="full")
 
 
 def _logits(runner: LambdaModel | FullModel, ids: torch.Tensor, cuts: set[int]) -> torch.Tensor:
@@ -287,6 +305,8 @@ def _quantisation(model: PreTrainedModel) -> str:
     if config:
         method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
         return str(getattr(method, "value", method) or "quantised")
+    if any(".quantized." in type(module).__module__ for module in model.modules()):
+        return "quantised"
     weights = (getattr(module, "weight", None) for module in model.modules() if isinstance(module, nn.Linear))
     kinds = {type(weight.data).__name__ for weight in weights if isinstance(weight, torch.Tensor)}
     return ", ".join(sorted(kinds - {"Tensor", "Parameter"}))

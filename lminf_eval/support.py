@@ -45,6 +45,13 @@ _REFUSED = {
     "hunyuan_v1_dense": _ABSOLUTE_AFTER_ALL,
     "hunyuan_v1_moe": _ABSOLUTE_AFTER_ALL,
 }
+_ONE_TOKEN = "its layers go on from their state for single tokens only, so that chunks would each begin again"
+_REFUSED_FULL = {
+    "jamba": _ONE_TOKEN,
+    "zamba": _ONE_TOKEN,
+    "minimax": "it has a cache of its own, which can't be copied for requests that begin alike",
+    "recurrent_gemma": "its state is part of its layers, so that requests can't be kept apart",
+}
 _ENCODER_DECODER = "it is an encoder-decoder"
 _NO_CAUSAL_LM = "transformers has no causal language model of this type"
 
@@ -71,15 +78,15 @@ class Support:
         return self.family in TESTED
 
 
-def check(config: Any) -> None:
-    """Refuse a transformers config that Λ-attention can't run.
+def check(config: Any, attention: str = "lambda") -> None:
+    """Refuse a transformers config that `attention` can't run.
 
     Raises:
         UsageError: naming the family and the reason.
     """
-    found = support(config)
-    if found.kind == "none":
-        raise UsageError(unsupported(config, found.reason))
+    reason = _REFUSED_FULL.get(config.model_type, "") if attention == "full" else support(config).reason
+    if reason:
+        raise UsageError(unsupported(config, reason, attention))
 
 
 def support(config: Any) -> Support:
@@ -87,7 +94,7 @@ def support(config: Any) -> Support:
     family = config.model_type
     if family in _OWN:
         return Support(family, "ALiBi" if _alibi(config) else "rotary", f"families/{_OWN[family]}.py")
-    reason = _REFUSED.get(family) or _obstacle(config)
+    reason = _REFUSED.get(family) or ("" if _custom_code(config) else _obstacle(config))
     return Support(family, "none", reason=reason) if reason else Support(family, "rotary", "patch.py")
 
 
@@ -120,6 +127,12 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(before)
+
+
+def _custom_code(config: Any) -> bool:
+    """Whether a model's own code, which its user trusts, has its causal LM: the check at load judges it then."""
+    own = config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return own and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
 
 
 def _alibi(config: Any) -> bool:

@@ -88,7 +88,9 @@ class Subject:
     def _lambda_lm(self, n_local: int) -> LMInfinite:
         """`--model lminf` on a twin."""
         device, own = str(self.device), self.options.model_args
-        return LMInfinite(self.twin(), device=device, tokenizer=self.tokenizer, n_local=n_local, **own)
+        lm = LMInfinite(self.twin(), device=device, tokenizer=self.tokenizer, n_local=n_local, **own)
+        lm.shares_model = False  # the twin is its alone, and stays patched between measurements
+        return lm
 
     @cached_property
     def hf(self) -> HFLM:
