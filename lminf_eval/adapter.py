@@ -133,7 +133,9 @@ class LMInfinite(LateHFLM):
             self._streaming = self.way.prepare(model, self.spec)
             if device_of(model.get_input_embeddings()).type == "cpu":
                 keep_freed_memory()
-            logger.info("Running %s with %s", self.pretrained, self.describe())
+            logger.info(
+                "Running %s with %s", type(model).__name__ if self.shares_model else self.pretrained, self.describe()
+            )
         return self._streaming
 
     def close(self) -> None:
@@ -161,7 +163,7 @@ class LMInfinite(LateHFLM):
             UsageError: after `close`.
         """
         if self.__dict__.get("_closed"):
-            raise UsageError(f"the model {self.pretrained} is closed; make another LMInfinite")
+            raise UsageError("the model is closed; make another LMInfinite")
         return super().model
 
     # ------------------------------------------------------------------ what lm-eval asks of a model

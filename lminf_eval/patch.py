@@ -42,6 +42,7 @@ _HARMLESS = {  # what families pass to their attention function beside what we r
     "use_cache",
     "output_attentions",
     "output_hidden_states",
+    "output_router_logits",
     "position_embeddings",
 }
 

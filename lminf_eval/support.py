@@ -24,10 +24,10 @@ from lminf_eval.errors import UsageError
 
 # Families of tests/test_families.py: each is held there to a dense float64 oracle.
 _TESTED = """
-    afmoe apertus arcee aria_text bitnet bloom codegen cohere cohere2 cohere2_moe cwm dots1 ernie4_5
+    afmoe apertus arcee aria_text bitnet bloom codegen cohere cohere2 cohere2_moe cwm dbrx dots1 ernie4_5
     ernie4_5_moe exaone4 exaone_moe falcon flex_olmo flint gemma gemma2 gemma3 gemma3_text gemma3n_text
     gemma4_text glm glm4 glm4_moe gpt_neox gpt_oss gptj granite granitemoe granitemoeshared helium hy_v3
-    hyperclovax jais2 jetmoe kolibri1 laguna llama mellum mimo_v2_flash minimax_m2 ministral mistral mixtral
+    hyperclovax jais2 jetmoe kolibri1 laguna llama mellum mimo_v2_flash minimax_m2 ministral ministral3 mistral mixtral
     modernbert-decoder mpt nanochat nemotron olmo olmo2 olmo3 olmoe persimmon phi phi3 phimoe qwen2
     qwen2_moe qwen3 qwen3_moe seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma
 """

@@ -74,6 +74,14 @@ FALCON_RW = {
     "alibi": True,
     "bias": True,
 }
+DBRX = {
+    "d_model": 32,
+    "n_heads": 4,
+    "n_layers": 3,
+    "max_seq_len": 128,
+    "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+    "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+}
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 LONGROPE = {"short_factor": [1.0, 1.1, 1.3, 1.6], "long_factor": [1.5, 2.0, 3.0, 4.0]}
 
@@ -104,6 +112,9 @@ FAMILIES = {
     "phi qk": {"partial_rotary_factor": 0.5, "qk_layernorm": True},
     "phi3": {"sliding_window": None},
     "phimoe": MOE | {"sliding_window": None},
+    "phimoe sliding": MOE | {"sliding_window": 8},  # its mask alone tells the window
+    "dbrx": DBRX,  # a block of norm and attention around its attention
+    "ministral3": WIDE | {"sliding_window": None},
     "gemma": WIDE,
     "gemma2": {"sliding_window": 8} | WIDE,  # soft-capped logits
     "gemma3_text": SLIDING | WIDE,  # two rotary bases
@@ -204,19 +215,21 @@ def dense(spec, q, k, v, scale, mask=None, softcap=None, sinks=None):
     return (logits.softmax(-1)[..., :n] @ v[0])[None].expand(3, -1, -1, -1)
 
 
-def plug(spec):
-    """The oracle as a transformers attention function."""
+def plug(spec, query_scale=1.0):
+    """The oracle as a transformers attention function; queries times `query_scale` [n, 1]."""
 
     def attention(module, q, k, v, attention_mask, scaling=None, softcap=None, s_aux=None, **options):
         scale = q.shape[-1] ** -0.5 if scaling is None else scaling
-        return dense(spec, q, k, v, scale, attention_mask, softcap, s_aux).transpose(1, 2).contiguous(), None
+        return dense(spec, q * query_scale, k, v, scale, attention_mask, softcap, s_aux).transpose(
+            1, 2
+        ).contiguous(), None
 
     AttentionInterface.register("oracle", attention)
     AttentionMaskInterface.register("oracle", sdpa_mask)
 
 
 @torch.no_grad()
-def oracle(model, spec, ids_1S):
+def oracle(model, spec, ids_1S, query_scale=1.0):
     """Logits [S, V] of a copy of `model` in float64 under the definition."""
     model = copy.deepcopy(model).double()
     model.set_experts_implementation("eager")  # the others know no float64
@@ -239,7 +252,7 @@ def oracle(model, spec, ids_1S):
             )
             stack.enter_context(swap)
         else:
-            plug(spec)
+            plug(spec, query_scale)
             model.set_attn_implementation("oracle")
             inputs["attention_mask"] = torch.ones(3, n, dtype=torch.long)  # positions that repeat are not packed texts
         return model(**inputs, use_cache=False).logits[0]
@@ -273,6 +286,26 @@ def hold_frequencies(model, n_local):
             found, _ = ROPE_INIT_FUNCTIONS[module.rope_type](model.config, "cpu", seq_len=n_local)
             module.inv_freq.copy_(found)
             module.rope_type = "default"
+
+
+def test_queries_scaled_by_their_position_take_it_from_the_sequence_up_to_the_window(randomise):
+    """Ministral 3's temperature: 1 + beta log(1 + floor(position / length)), the position held at n_local - 1."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.5}
+    rope["original_max_position_embeddings"] = 5
+    model = build(randomise, "ministral3", rope_parameters=rope, sliding_window=None)
+    ids, spec = torch.randint(3, 97, (1, S)), LambdaSpec(n_local=W, n_global=G)
+    plain = copy.deepcopy(model)
+    for layer in plain.model.layers:
+        layer.self_attn.config.rope_parameters["llama_4_scaling_beta"] = 0.0
+    at = torch.arange(S).clamp(max=W - 1)
+    scale_S1 = (1 + 0.5 * torch.log(1 + at // 5).double())[:, None]
+    expected = oracle(plain, spec, ids, scale_S1)
+    patched = lambda_model(model, spec)
+    for cuts in ([], [7, 30], [*range(10, S)]):
+        assert error(run(patched, ids, cuts), expected) < 1e-4
+    patched.restore()
+    with torch.no_grad():
+        assert error(expected[:W], model(ids[:, :W]).logits[0].double()) < 1e-4
 
 
 def build(randomise, name, **more):
@@ -328,7 +361,8 @@ def test_bfloat16_stays_near_it(family):
     """The median token's logits within 3 % (in norm), and nine in ten within 6 % where no expert is chosen by a hair.
 
     The single worst token is left to chance: with other random weights it ranged from 6 % to 21 % in Gemma 4, by one
-    order of rounding in the rotation as by another, where the median stayed at 2 %.
+    order of rounding in the rotation as by another, where the median stayed at 2 %. DBRX's own forward in bfloat16 is
+    9 to 11 % from itself in float64 on such weights (three seeds), so it may be here too.
     """
     name, model, ids = family
     model, spec = model.bfloat16(), LambdaSpec(n_local=W, n_global=G)
@@ -337,8 +371,8 @@ def test_bfloat16_stays_near_it(family):
     found = run(patched, ids, [20, *range(60, S)])
     patched.restore()
     errors = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
-    assert errors.median() < 0.03
-    if not FAMILIES[name].keys() & MOE.keys():
+    assert errors.median() < (0.15 if name == "dbrx" else 0.03)
+    if not FAMILIES[name].keys() & {*MOE, "ffn_config"}:
         assert errors.quantile(0.9) < 0.06
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lminf_eval.attention import kernels
+from lminf_eval.attention import alibi, kernels, windowed
 from lminf_eval.attention.kernels import attend, merge, primitive
 
 
@@ -84,6 +84,23 @@ def test_tensors_that_are_not_contiguous(route):
     expected_out, expected_lse = written_out(q, k, v, 0.3, True)
     torch.testing.assert_close(out, expected_out, rtol=0, atol=1e-12)
     torch.testing.assert_close(lse, expected_lse, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_a_last_dimension_that_is_not_dense_is_read_right(which):
+    """The fused kernels step by one number there, whatever the stride says: they once read other memory."""
+    parts = [torch.randn(1, 4, 100, 8), *(torch.randn(1, 2, 100, 8) for _ in range(2))]
+    sparse = [x.repeat_interleave(2, -1)[..., ::2] if i == which else x for i, x in enumerate(parts)]
+    assert sparse[which].stride(-1) == 2
+    calls = {
+        "attend": lambda q, k, v: attend(q, k, v, 0.3, True),
+        "attend_biased": lambda q, k, v: kernels.attend_biased(q[:, :, :1], k, v, None, 0.3),
+        "attend_window": lambda q, k, v: windowed.attend_window(q[:, :, 40:], k, v, 30, 0.3),
+        "attend_biased with slopes": lambda q, k, v: alibi.band(q, k, v, 30, 0.3, torch.ones(4)),
+    }
+    for call in calls.values():
+        for found, expected in zip(call(*sparse), call(*parts), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_logits_too_large_for_a_plain_exponential(route):

@@ -10,8 +10,8 @@ from lm_eval.models.huggingface import HFLM
 
 from lminf_eval.adapter import LMInfinite
 from lminf_eval.engine import Engine, ScoreRequest
-from lminf_eval.parallel.ranks import Ranks
 from lminf_eval.modules import device_of
+from lminf_eval.parallel.ranks import Ranks
 from lminf_eval.resume.checkpoint import Checkpoints
 from lminf_eval.selfcheck import lambda_model
 from lminf_eval.spec import LambdaSpec

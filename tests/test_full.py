@@ -1,0 +1,195 @@
+"""`attention=full`: in chunks, batches and shared prefixes a model says what its own forward says, or is refused."""
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from lminf_eval.engine import Engine, GenerateRequest, ScoreRequest
+from lminf_eval.errors import UsageError
+from lminf_eval.modules import check_structure
+from lminf_eval.selfcheck import full_model
+from lminf_eval.support import check
+
+SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+MOE = {
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+    "shared_intermediate_size": 16,
+    "n_group": 1,
+    "topk_group": 1,
+    "n_shared_experts": 1,
+}
+MAMBA = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_n_groups": 1,
+    "mamba_d_state": 8,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 8,
+    "ssm_state_size": 8,
+    "n_groups": 1,
+}
+DELTA = {
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+}
+LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "head_dim": 8,
+}
+CONV = {"layer_types": ["conv", "full_attention"] * 2}
+KDA = {"kda_layers": [1, 3], "full_attn_layers": [2, 4], "num_heads": 4, "head_dim": 8, "short_conv_kernel_size": 4}
+ZAMBA2 = {
+    "num_key_value_heads": 4,
+    "num_hidden_layers": 4,
+    "layers_block_type": ["mamba", "hybrid"] * 2,
+    "mamba_d_state": 8,
+    "mamba_ngroups": 1,
+    "n_mamba_heads": 8,
+    "num_mem_blocks": 1,
+    "use_mem_rope": True,
+}
+RUN = {  # what `lambda` refuses and sends here, and others whose positions or states are particular
+    "bamba": MAMBA | {"attn_layer_indices": [1, 3]},
+    "falcon_h1": MAMBA | {"mamba_d_ssm": 64, "head_dim": 8},
+    "granitemoehybrid": MAMBA | MOE | {"layer_types": DELTA["layer_types"]},
+    "kimi_linear": LATENT | MOE | {"linear_attn_config": KDA},
+    "lfm2": CONV,
+    "lfm2_moe": CONV | MOE | {"num_dense_layers": 1},
+    "nemotron_h": MAMBA | MOE | {"hybrid_override_pattern": "M*M*", "head_dim": 8},
+    "olmo_hybrid": DELTA,
+    "qwen3_next": DELTA | MOE,
+    "qwen3_5_text": DELTA,
+    "qwen3_5_moe_text": DELTA | MOE,
+    "zamba2": ZAMBA2,
+    "zaya": MOE | {"num_experts_per_tok": 1, "head_dim": 8},
+    "deepseek_v3": LATENT | MOE,
+    "minicpm3": LATENT,
+    "llama4_text": MOE | {"head_dim": 8, "intermediate_size_mlp": 48, "attention_chunk_size": 16},
+    "gemma3_text": {"sliding_window": 8, "head_dim": 8},
+    "opt": {"word_embed_proj_dim": 32, "ffn_dim": 48},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
+    "bart": {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48},
+    "roberta": {"is_decoder": True},
+    "bloom": {"n_head": 4, "n_layer": 2},
+}
+
+
+def build(randomise, name):
+    if name not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {name}")
+    return randomise(AutoModelForCausalLM.from_config(CONFIG_MAPPING[name](**SMALL | RUN.get(name, {})))).eval()
+
+
+@torch.inference_mode()
+def own_log_probs(model, ids):
+    return model(torch.tensor([ids]), use_cache=False).logits[0].log_softmax(-1)
+
+
+@torch.inference_mode()
+def own_continuation(model, ids, n):
+    new = []
+    for _ in range(n):
+        new.append(int(model(torch.tensor([[*ids, *new]]), use_cache=False).logits[0, -1].argmax()))
+    return new
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_scores_and_texts_are_those_of_the_models_own_forward(name, randomise):
+    """In chunks of 13, requests that begin alike, a batch of unequal length."""
+    model = build(randomise, name)
+    text = torch.randint(3, 97, (90,)).tolist()
+    texts = [text, [*text[:70], 5, 6, 7, 8], text[:41], text[50:60]]
+    expected = [own_log_probs(model, one) for one in texts]
+    continued = [own_continuation(model, one, 4) for one in texts]
+    engine = Engine(full_model(model), 13, batch_size=4)
+    for i, score in engine.score([ScoreRequest(one, 1) for one in texts]):
+        own = expected[i][:-1].gather(1, torch.tensor(texts[i][1:])[:, None])[:, 0]
+        torch.testing.assert_close(torch.from_numpy(score.log_probs).float(), own, rtol=0, atol=2e-4)
+    found = dict(engine.generate([GenerateRequest(one, 4, lambda new: False) for one in texts]))
+    assert [found[i] for i in range(len(texts))] == continued
+
+
+def test_a_failed_pass_leaves_recurrent_states_as_they_were(randomise, monkeypatch):
+    model = build(randomise, "qwen3_next")
+    ids, expected = torch.randint(3, 97, (1, 40)), None
+    full = full_model(model)
+    expected = full.hidden(ids, full.new_cache(1, 40)).last_hidden_state[:, 20:]
+    cache = full.new_cache(1, 40)
+    full.hidden(ids[:, :20], cache)
+
+    def fail(*args, **kwargs):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.model.layers[-1], "forward", fail)
+        with pytest.raises(MemoryError):
+            full.hidden(ids[:, 20:], cache)
+    found = full.hidden(ids[:, 20:], cache).last_hidden_state
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+def test_a_model_that_sees_the_future_is_refused(randomise):
+    model = randomise(AutoModelForCausalLM.from_config(CONFIG_MAPPING["roberta"](**SMALL, is_decoder=False))).eval()
+    with torch.no_grad():
+        model.roberta.embeddings.word_embeddings.weight.mul_(10)
+    with pytest.raises(UsageError, match="attention=full can't run the family 'roberta': its logits in chunks differ"):
+        full_model(model)
+
+
+@pytest.mark.parametrize("name", ["jamba", "minimax", "recurrent_gemma"])
+def test_families_whose_state_cannot_be_cut_or_copied_are_refused_by_reason(name):
+    with pytest.raises(UsageError, match=f"attention=full can't run the family '{name}': its? .*--model hf runs it"):
+        check(CONFIG_MAPPING[name](), "full")
+
+
+@pytest.mark.parametrize("name", ["mamba", "rwkv", "openai-gpt"])
+def test_a_model_without_a_cache_of_keys_is_refused_before_its_weights(name):
+    with pytest.raises(UsageError, match=f"can't run the family '{name}': its state is not a cache"):
+        check_structure(CONFIG_MAPPING[name](num_hidden_layers=1, vocab_size=97), "full")
+
+
+@pytest.mark.parametrize(("name", "why"), [("blt", "rotary_emb modules"), ("moshi", "rotary_emb modules")])
+def test_a_model_without_one_rotary_module_is_refused_before_its_weights(name, why):
+    with pytest.raises(UsageError, match=f"can't run the family '{name}': .*{why}"):
+        check_structure(CONFIG_MAPPING[name](), "lambda")
+
+
+def test_the_check_is_of_the_models_own_forward(randomise, monkeypatch):
+    """OPT's `base_model` holds its decoder once more; run by mistake, it would be a model of two decoders."""
+    model = build(randomise, "opt")
+    monkeypatch.setattr("lminf_eval.full.decoder_of", lambda model: model.base_model)
+    with pytest.raises(UsageError, match="attention=full can't run the family 'opt'"):
+        full_model(model)
+
+
+def test_not_a_number_does_not_pass(randomise):
+    model = build(randomise, "gpt2")
+    with torch.no_grad():
+        model.transformer.ln_f.weight[0] = torch.nan
+    with pytest.raises(UsageError, match="'gpt2': the model's own logits are not finite numbers"):
+        full_model(model)
