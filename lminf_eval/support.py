@@ -47,7 +47,10 @@ _REFUSED = {
 }
 _ONE_TOKEN = "its layers go on from their state for single tokens only, so that chunks would each begin again"
 _REFUSED_FULL = {
+    "falcon_mamba": _ONE_TOKEN,
     "jamba": _ONE_TOKEN,
+    "mamba": _ONE_TOKEN,
+    "xlstm": "it has a state of its own, which can't be copied for requests that begin alike",
     "zamba": _ONE_TOKEN,
     "minimax": "it has a cache of its own, which can't be copied for requests that begin alike",
     "recurrent_gemma": "its state is part of its layers, so that requests can't be kept apart",

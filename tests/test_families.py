@@ -237,10 +237,10 @@ def oracle(model, spec, ids_1S, query_scale=1.0):
     n, kind = ids_1S.shape[1], model.config.model_type
     if kind in ("mpt", "bloom") or getattr(model.config, "alibi", False):
         return alibi_oracle(model, spec, ids_1S)
-    *_, query_at, key_at = distances(spec, n)
+    *_, query_at, key_at = distances(spec, n)  # transformers 5.24 made GPT-J's attention pluggable
     inputs = {"input_ids": ids_1S.expand(3, -1), "position_ids": torch.stack([torch.arange(n), query_at, key_at])}
     with ExitStack() as stack:
-        if kind in ("gptj", "codegen"):
+        if kind in ("gptj", "codegen") and hasattr(model.transformer.h[0].attn, "_attn"):
             for block in model.transformer.h:
                 scale = block.attn.head_dim**-0.5
                 block.attn._attn = lambda q, k, v, mask, scale=scale: (dense(spec, q, k, v, scale), None)

@@ -161,13 +161,13 @@ def test_a_model_that_sees_the_future_is_refused(randomise):
         full_model(model)
 
 
-@pytest.mark.parametrize("name", ["jamba", "minimax", "recurrent_gemma"])
+@pytest.mark.parametrize("name", ["jamba", "mamba", "minimax", "recurrent_gemma"])
 def test_families_whose_state_cannot_be_cut_or_copied_are_refused_by_reason(name):
     with pytest.raises(UsageError, match=f"attention=full can't run the family '{name}': its? .*--model hf runs it"):
         check(CONFIG_MAPPING[name](), "full")
 
 
-@pytest.mark.parametrize("name", ["mamba", "rwkv", "openai-gpt"])
+@pytest.mark.parametrize("name", ["rwkv", "openai-gpt"])
 def test_a_model_without_a_cache_of_keys_is_refused_before_its_weights(name):
     with pytest.raises(UsageError, match=f"can't run the family '{name}': its state is not a cache"):
         check_structure(CONFIG_MAPPING[name](num_hidden_layers=1, vocab_size=97), "full")

@@ -9,6 +9,7 @@ from lminf_eval.bench.record import Record
 from lminf_eval.bench.rivals import rivals, sliding
 from lminf_eval.bench.subject import Subject
 from lminf_eval.bench.work import Ceilings, Work, full_pairs, lambda_pairs
+from lminf_eval.modules import CACHE_NAMES
 from lminf_eval.patch import LambdaModel
 from lminf_eval.spec import LambdaSpec
 
@@ -94,7 +95,8 @@ def test_a_state_at_a_far_context_is_that_of_a_near_one_moved(subject, rows):
 
 def test_the_plain_state_has_the_shape_of_a_real_one(subject):
     ids = subject.tokens(2, 20)
-    real = subject.model(input_ids=ids, use_cache=True).past_key_values
+    output = subject.model(input_ids=ids, use_cache=True)
+    real = next(output[name] for name in CACHE_NAMES if name in output)
     made = plain_state(subject, subject.model, 20, 2, "cpu")
     assert [layer.keys.shape for layer in made.layers] == [layer.keys.shape for layer in real.layers]
     assert made.get_seq_length() == 20

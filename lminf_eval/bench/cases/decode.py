@@ -14,6 +14,7 @@ from lminf_eval.bench.rivals import rivals
 from lminf_eval.bench.subject import Subject
 from lminf_eval.bench.timing import Told, in_turn
 from lminf_eval.bench.work import Ceilings, Work, lambda_keys
+from lminf_eval.modules import CACHE_NAMES, takes
 
 STEPS = 16  # tokens decoded in one run
 
@@ -81,7 +82,7 @@ def _plain(
     def decode() -> None:
         state = cache if context else plain_state(subject, model, 0, rows, subject.device)
         for ids_B1 in ids_SB1:
-            model(input_ids=ids_B1, past_key_values=state, use_cache=True)
+            model(input_ids=ids_B1, use_cache=True, **{takes(model, *CACHE_NAMES): state})
         if not any(state.is_sliding):
             state.crop(-STEPS)  # the next run begins where this one did
 
