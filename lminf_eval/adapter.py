@@ -18,6 +18,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from tqdm import tqdm
 
 from lminf_eval import __version__
+from lminf_eval.adapters import base_of
 from lminf_eval.allocator import keep_freed_memory
 from lminf_eval.arguments import PARALLEL, check, find_device, identity
 from lminf_eval.attention.kernels import primitive
@@ -129,7 +130,7 @@ class LMInfinite(LateHFLM):
         if self._streaming is not None:
             self._streaming.apply()
         else:
-            model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+            model = base_of(self.model, self.peft)
             self._streaming = self.way.prepare(model, self.spec)
             if device_of(model.get_input_embeddings()).type == "cpu":
                 keep_freed_memory()

@@ -19,6 +19,7 @@ from lminf_eval.errors import UsageError
 from lminf_eval.results.escape import plain, shorten
 from lminf_eval.spec import LambdaSpec
 from lminf_eval.tokenizer import load_tokenizer
+from lminf_eval.weights import read_weights
 
 _PANELS = 4
 _LEAST = 32  # tokens of a range that what lies beyond is compared with
@@ -61,7 +62,7 @@ def diagnose(
     except OSError as error:
         raise UsageError(f"output {output}: {error.strerror}") from None
 
-    model = AutoModelForCausalLM.from_pretrained(pretrained, dtype=dtype).to(device).eval()
+    model = read_weights(AutoModelForCausalLM, pretrained, dtype=dtype).to(device).eval()
     measures = {}
     with tqdm(total=2 * length, unit="token") as bar:
         for method, how in specs(spec, length).items():

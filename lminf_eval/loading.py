@@ -15,12 +15,14 @@ from lm_eval.models.huggingface import HFLM
 from safetensors import SafetensorError
 
 from lminf_eval import support
+from lminf_eval.adapters import check_adapter
 from lminf_eval.errors import UsageError, first_line
 from lminf_eval.modules import check_structure
 from lminf_eval.parallel.ranks import Ranks
 from lminf_eval.parallel.way import Way
 from lminf_eval.scaling import apply_rope
 from lminf_eval.spec import LambdaSpec, trained_length
+from lminf_eval.weights import CheckedAuto
 
 logger = logging.getLogger(f"lm_eval.{__name__}")  # lm-eval shows the loggers below its own name
 
@@ -90,6 +92,8 @@ class LateHFLM(HFLM):
             )
 
     def _create_model(self, pretrained: str, **kwargs: Any) -> None:
+        if kwargs.get("peft"):
+            check_adapter(kwargs["peft"], kwargs.get("revision"))
         if self.spec.rope:
             kwargs["config"] = self._config
         if self.way.reads_on_host:
@@ -115,7 +119,11 @@ class LateHFLM(HFLM):
         return super().model
 
     def _read(self) -> transformers.PreTrainedModel:
-        super()._create_model(**self._unread)
+        auto, self.AUTO_MODEL_CLASS = self.AUTO_MODEL_CLASS, CheckedAuto(self.AUTO_MODEL_CLASS)
+        try:
+            super()._create_model(**self._unread)
+        finally:
+            self.AUTO_MODEL_CLASS = auto
         self._model.eval()
         self._model.tie_weights()
         return self._model

@@ -9,6 +9,7 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from lminf_eval.adapter import UNBOUNDED, LMInfinite
@@ -458,6 +459,16 @@ def test_weights_that_cannot_be_read(damage, tiny_llama):
         model.loglikelihood(pairs(("a", "b")))
     assert f"pretrained={folder}" in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("attention", WAYS)
+def test_a_checkpoint_that_lacks_a_weight_is_refused_and_not_filled_in_at_random(attention, tiny_llama):
+    folder = tiny_llama(max_position_embeddings=512)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UsageError, match=r"lack 1 of the \d+ weights of LlamaForCausalLM \(model.layers.1.mlp.up_proj"):
+        lminf(folder, attention=attention).loglikelihood(pairs(("a", "b")))
 
 
 def test_the_progress_bar_counts_tokens(folder, capsys):

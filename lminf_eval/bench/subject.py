@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from lm_eval.models.huggingface import HFLM
-from safetensors import SafetensorError
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -25,7 +24,8 @@ from lminf_eval.bench.options import Options
 from lminf_eval.bench.shapes import SHAPES
 from lminf_eval.bench.work import Size
 from lminf_eval.doctor import load_config
-from lminf_eval.errors import UsageError, first_line
+from lminf_eval.errors import UsageError
+from lminf_eval.weights import read_weights
 
 Request = tuple[None, list[int], list[int]]
 
@@ -64,11 +64,7 @@ class Subject:
             with self.device:
                 model = AutoModelForCausalLM.from_config(self.config, **how)
         else:
-            try:
-                model = AutoModelForCausalLM.from_pretrained(options.pretrained, **how).to(self.device)
-            except (OSError, ValueError, ImportError, SafetensorError) as error:
-                line = f"pretrained={options.pretrained}: its weights can't be read: {first_line(error)}"
-                raise UsageError(line) from error
+            model = read_weights(AutoModelForCausalLM, options.pretrained, **how).to(self.device)
         return model.eval().requires_grad_(False)
 
     @cached_property

@@ -1,0 +1,44 @@
+"""Reads a model's weights from its files, all that it needs: transformers fills in what they lack at random."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+
+from lminf_eval.errors import UsageError, first_line
+
+
+def read_weights(auto: Any, pretrained: str, **options: Any) -> PreTrainedModel:
+    """Return `auto.from_pretrained(pretrained, **options)`.
+
+    Raises:
+        UsageError: if the files can't be read, or lack a weight that the model needs.
+    """
+    try:
+        model, report = auto.from_pretrained(pretrained, output_loading_info=True, **options)
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"pretrained={pretrained}: its weights can't be read: {first_line(error)}") from error
+    needed = [name for name, _ in model.named_parameters()]
+    missing = [name for name in needed if name in set(report["missing_keys"])]
+    if missing:
+        lack = f"its files lack {len(missing)} of the {len(needed)} weights of {type(model).__name__}"
+        raise UsageError(f"pretrained={pretrained}: {lack} ({missing[0]}, …); it would be a model drawn at random")
+    return model
+
+
+class CheckedAuto:
+    """An `AutoModel…` class whose `from_pretrained` is `read_weights`; all else is the class's own."""
+
+    def __init__(self, auto: Any):
+        self._auto = auto
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._auto, name)
+
+    def from_pretrained(self, pretrained: str, **options: Any) -> PreTrainedModel:
+        """Return `read_weights` of the class."""
+        return read_weights(self._auto, pretrained, **options)
