@@ -26,6 +26,7 @@ from lminf_eval.engine import GenerateRequest, Score, ScoreRequest
 from lminf_eval.errors import UsageError
 from lminf_eval.loading import LateHFLM
 from lminf_eval.memory import parameters
+from lminf_eval.model_shape import ModelShape
 from lminf_eval.modules import device_of
 from lminf_eval.parallel import data
 from lminf_eval.parallel.data import Work
@@ -320,7 +321,7 @@ class LMInfinite(LateHFLM):
     def _primitive(self) -> str:
         if self.spec.attention == "full" or self.unread:
             return ""
-        head = getattr(self.config.get_text_config(), "head_dim", None) or 64
+        head = ModelShape.of(self.config).head_dim
         where = device_of(self._model.get_input_embeddings())
         return primitive(torch.empty(1, 1, 1, head, dtype=self._model.dtype, device=where))
 

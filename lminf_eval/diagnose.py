@@ -14,12 +14,11 @@ from lminf_eval import arguments, support
 from lminf_eval.diagnosis.figures import figures
 from lminf_eval.diagnosis.measure import measure, specs
 from lminf_eval.diagnosis.tables import Tables, tables
-from lminf_eval.doctor import load_config
 from lminf_eval.errors import UsageError
 from lminf_eval.results.escape import plain, shorten
 from lminf_eval.spec import LambdaSpec
 from lminf_eval.tokenizer import load_tokenizer
-from lminf_eval.weights import read_weights
+from lminf_eval.weights import read_config, read_weights
 
 _PANELS = 4
 _LEAST = 32  # tokens of a range that what lies beyond is compared with
@@ -46,7 +45,7 @@ def diagnose(
     """
     arguments.check(pretrained, 1, True, None, {"dtype": dtype})
     device = arguments.find_device(device)
-    config = load_config(pretrained, {})
+    config = read_config(pretrained, {})
     support.check(config)
     spec, why = LambdaSpec.parse({} if n_local is None else {"n_local": n_local}).resolve(config)
     if spec.n_local < _LEAST:

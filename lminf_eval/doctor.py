@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from lm_eval.models.utils_hf import get_dtype
 from lm_eval.utils import simple_parse_args_string
 from rich.console import Console
@@ -23,14 +22,20 @@ from rich.text import Text
 from lminf_eval import support
 from lminf_eval.arguments import check, find_device
 from lminf_eval.attention.kernels import primitive
-from lminf_eval.errors import UsageError
-from lminf_eval.memory import head_dim, memory
+from lminf_eval.memory import memory
+from lminf_eval.model_shape import ModelShape
 from lminf_eval.plugin import MODEL_NAME, task_folder
 from lminf_eval.spec import LambdaSpec
+from lminf_eval.weights import read_config
 
 PACKAGES = ("lminf-eval", "torch", "transformers", "lm-eval", "accelerate")
 
 Row = tuple[str, str]
+
+_BY_DEFAULT = (
+    "Each family is judged by its default config. A model of it whose layers are of another kind (sparse, recurrent) "
+    "may be refused; `lminf doctor --pretrained` judges one model."
+)
 
 
 def doctor(pretrained: str | None, length: int, model_args: str, batch_size: int, device: str | None) -> None:
@@ -48,9 +53,8 @@ def doctor(pretrained: str | None, length: int, model_args: str, batch_size: int
         return
     check(pretrained, batch_size, args.get("prefix_sharing", True), args.get("journal"), args)
     spec = LambdaSpec.parse({name: args[name] for name in args if name in LambdaSpec.model_fields})
-    config = load_config(pretrained, args)
-    if spec.attention != "full":
-        support.check(config)
+    config = read_config(pretrained, args)
+    support.check(config, spec.attention)
     dtype = _dtype(args.get("dtype", "auto"), config)
     spec, rows = how(config, spec, dtype, device)
     _print(console, pretrained, rows)
@@ -64,6 +68,7 @@ def doctor(pretrained: str | None, length: int, model_args: str, batch_size: int
 def families() -> None:
     """Print each causal LM family of the installed transformers, and how Λ-attention runs it, or why it can't."""
     console = Console(highlight=False, soft_wrap=True)
+    console.print(Text(_BY_DEFAULT))
     for row in support.families_table():
         told = row.reason or ("tested against the definition" if row.tested else "checked at each load")
         console.print(Text(f"{row.family:<28}  {row.kind:<6}  {row.where:<19}  {told}"))
@@ -105,20 +110,6 @@ def hook() -> list[Row]:
     return [("start-up hook", state), ("model", model), ("tasks", tasks)]
 
 
-def load_config(pretrained: str, args: dict[str, Any]) -> transformers.PretrainedConfig:
-    """A model's config, from a folder or the hub.
-
-    Raises:
-        UsageError: if it can't be had.
-    """
-    options = {name: args[name] for name in ("revision", "cache_dir", "gguf_file", "token") if name in args}
-    try:
-        return transformers.AutoConfig.from_pretrained(pretrained, **options)
-    except (OSError, ValueError) as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UsageError(f"pretrained={pretrained}: its config can't be read: {line}") from error
-
-
 def how(config: Any, spec: LambdaSpec, dtype: torch.dtype, device: str) -> tuple[LambdaSpec, list[Row]]:
     """The spec with n_local settled, and how the model will be run."""
     rows = [("family", config.model_type)]
@@ -127,7 +118,7 @@ def how(config: Any, spec: LambdaSpec, dtype: torch.dtype, device: str) -> tuple
     found = support.support(config)
     spec, why = spec.resolve(config)
     text = config.get_text_config()
-    head = torch.empty(1, 1, 1, head_dim(text), dtype=dtype, device=device)
+    head = torch.empty(1, 1, 1, ModelShape.of(config).head_dim, dtype=dtype, device=device)
     told = "tested against the definition" if found.tested else "checked against the model itself at each load"
     return spec, [
         *rows,

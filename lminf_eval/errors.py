@@ -1,5 +1,11 @@
 """The one error a user is meant to read, the line of another's that it quotes, and the one that can be mended."""
 
+# What transformers raises at a config that it can't build a model from, or a package that is missing for it.
+BUILDING = (
+    *(AssertionError, AttributeError, ImportError, KeyError, NotImplementedError),
+    *(OSError, RuntimeError, TypeError, ValueError),
+)
+
 
 class UsageError(ValueError, SystemExit):
     """Bad input, told in one line that names the value and says what is allowed.

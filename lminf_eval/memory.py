@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 import transformers
 
 from lminf_eval.engine import _LOGITS_AT_ONCE, _TILE
+from lminf_eval.errors import BUILDING, UsageError, first_line
+from lminf_eval.model_shape import LayerShape, ModelShape
 from lminf_eval.spec import LambdaSpec
 
 
@@ -32,47 +35,45 @@ def memory(config: Any, spec: LambdaSpec, length: int, batch_size: int, dtype: t
     - activations of one chunk: s B C (4 hidden + 3 max(intermediate, H D)), and one layer's keys and values in order,
       before and after turning: 4 s B K D min(N, W + C)
     """
-    text = config.get_text_config()
-    heads = text.num_attention_heads
-    kv_heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_kv_heads", None) or heads
-    pair = 2 * dtype.itemsize * batch_size * kv_heads * head_dim(text)  # a position's keys and values in one layer
-    windows = _windows(text, spec, length)
-    kept = pair * sum(window + sinks for window, sinks in windows)
-    full = pair * len(windows) * length
+    text, shape = config.get_text_config(), ModelShape.of(config)
     chunk = min(spec.chunk_size, length)
+    number = dtype.itemsize * batch_size
+    kept = full = aside = one_layer = 0
+    for layer in shape.layers:
+        pair = number * layer.kv_numbers  # a position's key and value in this layer
+        window, sinks = _reach(layer, spec, length)
+        kept, full = kept + pair * (window + sinks), full + pair * length
+        aside += pair * min(chunk, window) if length > window else 0
+        one_layer = max(one_layer, 2 * pair * min(length, window + chunk))
     rows = min(batch_size * chunk, max(1, _LOGITS_AT_ONCE // text.vocab_size))
-    widest = max(getattr(text, "intermediate_size", None) or 4 * text.hidden_size, heads * head_dim(text))
-    in_order = min(length, max(window for window, _ in windows) + chunk)
-    readmits = spec.attention != "full" and getattr(spec, "top_k", 0)
+    inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    inner = max(inner) if isinstance(inner, list | tuple) else inner  # Gemma 3n's differ by layer
+    widest = max(inner, shape.heads * shape.head_dim)
+    readmits = spec.attention != "full" and spec.top_k
     return {
         "weights": dtype.itemsize * parameters(config),
         "keys and values": kept,
         "keys and values of full": full,
-        "set aside": pair * sum(min(chunk, window) for window, _ in windows if length > window),
+        "set aside": aside,
         "keys and values for top-k": full if readmits else 0,
         "logits": text.vocab_size * rows * dtype.itemsize + min(text.vocab_size * rows, _TILE) * max(4, dtype.itemsize),
-        "activations": dtype.itemsize * batch_size * chunk * (4 * text.hidden_size + 3 * widest) + 2 * pair * in_order,
+        "activations": number * chunk * (4 * text.hidden_size + 3 * widest) + one_layer,
     }
-
-
-def head_dim(text: Any) -> int:
-    """The dimension of a head, from a text config."""
-    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
 def parameters(config: Any) -> int:
     """How many numbers the model of a config has, tied ones counted once."""
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
+    try:
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    except BUILDING as error:
+        line = f"its parameters can't be counted: {first_line(error)}"
+        raise UsageError(f"the family {config.model_type!r}: {line}") from error
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _windows(text: Any, spec: LambdaSpec, length: int) -> list[tuple[int, int]]:
-    """(positions kept of the window, starting tokens) of each layer."""
-    own = getattr(text, "sliding_window", None)
-    kind = "sliding_attention" if own else "full_attention"
-    kinds = getattr(text, "layer_types", None) or [kind] * text.num_hidden_layers
+def _reach(layer: LayerShape, spec: LambdaSpec, length: int) -> tuple[int, int]:
+    """(positions kept of the window, starting tokens) of a layer."""
     if spec.attention == "full":
-        return [(length, 0)] * len(kinds)
-    slides = [kind == "sliding_attention" for kind in kinds]
-    return [(min(own, length), 0) if one else (min(spec.n_local, length), spec.sinks) for one in slides]
+        return length, 0
+    return (min(layer.window, length), 0) if layer.window else (min(spec.n_local, length), spec.sinks)

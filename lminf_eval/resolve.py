@@ -22,7 +22,6 @@ from lm_eval.api.task import Task
 from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import simple_parse_args_string
-from transformers import AutoConfig
 
 from lminf_eval import corpora
 from lminf_eval.errors import UsageError
@@ -33,6 +32,7 @@ from lminf_eval.resume.journal import HOW
 from lminf_eval.spec import LambdaSpec
 from lminf_eval.sweep import grid
 from lminf_eval.tokenizer import load_tokenizer
+from lminf_eval.weights import read_config
 
 _TEXTS = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab")  # configs and tokenizers
 _CONFIG = {"peft": "adapter_config.json", "tokenizer": "tokenizer_config.json"}  # of the others it is config.json
@@ -130,8 +130,7 @@ def _model(kind: str, name: str, args: dict[str, Any], checksums: bool) -> dict[
     if kind != "tokenizer":
         _check_weights(inside, files)
     if kind == "pretrained":
-        known = ("revision", "subfolder", "gguf_file", "trust_remote_code")
-        AutoConfig.from_pretrained(name, **{key: args[key] for key in known if args.get(key)})
+        read_config(name, args)
     if kind == "tokenizer" or (kind == "pretrained" and not args.get("tokenizer")):
         load_tokenizer(**args)
     commit = {} if local else {"revision": revision, "commit": folder.name}

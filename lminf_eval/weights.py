@@ -1,13 +1,29 @@
-"""Reads a model's weights from its files, all that it needs: transformers fills in what they lack at random."""
+"""Reads a model's config and weights from its files, all that it needs: transformers fills gaps with random numbers."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from lminf_eval.errors import UsageError, first_line
+
+_WHERE = ("revision", "subfolder", "cache_dir", "gguf_file", "token", "trust_remote_code")  # what finds a config
+
+
+def read_config(pretrained: str, args: Mapping[str, Any]) -> PretrainedConfig:
+    """Return a model's config, from a folder or the hub, by those of the `--model_args` that say where it lies.
+
+    Raises:
+        UsageError: if it can't be read.
+    """
+    options = {name: args[name] for name in _WHERE if args.get(name)}
+    try:
+        return AutoConfig.from_pretrained(pretrained, **options)
+    except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise UsageError(f"pretrained={pretrained}: its config can't be read: {first_line(error)}") from error
 
 
 def read_weights(auto: Any, pretrained: str, **options: Any) -> PreTrainedModel:

@@ -1,16 +1,21 @@
 """`lminf doctor` against what is there, and its memory formula against models that are built."""
 
+import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from transformers import AutoConfig, GPT2Config, LlamaConfig, LlamaForCausalLM, MistralConfig
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, AutoConfig, GPT2Config, LlamaConfig, LlamaForCausalLM, MistralConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from lminf_eval import __version__, doctor
+from lminf_eval import __version__, doctor, support
 from lminf_eval.errors import UsageError
 from lminf_eval.memory import memory, parameters
 from lminf_eval.spec import LambdaSpec
+from lminf_eval.weights import read_config
 
 
 def shown(capsys, pretrained, length=4096, model_args="", batch_size=1):
@@ -131,3 +136,50 @@ def test_the_sum_is_shown(capsys, tiny_llama):
     rows = shown(capsys, tiny_llama(), length=10**6)
     assert "attention=full: 512 MB" in rows["keys and values"]  # 2 layers, 2 heads of 16, 2 x 4 bytes
     assert "beside Python" in rows["together"]
+
+
+def test_a_config_is_read_where_its_arguments_say(tiny_llama, tmp_path, capsys):
+    """`subfolder` and `trust_remote_code` reach the one loader of configs, as in a run."""
+    inside = tmp_path / "model" / "inside"
+    shutil.copytree(tiny_llama(), inside)
+    doctor.doctor(str(tmp_path / "model"), 4096, "subfolder=inside,n_local=32", 1, "cpu")
+    assert "llama" in capsys.readouterr().out
+    config = json.loads((inside / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine"}}
+    (inside / "config.json").write_text(json.dumps(config))
+    (inside / "mine.py").write_text(
+        "from transformers import LlamaConfig\n\n\nclass Mine(LlamaConfig):\n    model_type = 'mine'\n"
+    )
+    with pytest.raises(UsageError, match="its config can't be read"):
+        read_config(str(inside), {})
+    assert type(read_config(str(inside), {"trust_remote_code": True})).__name__ == "Mine"
+
+
+def test_falcon_7bs_one_key_value_head_is_counted_as_one():
+    config = CONFIG_MAPPING["falcon"](num_attention_heads=71, hidden_size=4544, num_hidden_layers=2)
+    found = memory(config, LambdaSpec(n_local=2048, n_global=10), 65536, 1, torch.float32)
+    assert found["keys and values"] == 2 * 2 * 4 * 64 * (2048 + 10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["lambda", "full"])
+def test_every_family_gets_figures_or_one_line(attention):
+    figures, refusals = 0, {}
+    for name in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        try:
+            config = CONFIG_MAPPING[name]()
+        except (StrictDataclassError, TypeError, ValueError):  # transformers has no default for it
+            continue
+        try:
+            support.check(config, attention)
+            spec, rows = doctor.how(config, LambdaSpec(attention=attention, n_local=2048), torch.float32, "cpu")
+            figures += bool([*rows, *doctor.memory_rows(config, spec, 65536, 1, torch.float32)])
+        except UsageError as refusal:
+            refusals[name] = str(refusal)
+    assert figures > 60
+    assert not [name for name, line in refusals.items() if "\n" in line]
+
+
+def test_the_families_are_said_to_be_judged_by_their_default_configs(capsys):
+    doctor.families()
+    assert "default config" in capsys.readouterr().out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from lminf_eval.errors import UsageError
 from lminf_eval.paths import cache_home
 from lminf_eval.smollm2 import NAME
 from lminf_eval.spec import LambdaSpec, closest
+from lminf_eval.utils.tokens import parse_tokens
 
 CASES = {
     "prefill": "scoring a text, against length",
@@ -108,18 +108,15 @@ def parse(
 
 
 def counts(name: str, given: str) -> tuple[int, ...]:
-    """The numbers in `given`, as in "2k,8k,500" (k is 1024), ascending and once each.
+    """Return the numbers in `given`, as in "2k,8k,500,1m", ascending and once each.
 
     Raises:
-        UsageError: for what is no number.
+        UsageError: for a part that is not a number of tokens.
     """
-    found = set()
-    for part in given.split(","):
-        match = re.fullmatch(r"\s*([1-9]\d{0,8})(k?)\s*", part, re.IGNORECASE)
-        if not match:
-            raise UsageError(f"{name}={given}: {part.strip()!r} is no positive number; write them as in 2048,8k,32k")
-        found.add(int(match[1]) * (1024 if match[2] else 1))
-    return tuple(sorted(found))
+    try:
+        return tuple(sorted({parse_tokens(part) for part in given.split(",")}))
+    except ValueError as error:
+        raise UsageError(f"{name}={given}: {error}") from None
 
 
 def names(name: str, given: str, known: dict[str, str]) -> tuple[str, ...]:

@@ -23,9 +23,8 @@ from lminf_eval.adapter import LMInfinite
 from lminf_eval.bench.options import Options
 from lminf_eval.bench.shapes import SHAPES
 from lminf_eval.bench.work import Size
-from lminf_eval.doctor import load_config
 from lminf_eval.errors import UsageError
-from lminf_eval.weights import read_weights
+from lminf_eval.weights import read_config, read_weights
 
 Request = tuple[None, list[int], list[int]]
 
@@ -40,7 +39,7 @@ class Subject:
     def __init__(self, options: Options):
         self.options, self.device = options, torch.device(options.device)
         self.config = (
-            load_config(options.pretrained, {}) if options.pretrained else LlamaConfig(**SHAPES[options.shape])
+            read_config(options.pretrained, {}) if options.pretrained else LlamaConfig(**SHAPES[options.shape])
         )
         support.check(self.config)
         with torch.device("meta"):

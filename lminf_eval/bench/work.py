@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-from lminf_eval.memory import head_dim
+from lminf_eval.model_shape import ModelShape
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,13 @@ class Size:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Size:
-        text = model.config.get_text_config()
-        heads = text.num_attention_heads
+        shape = ModelShape.of(model.config)
         return cls(
-            text.num_hidden_layers,
-            heads,
-            getattr(text, "num_key_value_heads", None) or heads,
-            head_dim(text),
-            text.vocab_size,
+            len(shape.layers),
+            shape.heads,
+            shape.kv_heads,
+            shape.head_dim,
+            model.config.get_text_config().vocab_size,
             sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear)),
             sum(parameter.numel() for parameter in model.parameters()),
             str(model.dtype).removeprefix("torch."),

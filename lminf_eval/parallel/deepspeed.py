@@ -31,6 +31,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from lminf_eval.engine import Engine, GenerateRequest
 from lminf_eval.errors import UsageError, first_line
 from lminf_eval.full import FullModel
+from lminf_eval.model_shape import ModelShape
 from lminf_eval.parallel.ranks import Ranks
 from lminf_eval.parallel.way import Way
 from lminf_eval.patch import LambdaModel
@@ -77,7 +78,8 @@ class TensorParallel(Way):
         _check_installed("deepspeed")
         self._spec, self._expected = spec, None
         text, family, size = config.get_text_config(), config.model_type, self.ranks.size
-        heads, kv_heads = count_heads(text)
+        shape = ModelShape.of(config)
+        heads, kv_heads = shape.heads, shape.kv_heads
         if heads % size or kv_heads % size:
             fitting = [n for n in range(1, kv_heads + 1) if heads % n == kv_heads % n == 0]
             raise UsageError(
@@ -157,7 +159,7 @@ def shard(deepspeed: ModuleType, model: PreTrainedModel, group: dist.ProcessGrou
     for block, rows in AutoTP.tp_parser(model):
         config.injection_policy_tuple = tuple(rows)
         deepspeed.replace_transformer_layer(block, model, None, config, model.config, training_mode=False)
-    heads = count_heads(model.config.get_text_config())[0] // size
+    heads = ModelShape.of(model.config).heads // size
     for module in model.modules():
         if "Attention" in type(module).__name__:
             _shard_beside_projections(module, rank, size)
@@ -200,14 +202,6 @@ def _own_slopes(group: dist.ProcessGroup, model: PreTrainedModel, spec: LambdaSp
     if patched.slopes is not None:
         patched.slopes = patched.slopes.chunk(dist.get_world_size(group))[dist.get_rank(group)]
     return patched
-
-
-def count_heads(text: PreTrainedConfig) -> tuple[int, int]:
-    """Query heads and key-value heads, from a text config."""
-    heads = text.num_attention_heads
-    if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):  # Falcon-7B
-        return heads, 1
-    return heads, getattr(text, "num_key_value_heads", None) or getattr(text, "num_kv_heads", None) or heads
 
 
 class ZeRO3(Way):

@@ -33,6 +33,7 @@ from lminf_eval.resume.stop import Stop
 logger = logging.getLogger(f"lm_eval.{__name__}")  # lm-eval shows the loggers below its own name
 
 JOIN = 600  # seconds that ranks wait for each other at the start: nodes may come up one after the other
+_PATIENCE = 3  # seconds after which a rank says for whom it waits; then three times as long, and so on
 _PIECE = 2**20  # bytes of one value; the store drops a client that sends more than 8 MiB
 _LONG = timedelta(weeks=52)  # for collectives: a rank that is gone is noticed by `watch.py`, not by waiting
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -88,6 +89,8 @@ class Ranks:
         """Find the others, and begin to watch them."""
         address, port = os.environ["MASTER_ADDR"], _number("MASTER_PORT", 0)
         host = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        if not host:
+            logger.info("%s looks for rank 0 at %s:%d, for %d seconds at most", self, address, port, JOIN)
         try:
             store = dist.TCPStore(
                 address, port, is_master=host, wait_for_workers=False, timeout=timedelta(seconds=JOIN)
@@ -98,16 +101,31 @@ class Ranks:
         self.stop = SharedStop(self)
         self.watch = Watch(self)
         self.watch.publish()
-        deadline = time.monotonic() + JOIN
-        while missing := [rank for rank in range(self.world) if not self.store.check([f"rank/{rank}"])]:
-            if time.monotonic() > deadline:
-                raise UsageError(f"WORLD_SIZE={self.world}: ranks {missing} did not come within {JOIN} seconds")
-            time.sleep(0.1)
+        self._wait_for_all()
         self.watch.look()
         self.stop.listen()
         self.watch.start()
         if self.rank == 0:
             atexit.register(self.close)
+
+    def _wait_for_all(self) -> None:
+        """Wait until every rank has come, and say meanwhile which are awaited.
+
+        Raises:
+            UsageError: if some do not come.
+        """
+        start, pause = time.monotonic(), _PATIENCE
+        while missing := [rank for rank in range(self.world) if not self.store.check([f"rank/{rank}"])]:
+            waited = time.monotonic() - start
+            if waited > JOIN:
+                raise UsageError(f"WORLD_SIZE={self.world}: ranks {missing} did not come within {JOIN} seconds")
+            if waited > pause:
+                pause *= 3
+                logger.warning(
+                    "%s waits for ranks %s, for %d seconds at most; if you mean to run one process, unset WORLD_SIZE",
+                    *(self, missing, JOIN),
+                )
+            time.sleep(0.1)
 
     def form(self, size: int) -> None:
         """Make groups of `size` ranks.

@@ -19,6 +19,7 @@ from lminf_eval.errors import UsageError
 from lminf_eval.plugin import MODEL_NAME, task_folder
 from lminf_eval.resume.journal import HOW
 from lminf_eval.spec import LambdaSpec, closest
+from lminf_eval.utils.tokens import parse_tokens
 
 # lm-eval's own keys that a sweep fills in itself, and those that change how a run is done or shown, and no answer.
 _FILLED = {"config", "model_args", "output_path", "tasks"}
@@ -165,6 +166,9 @@ def read(file: Path) -> list[Cell]:
 def cells(content: Mapping[str, Any]) -> list[Cell]:
     """The cells of a sweep; see `read`."""
     sweep = _checked(_Sweep, content, "")
+    _refuse_twins("models", sweep.models)
+    _refuse_twins("methods", [{"attention": "lambda", **method} for method in sweep.methods])
+    _refuse_twins("tasks", [task.model_dump() for task in sweep.tasks])
     settings = {"model": MODEL_NAME, "log_samples": True, **_settings(sweep.model_extra, "", set(_Sweep.model_fields))}
     _checked(Resources, sweep.resources, "resources")
     tasks = list(_tasks(sweep.tasks, settings))
@@ -181,6 +185,13 @@ def cells(content: Mapping[str, Any]) -> list[Cell]:
                 cell = Cell(args, task, {**settings, **own}, _checked(Resources, merged, "resources"), length)
                 found[cell.id] = cell
     return list(found.values())
+
+
+def _refuse_twins(name: str, entries: list[dict[str, Any]]) -> None:
+    """Refuse an entry that is listed twice: one was meant to be another."""
+    for number, entry in enumerate(entries):
+        if entry in entries[:number]:
+            raise UsageError(f"{name}[{number}]: the same as {name}[{entries.index(entry)}]; remove or change one")
 
 
 def _checked(kind: type[BaseModel], content: Any, where: str):
@@ -273,11 +284,10 @@ def _home(value: Any) -> Any:
 
 
 def _tokens(length: int | str) -> int:
-    """4096, "4096", "4k" or "1m" as a number of tokens."""
-    match = re.fullmatch(r"(\d+)([km]?)", str(length).lower())
-    if not match or int(match[1]) == 0:
-        raise UsageError(f"lengths: {length!r} must be a number of tokens, such as 4096 or 4k")
-    return int(match[1]) * {"": 1, "k": 1024, "m": 1024**2}[match[2]]
+    try:
+        return parse_tokens(str(length))
+    except ValueError as error:
+        raise UsageError(f"lengths: {error}") from None
 
 
 def _check_known(task: str, ours: Iterable[str], settings: Mapping[str, Any]) -> None:

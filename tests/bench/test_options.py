@@ -53,9 +53,9 @@ def test_without_a_model_it_is_the_demos_where_it_is_there(tmp_path, monkeypatch
         ({"shape": "", "pretrained": "./nowhere"}, r"pretrained=\./nowhere: there is no such directory"),
         ({"dtype": "int8"}, r"dtype=int8: must be one of auto, float32"),
         ({"device": "cuda:77"}, r"device=cuda:77: there are"),
-        ({"lengths": "2k,0"}, r"lengths=2k,0: '0' is no positive number"),
-        ({"lengths": "2m"}, r"'2m' is no positive number; write them as in 2048,8k,32k"),
-        ({"n_local": ""}, r"n-local=: '' is no positive number"),
+        ({"lengths": "2k,0"}, r"lengths=2k,0: '0' is not a number of tokens"),
+        ({"lengths": "2g"}, r"'2g' is not a number of tokens; write 4096, 16k or 1m"),
+        ({"n_local": ""}, r"n-local=: '' is not a number of tokens"),
         ({"n_local": "8"}, r"n_global=10 must be smaller than n_local=8"),
         ({"batches": "two"}, r"batches=two: 'two'"),
         ({"cases": "prefil"}, r"'prefil' \(did you mean prefill\?\) is none of prefill, decode"),
@@ -76,5 +76,5 @@ def test_bad_input(change, message):
 def test_the_command_refuses_in_one_line(tmp_path):
     done = CliRunner().invoke(app, ["bench", "--shape", "tiny", "--lengths", "0", "-o", str(tmp_path / "b.json")])
     assert done.exit_code != 0
-    assert str(done.exception) == ("lminf: lengths=0: '0' is no positive number; write them as in 2048,8k,32k")
+    assert str(done.exception) == ("lminf: lengths=0: '0' is not a number of tokens; write 4096, 16k or 1m")
     assert not list(tmp_path.iterdir())

@@ -189,3 +189,19 @@ def test_impossible_ways_are_refused(args, told, monkeypatch):
     ranks.world = 6
     with pytest.raises(UsageError, match=told):
         choose(*args, ranks)
+
+
+def test_a_rank_that_waits_says_for_whom(monkeypatch, caplog):
+    """WORLD_SIZE set by a scheduler for one process: it would wait without a line for minutes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    where = {"WORLD_SIZE": 3, "RANK": 0, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in where.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr("lminf_eval.parallel.ranks._PATIENCE", 0.1)
+    monkeypatch.setattr("lminf_eval.parallel.ranks.JOIN", 1)
+    with pytest.raises(UsageError, match=r"ranks \[1, 2\] did not come"):
+        Ranks()
+    assert "rank 0 of 3 waits for ranks [1, 2], for 1 seconds at most" in caplog.text
+    assert "unset WORLD_SIZE" in caplog.text

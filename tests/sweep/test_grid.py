@@ -106,7 +106,7 @@ def test_resources_of_a_model_and_of_a_task_come_before_the_sweep_s():
         ({"methods": [{"n_lcal": 4}]}, "unknown argument n_lcal=4 (did you mean n_local?)"),
         ({"methods": [{"attention": "lamda"}]}, "attention=lamda: input should be 'lambda', 'full'"),
         ({"tasks": ["passkey_5k"]}, "lm-eval knows no 'passkey_5k' (did you mean passkey_"),
-        ({"tasks": [{"task": "passkey", "lengths": ["4q"]}]}, "lengths: '4q' must be a number of tokens"),
+        ({"tasks": [{"task": "passkey", "lengths": ["4q"]}]}, "lengths: '4q' is not a number of tokens"),
         ({"tasks": [{"task": "lambada_openai", "lengths": [4096]}]}, "tasks.lambada_openai: it takes no lengths"),
         ({"tasks": [{"task": "passkey_4k", "lenghts": [4]}]}, "unknown key tasks.passkey_4k.lenghts (did you mean"),
         ({"tasks": [{"lengths": [4]}]}, "tasks.0.task: it is missing"),
@@ -158,3 +158,17 @@ def test_the_demo_s_own_sweep_is_the_demo_s():
     ours = [{n: str(value) for n, value in cell.model_args.items() if n not in models} for cell in found[::3]]
     assert ours == methods
     assert {cell.model for cell in found} == {demo.NAME}
+
+
+@pytest.mark.parametrize(
+    ("name", "entries", "twin"),
+    [
+        ("models", [{"pretrained": "a"}, {"pretrained": "b"}, {"pretrained": "a"}], 2),
+        ("methods", [{"n_local": 64}, {"attention": "lambda", "n_local": 64}], 1),
+        ("tasks", ["passkey_4k", {"task": "passkey_4k"}], 1),
+    ],
+)
+def test_an_entry_that_is_listed_twice_is_reported(name, entries, twin):
+    content = {"models": [{"pretrained": "a"}], "methods": [{"n_local": 64}], "tasks": ["passkey_4k"], name: entries}
+    with pytest.raises(UsageError, match=rf"{name}\[{twin}\]: the same as {name}\[0\]"):
+        cells(content)
