@@ -76,15 +76,17 @@ def ran(raw: dict[str, Any]) -> tuple[str, str, dict[str, str]]:
 
     If lm-eval was given a model object, it writes the model's path in the backend's place and no arguments that count;
     what our adapter records (`config.lminf`) tells the rest. The backend of any other object is "CUSTOM", lm-eval's own
-    word for it.
+    word for it, and its arguments are what the file tells besides.
     """
     config = table(raw.get("config"))
     own, args = table(config.get("lminf")), model_args(config.get("model_args"))
     model, source = text(config.get("model")), text(raw.get("model_source"))
     unasked = config.get("model_args") is None and "model_revision" in config
     if source == "CUSTOM" or (own and model != MODEL_NAME) or unasked:
-        name = {"pretrained": model} if model else {}
-        return (MODEL_NAME, model, name | _chosen(own)) if own else ("CUSTOM", model, args)
+        if own:
+            return MODEL_NAME, model, ({"pretrained": model} if model else {}) | _chosen(own)
+        told = {"max_length": raw.get("max_length"), "parameters": config.get("model_num_parameters")}
+        return "CUSTOM", model, model_args({name: value for name, value in told.items() if value is not None}) | args
     backend = model or source or "unknown"
     named = next((args[key] for key in MODEL_KEYS if args.get(key)), "")
     return backend, named or text(raw.get("model_name")) or backend, args
@@ -96,8 +98,9 @@ def _chosen(own: dict[str, Any]) -> dict[str, str]:
     if not text(own.get("n_local_from")).startswith("set by"):
         defaults["n_local"] = own.get("n_local")
     defaults["top_k_distance"] = number(own.get("n_local")) // 2 if own.get("top_k") else own.get("top_k_distance")
-    chosen = {name: own[name] for name in METHOD_SETTINGS if name in own and own[name] != defaults[name]}
-    return model_args(table(own.get("model_args")) | {"attention": own.get("attention")} | chosen)
+    names = ("attention", *METHOD_SETTINGS)
+    chosen = {name: own[name] for name in names if name in own and own[name] != defaults[name]}
+    return model_args(table(own.get("model_args")) | chosen)
 
 
 def higher_is_better(raw: dict[str, Any], task: str, metric: str) -> bool | None:

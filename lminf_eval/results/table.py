@@ -26,6 +26,8 @@ TELLING = ("model", "method", "attention", "backend", "task", "length")  # value
 # What results that would share a cell may differ in, in the order in which it is added to the rows or the columns.
 APART_IN_ROWS = tuple(dict.fromkeys(("model", "method", "backend", "other", "model_path", *HOW_ASKED, *OF_THE_RUN)))
 APART_IN_COLUMNS = OF_THE_TASK
+# What the baseline of a result has in common with it, if there are several baselines.
+ALIKE = (*HOW_ASKED, "n_shot", "task_settings", "task_version", "subset")
 # What is clear from another difference between two results: a method's settings are in its name.
 IMPLIED = {"method": ("backend", "attention", *METHOD_SETTINGS), "model": ("model_path", "weights", *METHOD_SETTINGS)}
 
@@ -254,6 +256,7 @@ def _against(table: Table, evidence: Evidence, baseline: str) -> None:
     for cell in table.cells.values():
         found = by_measure.get((_measure(cell), cell.result["model_path"]), [])
         found = [one for one in found if one.result["method"] == baseline] or found
+        found = [one for one in found if all(one.result[name] == cell.result[name] for name in ALIKE)] or found
         if len(found) > 1:
             several = ", ".join(sorted({one.result["method"] for one in found}))
             raise UsageError(f"baseline {baseline}: several results answer to that ({several}); give a whole method")

@@ -11,6 +11,7 @@ from lminf_eval.errors import UsageError
 from lminf_eval.results.describe import hardware, length_label, model_args, short_name
 from lminf_eval.results.load import load
 from lminf_eval.results.samples import SamplesError, measured, read_samples
+from lminf_eval.spec import LambdaSpec
 
 
 def test_both_versions_of_the_format_give_the_same_rows(lm_eval_files, make_passkeys):
@@ -52,6 +53,19 @@ def test_a_method_is_named_by_the_settings_it_uses(lm_eval_files, make_passkeys,
     lm_eval_files.write({"passkey_4k": make_passkeys([1])}, args={**settings, "chunk_size": "32", "batch_size": "2"})
     row = load([lm_eval_files.folder]).results.iloc[0]
     assert (row["method"], row["other"]) == (method, "")
+
+
+@pytest.mark.parametrize("attention", ["full", "window", "streaming", "lambda"])
+@pytest.mark.parametrize("setting", [{"top_k": "5"}, {"rope": "yarn", "rope_factor": "4"}])
+def test_no_method_is_named_by_a_setting_that_it_refuses(lm_eval_files, make_passkeys, attention, setting):
+    args = {"attention": attention, "n_local": "64", **setting}
+    row = load([lm_eval_files.write({"passkey_4k": make_passkeys([1])}, args=args)]).results.iloc[0]
+    try:
+        LambdaSpec.parse(args)
+        refused = False
+    except UsageError:
+        refused = True
+    assert (next(iter(setting)) in row["method"]) is not refused
 
 
 def test_past_the_trained_length(lm_eval_files, make_passkeys):

@@ -88,6 +88,12 @@ def test_a_model_in_memory_and_hf_objects_are_told_apart(evaluate, folder, tmp_p
     assert set(results["model_path"]) == {folder}
 
 
+def test_hf_objects_of_two_lengths_are_two_measurements(evaluate, folder, tmp_path):
+    for max_length in (256, 512):
+        evaluate(HFLM(folder, device="cpu", max_length=max_length))
+    assert len(load([tmp_path]).results) == 2
+
+
 def test_models_without_a_name_are_never_one_measurement(lm_eval_files, make_passkeys):
     config = {"model": "", "model_args": None, "lminf": {"attention": "lambda", "n_local": 64}}
     for _ in range(2):
