@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from lm_eval import simple_evaluate
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.models.huggingface import HFLM
@@ -64,7 +65,7 @@ def test_model_objects_of_three_methods_are_three_measurements(evaluate, folder,
 
 def test_a_model_object_and_a_name_give_the_same_measurement(evaluate, folder, tmp_path):
     args = {"n_local": 64, "dtype": "float32", "add_bos_token": True}
-    evaluate(LMInfinite(folder, device="cpu", **args))
+    evaluate(LMInfinite(folder, device="cpu", **args | {"dtype": torch.float32}))
     evaluate("lminf", model_args={"pretrained": folder, **args}, device="cpu")
     evaluate("lminf", model_args=f"pretrained={folder},n_local=64,dtype=float32,add_bos_token=True", device="cpu")
     collection = load([tmp_path])
