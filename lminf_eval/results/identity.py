@@ -36,7 +36,8 @@ def _keys(rows: pd.DataFrame) -> pd.DataFrame:
     """
     keys = rows[list(IDENTITY)].copy()
     keys["limit"] = keys["limit"].where(keys["n"].isna(), "")
-    known = keys["weights"].where(keys["weights"] != "")
-    same = known.groupby([keys[name] for name in IDENTITY if name != "weights"], dropna=False)
-    keys["weights"] = known.fillna(same.transform("first").where(same.transform("nunique") == 1)).fillna("")
+    known = keys.assign(weights=keys["weights"].where(keys["weights"] != ""))
+    same = known.groupby([name for name in IDENTITY if name != "weights"], dropna=False)["weights"]
+    only = same.transform("first").where(same.transform("nunique") == 1, "")
+    keys["weights"] = keys["weights"].where(keys["weights"] != "", only)
     return keys

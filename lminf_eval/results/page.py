@@ -147,7 +147,8 @@ def _answers(evidence: Evidence) -> list[dict[str, Any]]:
         samples = evidence.samples(result["run"], result["task"])
         if samples is None or samples["key"].isna().all():
             continue
-        depth = pd.to_numeric(samples["depth_target"].fillna(samples["depth"]), errors="coerce")
+        planned = samples["depth_target"]
+        depth = pd.to_numeric(planned.where(planned.notna(), samples["depth"]), errors="coerce")
         samples = samples.assign(depth=depth, right=[bool(m.get("acc")) for m in samples["metrics"]])
         shown = samples.dropna(subset=["depth"]).sort_values("depth", kind="stable")
         shown = shown.drop_duplicates(["depth", "right"])
