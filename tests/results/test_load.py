@@ -126,7 +126,6 @@ def test_of_duplicates_the_newest_counts_and_a_note_tells(lm_eval_files, make_pa
         (b'{"results": {"a": [1]}}', "a: not a table of metrics"),
         (b'{"results": {"a": {"acc,none": "high"}}}', "a: acc,none is not a number"),
         (b'{"results": {"a": {"acc,none": {"b": 1}}}}', "a: acc,none is not a number"),
-        (b'{"results": {"a": {"bypass,none": 999}}}', "its answers were not scored (--predict_only)"),
         (b'{"results": {"a": {"acc": ' + b"[" * 300 + b"]" * 300 + b"}}}", "nested more than 100 deep"),
         (b'{"a":' * 100_000, "JSON that cannot be read: maximum recursion depth"),
         (b"9" * 5000, "JSON that cannot be read: Exceeds the limit"),
@@ -143,6 +142,18 @@ def test_foreign_and_broken_files_are_listed_with_the_reason(lm_eval_files, make
     with pytest.raises(UsageError, match="no lm-eval result in") as told:
         load([broken])
     assert reason in str(told.value)
+
+
+def test_answers_that_were_not_scored_are_no_result(lm_eval_files, make_passkeys):
+    """As `--predict_only` writes them: a metric bypass of 999."""
+    lm_eval_files.write({"passkey_4k": make_passkeys([1])})
+    unscored = {"t": {"alias": "t", "bypass,none": 999, "bypass_stderr,none": "N/A"}}
+    lm_eval_files.write({"t": [{"acc": 1.0}]}, samples=False, results=unscored)
+    collection = load([lm_eval_files.folder])
+    assert list(collection.results["metric"]) == ["acc"]
+    assert [problem.reason for problem in collection.problems] == [
+        "holds no result: its answers were not scored (--predict_only)"
+    ]
 
 
 def test_many_files_of_one_name_and_reason_are_told_once(lm_eval_files, make_passkeys):

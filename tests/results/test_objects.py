@@ -115,3 +115,5 @@ def test_the_results_say_the_longest_that_was_scored_as_max_length(evaluate, fol
     assert evaluate(LMInfinite(folder, device="cpu", max_length=100))["max_length"] == 100
     model.loglikelihood([])
     assert model.max_length == UNBOUNDED
+    model.get_model_info()
+    assert model.max_length is None  # every answer came from a cache
