@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
@@ -20,11 +19,11 @@ from tqdm import tqdm
 from lminf_eval import __version__
 from lminf_eval.adapters import base_of
 from lminf_eval.allocator import keep_freed_memory
-from lminf_eval.arguments import PARALLEL, check, find_device, identity
+from lminf_eval.arguments import PARALLEL, check, find_device, identity, recorded
 from lminf_eval.attention.kernels import primitive
 from lminf_eval.engine import GenerateRequest, Score, ScoreRequest
 from lminf_eval.errors import UsageError
-from lminf_eval.loading import LateHFLM
+from lminf_eval.loading import UNBOUNDED, LateHFLM
 from lminf_eval.memory import parameters
 from lminf_eval.model_shape import ModelShape
 from lminf_eval.modules import device_of
@@ -40,8 +39,6 @@ from lminf_eval.sampling import check_options, chooser
 from lminf_eval.spec import LambdaSpec
 
 logger = logging.getLogger(f"lm_eval.{__name__}")  # lm-eval shows the loggers below its own name
-
-UNBOUNDED = sys.maxsize  # a context length that no input reaches
 
 
 class LMInfinite(LateHFLM):
@@ -98,6 +95,7 @@ class LMInfinite(LateHFLM):
         self.shares_model = not isinstance(pretrained, str)  # its user calls it between our requests
         self._tokens = Counter(computed=0, reused=0)
         self._recalled = 0  # answers found in the journal
+        self._given = given
         self._chunk_size = 0  # what memory was found to suffice for, once known
         self.journal: Journal | None = None
         self._checkpoints: Checkpoints | None = None
@@ -170,11 +168,6 @@ class LMInfinite(LateHFLM):
 
     # ------------------------------------------------------------------ what lm-eval asks of a model
 
-    @property
-    def max_length(self) -> int:
-        """Tokens of context: what the user set, else without bound."""
-        return self._max_length or UNBOUNDED
-
     def _loglikelihood_tokens(
         self,
         requests: list[tuple[tuple[str, str], Sequence[int], Sequence[int]]],
@@ -182,6 +175,7 @@ class LMInfinite(LateHFLM):
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
         """(log-probability, all greedy) of each (strings, context tokens, continuation tokens)."""
+        self.begin()
         todo, cut = [], 0
         for _, context, continuation in requests:
             if len(continuation) > self.max_length:
@@ -198,6 +192,7 @@ class LMInfinite(LateHFLM):
 
     def _scored(self, todo: list[ScoreRequest], strings: list, disable_tqdm: bool) -> list[tuple[float, bool]]:
         """(log-probability, all greedy) of each request; strings[i] is what lm-eval caches it by, or None."""
+        self.asked(*(len(one.tokens) - 1 for one in todo))
         keys = [self._key("rolling" if one.rolling else "score", one.tokens, one.scored_from) for one in todo]
         works = [
             Work(key, one.tokens, {"scored_from": one.scored_from, "rolling": one.rolling})
@@ -217,6 +212,7 @@ class LMInfinite(LateHFLM):
 
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
         """Log-probability of each whole text, the first token after the prefix token."""
+        self.begin()
         todo, owners = [], []
         whole = np.zeros(0, dtype=np.int32)
         for i in reversed(range(len(requests))):  # of nested prefixes the longest first: the others are views of it
@@ -246,6 +242,7 @@ class LMInfinite(LateHFLM):
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
         """The text each context is continued by, up to its stop sequences."""
+        self.begin()
         works, seen = [], Counter()
         for request in requests:
             context, options = request.args
@@ -264,6 +261,7 @@ class LMInfinite(LateHFLM):
             tokens = encode(self.tokenizer, context, prompt) if whole else prompt(context)
             if not len(tokens):
                 raise UsageError("a context encodes to no tokens; generation needs at least one")
+            self.asked(len(tokens) + max_new)
             if kwargs.get("do_sample") is False:
                 kwargs.pop("temperature", None)
             check_options(kwargs)
@@ -283,14 +281,13 @@ class LMInfinite(LateHFLM):
     def get_model_info(self) -> dict:
         """What lm-eval writes into the results beside the model's name, so that a run can be repeated."""
         info = super().get_model_info()
-        if self.unread:  # all answers came from a cache: nobody knows
-            info["model_num_parameters"] = -1
-        elif self.way.reads_on_host:  # a rank has a part of it
+        if not self.unread and self.way.reads_on_host:  # a rank has a part of it
             info["model_num_parameters"] = parameters(self.config)
         return info | {
             "lminf": {
                 "version": __version__,
                 **self.spec.model_dump(),
+                "model_args": recorded(self._given),
                 "n_local_from": self.n_local_from,
                 "trained_length": self.trained_length,
                 "prefix_sharing": self.prefix_sharing,

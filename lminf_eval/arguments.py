@@ -88,6 +88,15 @@ def identity(pretrained: str, config: Any, kwargs: dict[str, Any]) -> dict[str, 
     return who
 
 
+def recorded(kwargs: dict[str, Any]) -> dict[str, str]:
+    """Return what, besides the model and the attention, changes an answer: for the results.
+
+    lm-eval writes no arguments of a model object. A tokenizer is known by its name, a dtype as on the command line.
+    """
+    changing = {name: value for name, value in kwargs.items() if name not in HOW | _OWN and value is not None}
+    return {name: str(getattr(value, "name_or_path", value)).removeprefix("torch.") for name, value in changing.items()}
+
+
 def _check_dtype(name: str, value: Any) -> None:
     dtype = getattr(torch, value, None) if isinstance(value, str) else value
     auto = value is None or (name == "dtype" and value == "auto")

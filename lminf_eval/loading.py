@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from lminf_eval.weights import CheckedAuto
 
 logger = logging.getLogger(f"lm_eval.{__name__}")  # lm-eval shows the loggers below its own name
 
+UNBOUNDED = sys.maxsize  # a context length that no input reaches
+
 
 class LateHFLM(HFLM):
     """HFLM's own steps of loading, each told apart from the next: config, tokenizer, and at the first request weights.
@@ -45,6 +48,8 @@ class LateHFLM(HFLM):
     n_local_from = ""
     _unread: dict[str, Any] | None = None  # the arguments the weights will be loaded with
     _constructed = False
+    _longest = 0  # tokens of context that a request took since results were last written
+    _written = False  # whether lm-eval is writing results
 
     def construct(self, pretrained: str | transformers.PreTrainedModel, **kwargs: Any) -> None:
         """HFLM's construction, as if there were this process alone, and no weight read."""
@@ -56,6 +61,32 @@ class LateHFLM(HFLM):
     def unread(self) -> bool:
         """Whether the weights are still to be read."""
         return isinstance(self._model, _Unread)
+
+    @property
+    def max_length(self) -> int | None:
+        """Tokens of context: what the user set, else without bound.
+
+        lm-eval writes it into the results, after it has asked for `get_model_info`. It is then the smallest value that
+        would have cut no input, or None if there was no input.
+        """
+        if self._written and not self._max_length:
+            return self._longest or None
+        return self._max_length or UNBOUNDED
+
+    def begin(self) -> None:
+        """Say that requests come in: if results were written since the last ones, these are for other results."""
+        self._longest, self._written = 0 if self._written else self._longest, False
+
+    def asked(self, *tokens: int) -> None:
+        """Say how many tokens of context requests take."""
+        self._longest = max(self._longest, *tokens, 0)
+
+    def get_model_info(self) -> dict:
+        """Return what lm-eval writes into the results of the model; the weights need not be read."""
+        self._written = True
+        info = super().get_model_info()
+        unknown = {"model_num_parameters": -1, "model_dtype": self._dtype()} if self.unread else {}
+        return info | unknown  # if all answers came from a cache, nobody counted
 
     def _get_config(self, pretrained: str, **kwargs: Any) -> None:
         try:

@@ -10,6 +10,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from lminf_eval.errors import UsageError
 
+# The attentions that each setting is a part of; it changes nothing under the others.
+GOES_WITH = {
+    "n_local": ("lambda", "streaming", "window"),
+    "n_global": ("lambda", "streaming"),
+    "top_k": ("lambda",),
+    "top_k_from_layer": ("lambda",),
+    "top_k_distance": ("lambda",),
+    "rope": ("full",),
+    "rope_factor": ("full",),
+}
+
 
 class LambdaSpec(BaseModel):
     """The attention a model is run with (LM-Infinite, arXiv 2308.16137, section 4).
@@ -50,12 +61,14 @@ class LambdaSpec(BaseModel):
 
     @model_validator(mode="after")
     def _branches_fit(self) -> LambdaSpec:
-        if self.attention in ("lambda", "streaming") and self.n_local is not None and self.n_global >= self.n_local:
+        sinks_count = self.attention in GOES_WITH["n_global"]
+        if sinks_count and self.n_local is not None and self.n_global >= self.n_local:
             raise ValueError(f"n_global={self.n_global} must be smaller than n_local={self.n_local}")
-        if self.top_k and self.attention != "lambda":
-            raise ValueError(f"top_k={self.top_k} goes with attention=lambda, not with attention={self.attention}")
-        if self.rope and self.attention != "full":
-            raise ValueError(f"rope={self.rope} goes with attention=full, not with attention={self.attention}")
+        for name in ("top_k", "rope"):  # off by default: whoever sets one expects it to be used
+            value, allowed = getattr(self, name), GOES_WITH[name]
+            if value and self.attention not in allowed:
+                goes_with = f"{name}={value} goes with attention={' or '.join(allowed)}"
+                raise ValueError(f"{goes_with}, not with attention={self.attention}")
         if (self.rope is None) != (self.rope_factor is None):
             raise ValueError("rope and rope_factor go together, as in rope=yarn,rope_factor=4")
         return self

@@ -8,6 +8,10 @@ from pydoc_data.topics import topics
 
 import pytest
 import torch
+from hypothesis import settings
+
+settings.register_profile("lminf", deadline=None, derandomize=True, database=None)
+settings.load_profile("lminf")
 
 
 def pytest_configure(config):

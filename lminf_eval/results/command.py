@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import json
-import math
 import shlex
 from typing import Any
 
-from lminf_eval.results.describe import describe_task, length_in_name, model_args, table, text
-
-SEEDS = ("random_seed", "numpy_seed", "torch_seed", "fewshot_seed")
+from lminf_eval.results.describe import ran, table, text
+from lminf_eval.results.tasks import SEEDS, length_in_name, metadata, shots, tokens
 
 
 def command_of(raw: dict[str, Any], logged_samples: bool) -> str:
     """A command line that asks for what the results JSON `raw` records, quoted for a POSIX shell."""
     config = table(raw.get("config"))
     tasks = list(table(raw.get("configs"))) or list(table(raw.get("results")))
-    words = ["lm_eval", "--model", text(config.get("model")), "--tasks", ",".join(map(text, tasks))]
-    args = model_args(config.get("model_args"))
+    backend, _, args = ran(raw)
+    if backend == "CUSTOM":
+        return "# lm-eval was given a model object; no command asks for the same"
+    words = ["lm_eval", "--model", backend, "--tasks", ",".join(tasks)]
     if any("," in value for value in args.values()):
         words += ["--model_args", json.dumps(args)]
     elif args:
@@ -25,9 +25,9 @@ def command_of(raw: dict[str, Any], logged_samples: bool) -> str:
     for name in ("batch_size", "device", "limit"):
         if config.get(name) is not None:
             words += [f"--{name}", text(config[name])]
-    shots = {text(count) for count in table(raw.get("n-shot")).values()}
-    if len(shots) == 1 and shots != {"0"}:
-        words += ["--num_fewshot", *shots]
+    counts = {count for task in tasks if (count := shots(raw, task))}
+    if len(counts) == 1 and counts != {"0"}:
+        words += ["--num_fewshot", *counts]
     if config.get("gen_kwargs"):
         kwargs = config["gen_kwargs"]
         words += ["--gen_kwargs", kwargs if isinstance(kwargs, str) else json.dumps(kwargs, default=str)]
@@ -37,17 +37,16 @@ def command_of(raw: dict[str, Any], logged_samples: bool) -> str:
     if raw.get("system_instruction"):
         words += ["--system_instruction", text(raw["system_instruction"])]
     words += ["--apply_chat_template"] * bool(raw.get("chat_template"))
-    words += ["--fewshot_as_multiturn"] * bool(raw.get("fewshot_as_multiturn"))
+    words += ["--fewshot_as_multiturn"] * bool(raw.get("chat_template") and raw.get("fewshot_as_multiturn"))
     words += ["--log_samples", "--output_path", "results"] if logged_samples else ["--output_path", "results"]
     return shlex.join(words)
 
 
-def _metadata(raw: dict[str, Any], tasks: list[Any]) -> list[str]:
-    """`--metadata`, for settings that every task shares, and a length that the tasks' names do not tell."""
-    described = [describe_task(raw, text(task), {}) for task in tasks]
-    settings = {one["task_settings"] for one in described}
-    length, *other_lengths = {one["length"] for one in described} or {math.nan}
-    values = json.loads(*settings) if len(settings) == 1 and settings != {""} else {}
-    if not other_lengths and not math.isnan(length) and length not in map(length_in_name, map(text, tasks)):
-        values["length"] = int(length)
-    return ["--metadata", json.dumps(values)] if values else []
+def _metadata(raw: dict[str, Any], tasks: list[str]) -> list[str]:
+    """Return `--metadata`: settings that every task shares, and a length that the tasks' names do not tell."""
+    every = [metadata(raw, task) for task in tasks]
+    lengths = [tokens(one.pop("length", None)) for one in every]
+    values = dict(sorted(every[0].items())) if every and all(one == every[0] for one in every) else {}
+    if len({*lengths}) == 1 and lengths[0] > 0 and lengths[0] not in map(length_in_name, tasks):
+        values["length"] = int(lengths[0])
+    return ["--metadata", json.dumps(values, default=str)] if values else []

@@ -1,4 +1,4 @@
-"""What a results file says about its run and its tasks: model, method, settings, versions, length.
+"""What a results file says about its run: model, method, settings, versions. What it says of its tasks is in `tasks`.
 
 lm-eval's formats differ: `model_args` is one string up to 0.4.9 and a table in 0.4.13; a task's entry has name,
 sample_len and an alias without indentation only in the newer; the oldest have no n-samples. Nothing here trusts a type.
@@ -13,38 +13,34 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from lminf_eval.plugin import MODEL_NAME
 from lminf_eval.results.samples import DATE_IN_NAME
 from lminf_eval.resume.journal import HOW
+from lminf_eval.spec import GOES_WITH, LambdaSpec
 
-METHOD_SETTINGS = ("n_local", "n_global", "top_k", "top_k_from_layer", "top_k_distance", "rope", "rope_factor")
-USED_BY = {  # the settings that change what an attention computes; the others are not part of its name
-    "full": ("rope", "rope_factor"),
-    "window": ("n_local", "rope", "rope_factor"),
-    "streaming": ("n_local", "n_global", "rope", "rope_factor"),
-    "lambda": METHOD_SETTINGS,
-}
+METHOD_SETTINGS = tuple(GOES_WITH)
 # Where and how fast a model runs, here or in lm-eval's other backends: what differs in nothing else measures the same.
 RUNTIME_ARGS = HOW | {
     *("trust_remote_code", "tensor_parallel_size", "data_parallel_size", "pipeline_parallel_size", "swap_space"),
     *("gpu_memory_utilization", "num_concurrent", "max_retries", "timeout", "verify_certificate", "base_url"),
 }
-SECRET = re.compile(r"(^|_)(token|api_key|password|secret)$")
+SECRET = re.compile(r"(.*_)?(api_key|password|secret)|((use_)?(hf|auth|access|api|bearer)_)?token")
 MODEL_KEYS = ("pretrained", "model", "path", "engine")
 UNITS = {"k": 1024, "m": 1024**2}
-LENGTH_IN_NAME = re.compile(r"_(\d+)([km])$")
 
 
 def describe_run(file: Path, raw: dict[str, Any]) -> dict[str, Any]:
-    """The columns that every result of one file shares."""
+    """Return the columns that every result of one file shares."""
     config = table(raw.get("config"))
-    args = model_args(config.get("model_args"))
-    backend = text(config.get("model")) or text(raw.get("model_source")) or "unknown"
-    path = next((args[key] for key in MODEL_KEYS if args.get(key)), "") or text(raw.get("model_name")) or backend
-    attention = args.get("attention", "lambda") if backend == "lminf" else backend
-    used = [name for name in USED_BY.get(attention, ()) if name in args]
+    own = table(config.get("lminf"))
+    date = run_date(file, raw)
+    backend, path, args = ran(raw)
+    path = path or f"{backend} {date}"  # a model without a name is like no other
+    attention = text(own.get("attention")) or args.get("attention", "lambda") if backend == MODEL_NAME else backend
+    used = [name for name in METHOD_SETTINGS if attention in GOES_WITH[name]]
     # What the adapter settled on, defaults filled in, tells more than what it was given.
-    resolved = {**args, **table(config.get("lminf"))}
-    settings = {name: resolved.get(name) for name in USED_BY.get(attention, ())}
+    resolved = {**args, **own}
+    settings = {name: resolved.get(name) for name in used}
     other = {
         key: value
         for key, value in sorted(args.items())
@@ -55,23 +51,18 @@ def describe_run(file: Path, raw: dict[str, Any]) -> dict[str, Any]:
         "model": short_name(path),
         "backend": backend,
         "attention": attention,
-        "method": " ".join([attention, *(f"{name}={args[name]}" for name in used)]),
+        "method": " ".join([attention, *(f"{name}={args[name]}" for name in used if name in args)]),
         **{name: number(settings.get(name)) for name in METHOD_SETTINGS if name != "rope"},
         "rope": text(settings.get("rope")),
         "other": ",".join(f"{key}={value}" for key, value in other.items()),
         "model_path": path,
         "dtype": text(config.get("model_dtype")).removeprefix("torch."),
+        "weights": ",".join(text(config[key]) for key in ("model_sha", "peft_sha", "delta_sha") if config.get(key)),
         "device": text(config.get("device")),
         "hardware": hardware(environment),
         "limit": text(config.get("limit")),
-        "generation": compact(config.get("gen_kwargs")),
-        "prompt": " ".join(
-            f"{name}={text(raw[key])[:8]}"
-            for name, key in (("chat", "chat_template_sha"), ("system", "system_instruction_sha"))
-            if raw.get(key)
-        ),
         "trained_length": trained_length(raw, args, backend),
-        "date": run_date(file, raw),
+        "date": date,
         "seconds": number(raw.get("total_evaluation_time_seconds")),
         "lm_eval_version": text(raw.get("lm_eval_version")),
         "transformers_version": text(raw.get("transformers_version")),
@@ -80,37 +71,36 @@ def describe_run(file: Path, raw: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def describe_task(raw: dict[str, Any], task: str, measured: dict[str, Any]) -> dict[str, Any]:
-    """The columns that every metric of one task shares. `length` is in tokens, NaN for tasks that have none."""
-    metadata = table(table(table(raw.get("configs")).get(task)).get("metadata"))
-    told = number(metadata.get("length"))
-    # lm-eval adds the model's arguments to a task's metadata; what is left was set for the task.
-    not_settings = {"version", "length", "config_source", *model_args(table(raw.get("config")).get("model_args"))}
-    return {
-        "task": task,
-        "family": LENGTH_IN_NAME.sub("", task),
-        "length": told if 0 < told < math.inf else length_in_name(task),
-        "task_version": text(table(raw.get("versions")).get(task)),
-        "task_settings": compact({key: value for key, value in metadata.items() if key not in not_settings}),
-        "n_shot": text(table(raw.get("n-shot")).get(task)) or "0",
-        "n": documents(raw, task, measured),
-    }
+def ran(raw: dict[str, Any]) -> tuple[str, str, dict[str, str]]:
+    """Return (backend, model, model arguments) of a run; the model is "" if nothing names it.
+
+    If lm-eval was given a model object, it writes the model's path in the backend's place and no arguments that count;
+    what our adapter records (`config.lminf`) tells the rest. The backend of any other object is "CUSTOM", lm-eval's own
+    word for it, and its arguments are what the file tells besides.
+    """
+    config = table(raw.get("config"))
+    own, args = table(config.get("lminf")), model_args(config.get("model_args"))
+    model, source = text(config.get("model")), text(raw.get("model_source"))
+    unasked = config.get("model_args") is None and "model_revision" in config
+    if source == "CUSTOM" or (own and model != MODEL_NAME) or unasked:
+        if own:
+            return MODEL_NAME, model, ({"pretrained": model} if model else {}) | _chosen(own)
+        told = {"max_length": raw.get("max_length"), "parameters": config.get("model_num_parameters")}
+        return "CUSTOM", model, model_args({name: value for name, value in told.items() if value is not None}) | args
+    backend = model or source or "unknown"
+    named = next((args[key] for key in MODEL_KEYS if args.get(key)), "")
+    return backend, named or text(raw.get("model_name")) or backend, args
 
 
-def length_in_name(task: str) -> float:
-    """The tokens that "passkey_4k" tells; NaN for a name that tells none."""
-    named = LENGTH_IN_NAME.search(task)
-    return float(int(named[1]) * UNITS[named[2]]) if named else math.nan
-
-
-def documents(raw: dict[str, Any], task: str, measured: dict[str, Any]) -> float:
-    """How many documents a task, or a group of tasks, was measured on; NaN where the file does not tell."""
-    counts = table(raw.get("n-samples"))
-    if task not in counts and isinstance(parts := table(raw.get("group_subtasks")).get(task), list) and parts:
-        return sum(documents(raw, part, {}) for part in parts if isinstance(part, str) and part != task)
-    of_task = table(counts.get(task))
-    told = [number(of_task.get("effective")), number(measured.get("sample_len")), number(of_task.get("original"))]
-    return next((count for count in told if not math.isnan(count)), math.nan)
+def _chosen(own: dict[str, Any]) -> dict[str, str]:
+    """Return the arguments behind `config.lminf`: what its user chose, and no default."""
+    defaults = {name: field.default for name, field in LambdaSpec.model_fields.items()}
+    if not text(own.get("n_local_from")).startswith("set by"):
+        defaults["n_local"] = own.get("n_local")
+    defaults["top_k_distance"] = number(own.get("n_local")) // 2 if own.get("top_k") else own.get("top_k_distance")
+    names = ("attention", *METHOD_SETTINGS)
+    chosen = {name: own[name] for name in names if name in own and own[name] != defaults[name]}
+    return model_args(table(own.get("model_args")) | chosen)
 
 
 def higher_is_better(raw: dict[str, Any], task: str, metric: str) -> bool | None:
@@ -130,7 +120,7 @@ def model_args(given: Any) -> dict[str, str]:
             given = json.loads(given) if given.lstrip().startswith("{") else _pairs(given)
         except (ValueError, RecursionError):
             return {}
-    return {text(key): "hidden" if SECRET.search(text(key)) else text(value) for key, value in table(given).items()}
+    return {text(key): "hidden" if SECRET.fullmatch(text(key)) else text(value) for key, value in table(given).items()}
 
 
 def _pairs(given: str) -> dict[str, str]:
@@ -142,10 +132,10 @@ def _pairs(given: str) -> dict[str, str]:
 def trained_length(raw: dict[str, Any], args: dict[str, str], backend: str) -> float:
     """The length in tokens that the model was trained at, where the file tells; else NaN.
 
-    Under `lminf` that is n_local where it was not set but taken from the model. Elsewhere it is `max_length`, the
+    Under `lminf` that is n_local if it was not set but taken from the model. For other backends it is `max_length`, the
     model's own maximum unless an argument overrides it.
     """
-    if backend == "lminf":
+    if backend == MODEL_NAME:
         own = table(table(raw.get("config")).get("lminf"))
         taken = not text(own.get("n_local_from")).startswith("set by")
         return number(own.get("trained_length", own.get("n_local") if taken else None))
@@ -197,14 +187,14 @@ def short_name(path: str) -> str:
 
 
 def length_label(tokens: float) -> str:
-    """4096 -> "4k", 1048576 -> "1m", 5000 -> "5000"; "" for NaN."""
+    """4096 -> "4k", 1048576 -> "1m", 5000 -> "5000", 0 -> "0k" (BABILong's facts alone); "" for NaN."""
     if math.isnan(tokens):
         return ""
     tokens = int(tokens)
     for unit, size in (("m", UNITS["m"]), ("k", UNITS["k"])):
         if tokens >= size and tokens % size == 0:
             return f"{tokens // size}{unit}"
-    return str(tokens)
+    return str(tokens) if tokens else "0k"
 
 
 def table(value: Any) -> dict[str, Any]:

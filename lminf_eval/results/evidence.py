@@ -8,8 +8,9 @@ from collections import Counter
 import pandas as pd
 
 from lminf_eval.results.escape import file_name
+from lminf_eval.results.lengths import present
 from lminf_eval.results.load import Collection, Problem
-from lminf_eval.results.samples import SamplesError, measured, read_samples
+from lminf_eval.results.samples import SamplesError
 from lminf_eval.results.statistics import Comparison, bootstrap_interval, compare, compare_by_errors, find_link, gives
 
 MEASURE = ["task", "length", "metric", "filter"]
@@ -27,11 +28,11 @@ class Evidence:
     def samples(self, run: str, task: str) -> pd.DataFrame | None:
         """What `samples.read_samples` gives for a task of a run; None where there is no usable file."""
         if (run, task) not in self._samples:
-            file = self.collection.runs[run].samples.get(task)
+            known = self.collection.runs[run]
             try:
-                self._samples[run, task] = read_samples(file) if file else None
+                self._samples[run, task] = known.read(task)
             except SamplesError as error:
-                self.problems.append(Problem(file_name(file), str(error)))
+                self.problems.append(Problem(file_name(known.samples[task]), str(error)))
                 self._samples[run, task] = None
         return self._samples[run, task]
 
@@ -87,5 +88,5 @@ class Evidence:
 
     def _logged(self, result: pd.Series) -> pd.DataFrame | None:
         samples = self.samples(result["run"], result["task"])
-        found = measured(samples, result["metric"], result["filter"]) if samples is not None else []
+        found = present(samples, result["logged_as"], result["filter"]) if samples is not None else []
         return found if len(found) else None

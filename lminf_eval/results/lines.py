@@ -1,4 +1,4 @@
-"""The figures of lines: NLL against position, perplexity against length. Each line is named at its end."""
+"""The figures of lines: NLL against position, perplexity and scores against length. Each line is named at its end."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from matplotlib.ticker import MaxNLocator
 
 from lminf_eval.results.curves import nll_by_position
 from lminf_eval.results.describe import length_label
+from lminf_eval.results.escape import plain
 from lminf_eval.results.evidence import Evidence
 from lminf_eval.results.figure import Plot, short_method, slug
 from lminf_eval.results.load import DIVERGED_PERPLEXITY
 from lminf_eval.results.style import GRID, INK, Style
+from lminf_eval.results.table import primary_metrics
 
 MOST_BANDS = 6  # intervals of more lines than that hide one another
 LEADER = {"arrowstyle": "-", "linewidth": 0.8, "shrinkA": 0, "shrinkB": 2, "relpos": (0, 0.5)}
@@ -121,6 +123,37 @@ def perplexity_against_length(
     if gone:
         caption += " Hollow marks above the axes: no number, or a perplexity over 1000."
     return Plot(slug("perplexity", about), title, caption, figure)
+
+
+def score_against_length(evidence: Evidence, group: pd.DataFrame, looks: dict[str, Style], about: str) -> Plot | None:
+    """Draw one line a method: the family's first score, of which higher is better, at each length, 0 included."""
+    scores = group[(group["higher_is_better"] == True) & group["length"].notna()]  # noqa: E712  (it may be None)
+    scores = scores[scores["metric"] == primary_metrics(group).get(group["family"].iloc[0])]
+    if scores["length"].nunique() < 2:
+        return None
+    figure, axes = canvas()
+    ends = []
+    for method, results in scores.groupby("line"):
+        results = results.sort_values("length", kind="stable").drop_duplicates("length", keep="last")
+        line(axes, results["length"], results["value"], looks[method])
+        ends.append((method, results["length"].iloc[-1], results["value"].iloc[-1]))
+    lengths = sorted(scores["length"].unique())
+    axes.set_xscale("symlog", base=2, linthresh=lengths[0] or lengths[1])  # logarithmic, with a place for 0
+    axes.set_xticks(lengths, [length_label(length) for length in lengths])
+    axes.minorticks_off()
+    if scores["value"].between(0, 1).all():
+        axes.set_ylim(-0.03, 1.03)
+    metric = scores["metric"].iloc[0]
+    axes.set_xlabel("length of the text (tokens)")
+    axes.set_ylabel(plain(metric))
+    title = f"Score against length: {about}"
+    axes.set_title(title, pad=12)
+    _trained_line(axes, group)
+    label_ends(axes, ends, looks)
+    caption = (
+        f"Mean {plain(metric)} over the documents of each length; higher is better; lengths are on a logarithmic axis."
+    )
+    return Plot(slug("score", about), title, caption, figure)
 
 
 def canvas() -> tuple[Figure, Axes]:

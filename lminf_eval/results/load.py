@@ -17,19 +17,18 @@ import pandas as pd
 from lminf_eval.bench import FORMAT
 from lminf_eval.errors import UsageError
 from lminf_eval.results.benches import read_bench
-from lminf_eval.results.describe import describe_run, describe_task, higher_is_better
+from lminf_eval.results.describe import describe_run, higher_is_better
 from lminf_eval.results.escape import file_name, read_json
-from lminf_eval.results.samples import DATE_IN_NAME, sample_files
+from lminf_eval.results.identity import newest
+from lminf_eval.results.lengths import SCORE, count, is_length, was_run
+from lminf_eval.results.samples import DATE_IN_NAME, SamplesError, read_samples, sample_files
+from lminf_eval.results.tasks import describe_task
 
 LARGEST_RESULTS_FILE = 256 * 2**20  # bytes; lm-eval's are below one MiB, other tools' JSON may be anything
 NOT_METRICS = {"alias", "name", "sample_len", "sample_count", "samples"}
+NO_RESULT = "bypass"  # the metric that stands in for all others under --predict_only
+DEEPEST = 100  # tables within tables; lm-eval's files have ten
 DIVERGED_PERPLEXITY = 1000.0  # where the LM-Infinite paper stops telling numbers apart
-
-# What makes two results the same measurement; of several with the same, the newest counts.
-IDENTITY = (
-    *("backend", "model_path", "method", "other", "task", "length", "metric", "filter"),
-    *("task_version", "task_settings", "n_shot", "n", "generation", "prompt"),
-)
 
 
 @dataclass(frozen=True)
@@ -42,12 +41,31 @@ class Problem:
 
 @dataclass(frozen=True)
 class Run:
-    """One results file: its JSON as read, and the samples files beside it, by task."""
+    """One results file: its JSON as read, and the samples files next to it, by task."""
 
     name: str
     file: Path
     raw: dict[str, Any]
     samples: dict[str, Path]
+    _read: dict[str, pd.DataFrame | SamplesError] = field(default_factory=dict, repr=False)
+
+    def read(self, task: str) -> pd.DataFrame | None:
+        """Return the task's samples (see `samples.read_samples`), read once; None if there is no file of them.
+
+        Raises:
+            SamplesError: if they cannot be read.
+        """
+        if task not in self.samples:
+            return None
+        if task not in self._read:
+            try:
+                self._read[task] = read_samples(self.samples[task])
+            except SamplesError as error:
+                self._read[task] = error
+        found = self._read[task]
+        if isinstance(found, SamplesError):
+            raise found
+        return found
 
 
 @dataclass(frozen=True)
@@ -55,9 +73,9 @@ class Collection:
     """Everything read.
 
     `results` has one row for each run, task, metric and filter; its columns are those of `describe.describe_run` and
-    `describe.describe_task`, and run, metric, filter, value, stderr, diverged ("", "NaN", "inf" or ">1000"),
-    higher_is_better, n (documents), past_trained and file. `benches` are files of `lminf bench`; where there is nothing
-    beside them, `results` has neither rows nor columns.
+    `tasks.describe_task`, and run, metric, logged_as (the metric's name in the file), filter, value, stderr, diverged
+    ("", "NaN", "inf" or ">1000"), higher_is_better, n (documents), past_trained and file. `benches` are files of
+    `lminf bench`; if there is nothing else, `results` has neither rows nor columns.
     """
 
     results: pd.DataFrame
@@ -100,7 +118,7 @@ def load(paths: Iterable[Path | str], trained_length: int | None = None) -> Coll
             f"no lm-eval result in {', '.join(map(str, paths))}"
             + "".join(f"; {problem.file}: {problem.reason}" for problem in problems[:3])
         )
-    results, notes = _newest(pd.DataFrame(rows))
+    results, notes = newest(pd.DataFrame(rows))
     results["trained_length"] = trained_length or _trained_length(results)
     results["past_trained"] = results["length"] > results["trained_length"]
     kept = {name: run for name, run in runs.items() if name in set(results["run"])}
@@ -147,45 +165,76 @@ def _read(file: Path) -> dict[str, Any] | Problem:
         except ValueError as error:
             return Problem(file_name(file), str(error))
         return raw
+    if _too_deep(raw):
+        return Problem(file_name(file), f"JSON that cannot be read: nested more than {DEEPEST} deep")
     if not isinstance(raw, dict) or not isinstance(raw.get("results"), dict):
         return Problem(file_name(file), "not an lm-eval results file: it has no table named results")
     raw.pop("samples", None)  # a caller of simple_evaluate may have saved them inside; they can be large
     return raw
 
 
+def _too_deep(value: Any) -> bool:
+    """Return whether `value` holds tables and lists nested so deeply that writing it again could fail."""
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer if isinstance(outer, list) else ())
+            if isinstance(inner, (dict, list))
+        ]
+        if not level:
+            return False
+    return True
+
+
 def _rows(run: Run, problems: list[Problem]) -> Iterator[dict[str, Any]]:
-    """A row for each number in the file; what is not a number is added to `problems`."""
+    """Yield a row for each number in the file; what is not a number is added to `problems`."""
     about_run = describe_run(run.file, run.raw)
-    found = False
-    for task, measured in run.raw["results"].items():
-        if not isinstance(measured, dict):
+    found, without_scores = False, False
+    for task, values in run.raw["results"].items():
+        if not isinstance(values, dict):
             problems.append(Problem(file_name(run.file), f"{task}: not a table of metrics"))
             continue
-        about_task = describe_task(run.raw, task, measured)
-        for key, shown in measured.items():
+        about_task = describe_task(run.raw, task, values)
+        for key, shown in values.items():
             metric, _, filter_name = key.partition(",")  # before 0.4 a key was the metric's name alone
-            if key in NOT_METRICS or metric.endswith("_stderr") or not metric.strip():
+            without_scores |= metric == NO_RESULT
+            if key in NOT_METRICS or metric in ("", NO_RESULT) or metric.endswith("_stderr") or not metric.strip():
                 continue
             value = _number(shown)
             if value is None:
                 problems.append(Problem(file_name(run.file), f"{task}: {key} is not a number"))
-                continue
-            error = _number(measured.get(f"{metric}_stderr,{filter_name}" if filter_name else f"{metric}_stderr"))
-            found = True
-            yield {
-                "run": run.name,
-                **about_run,
-                **about_task,
-                "metric": metric,
-                "filter": filter_name or "none",
-                "value": value,
-                "stderr": math.nan if error is None else error,
-                "diverged": diverged(metric, value),
-                "higher_is_better": higher_is_better(run.raw, task, metric),
-                "file": file_name(run.file),
-            }
+            elif not is_length(metric) or was_run(run.raw, task, key):
+                found = True
+                error = _number(values.get(f"{metric}_stderr,{filter_name}" if filter_name else f"{metric}_stderr"))
+                about = {"run": run.name, **about_run, **about_task, "file": file_name(run.file)}
+                yield about | _measurement(run, task, key, value) | {"stderr": math.nan if error is None else error}
     if not found:
-        problems.append(Problem(file_name(run.file), "holds no result: the run did not finish, or evaluated no task"))
+        why = (
+            "its answers were not scored (--predict_only)"
+            if without_scores
+            else "the run did not finish, or evaluated no task"
+        )
+        problems.append(Problem(file_name(run.file), f"holds no result: {why}"))
+
+
+def _measurement(run: Run, task: str, key: str, value: float) -> dict[str, Any]:
+    """Return the columns of one number; a metric that names a length has that length, and its own documents."""
+    metric, _, filter_name = key.partition(",")
+    better = higher_is_better(run.raw, task, metric)
+    told = {
+        "metric": metric,
+        "logged_as": metric,
+        "filter": filter_name or "none",
+        "value": value,
+        "diverged": diverged(metric, value),
+        "higher_is_better": better,
+    }
+    if is_length(metric):
+        told |= {"metric": SCORE, "length": float(metric), "n": count(run, task, key)}
+        told["higher_is_better"] = True if better is None else better
+    return told
 
 
 def diverged(metric: str, value: float) -> str:
@@ -206,18 +255,6 @@ def _number(value: Any) -> float | None:
     if value is None or (isinstance(value, str) and value.strip().lower() in {"nan", "inf", "-inf", "infinity"}):
         return float(value or "nan")  # strict JSON writers have null for NaN
     return None
-
-
-def _newest(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
-    """`rows` without the older of those that measure the same, and a note for each file that lost some."""
-    rows = rows.sort_values("date", kind="stable")
-    replaced = rows.duplicated(list(IDENTITY), keep="last")
-    notes = [
-        f"{count} result{'s' if count > 1 else ''} of {file} replaced by newer ones of the same measurement"
-        for file, count in rows.loc[replaced, "file"].value_counts(sort=False).items()
-    ]
-    kept = rows[~replaced].sort_values(["model", "backend", "method", "family", "length", "metric"], kind="stable")
-    return kept.reset_index(drop=True), notes
 
 
 def _trained_length(results: pd.DataFrame) -> pd.Series:

@@ -17,7 +17,7 @@ from lminf_eval import __version__
 from lminf_eval.errors import UsageError
 from lminf_eval.results import escape, export, formats
 from lminf_eval.results.command import command_of
-from lminf_eval.results.describe import compact, environment_line, length_label, model_args, table, text
+from lminf_eval.results.describe import compact, environment_line, length_label, ran, table, text
 from lminf_eval.results.evidence import Evidence
 from lminf_eval.results.figure import Plot
 from lminf_eval.results.style import INK
@@ -147,7 +147,8 @@ def _answers(evidence: Evidence) -> list[dict[str, Any]]:
         samples = evidence.samples(result["run"], result["task"])
         if samples is None or samples["key"].isna().all():
             continue
-        depth = pd.to_numeric(samples["depth_target"].fillna(samples["depth"]), errors="coerce")
+        planned = samples["depth_target"]
+        depth = pd.to_numeric(planned.where(planned.notna(), samples["depth"]), errors="coerce")
         samples = samples.assign(depth=depth, right=[bool(m.get("acc")) for m in samples["metrics"]])
         shown = samples.dropna(subset=["depth"]).sort_values("depth", kind="stable")
         shown = shown.drop_duplicates(["depth", "right"])
@@ -174,16 +175,17 @@ def _run(evidence: Evidence, name: str, environments: dict[str, int]) -> dict[st
     results = evidence.collection.results
     first = results[results["run"] == name].iloc[0]
     config, environment = table(run.raw.get("config")), text(run.raw.get("pretty_env_info"))
+    own = table(config.get("lminf"))
     brief = re.sub(r"^(Flags|Vulnerability [^:]*):.*\n?", "", environment, flags=re.MULTILINE).strip()
     facts = {
         "Model": first["model_path"],
-        "Model settings": ", ".join(f"{key}={value}" for key, value in model_args(config.get("model_args")).items()),
-        "Attention": ", ".join(f"{key}={text(value)}" for key, value in table(config.get("lminf")).items()),
+        "Model settings": ", ".join(f"{key}={value}" for key, value in ran(run.raw)[2].items()),
+        "Attention": ", ".join(f"{key}={text(value)}" for key, value in own.items() if key != "model_args"),
         "Parameters": f"{count:,}" if isinstance(count := config.get("model_num_parameters"), int) else "",
         "Data type": first["dtype"],
         "Trained length": "" if pd.isna(first["trained_length"]) else f"{first['trained_length']:.0f} tokens",
         "Tasks": ", ".join(f"{task} (version {version})" for task, version in table(run.raw.get("versions")).items()),
-        "Generation": first["generation"],
+        "Generation": compact(config.get("gen_kwargs")),
         "Prompt": first["prompt"],
         "Seeds": compact({key: config[key] for key in sorted(config) if key.endswith("_seed")}),
         "Started": first["date"],

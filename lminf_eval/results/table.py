@@ -10,19 +10,26 @@ from dataclasses import dataclass, field
 import pandas as pd
 
 from lminf_eval.errors import UsageError
-from lminf_eval.results.describe import length_label, text
+from lminf_eval.results.describe import METHOD_SETTINGS, length_label, text
 from lminf_eval.results.evidence import MEASURE, Evidence
+from lminf_eval.results.identity import HOW_ASKED, OF_THE_RUN, OF_THE_TASK
 from lminf_eval.results.statistics import Comparison
 from lminf_eval.results.wording import sentence
 
-NOT_AXES = ("run", "value", "stderr", "diverged", "higher_is_better", "past_trained", "file", "seconds", "date")
+NOT_AXES = (
+    *("run", "value", "stderr", "diverged", "higher_is_better", "past_trained", "file", "seconds", "date", "logged_as"),
+)
 WHAT = ("family", "metric", "filter")  # what is measured; a part of the columns unless the rows tell
 PER_TOKEN = ("token_perplexity", "nll", "nll_tail")
 PRIMARY = ("token_perplexity", "acc", "exact_match", "word_perplexity")  # a family's metric, unless one is asked for
 TELLING = ("model", "method", "attention", "backend", "task", "length")  # values that need no name beside them
-# What results that would share a cell may differ in, and where it is then added.
-APART_IN_ROWS = ("model", "method", "backend", "other", "model_path", "prompt", "generation")
-APART_IN_COLUMNS = ("length", "task", "n_shot", "task_settings", "task_version", "n")
+# What results that would share a cell may differ in, in the order in which it is added to the rows or the columns.
+APART_IN_ROWS = tuple(dict.fromkeys(("model", "method", "backend", "other", "model_path", *HOW_ASKED, *OF_THE_RUN)))
+APART_IN_COLUMNS = OF_THE_TASK
+# What the baseline of a result has in common with it, if there are several baselines.
+ALIKE = (*HOW_ASKED, "n_shot", "task_settings", "task_version", "subset")
+# What is clear from another difference between two results: a method's settings are in its name.
+IMPLIED = {"method": ("backend", "attention", *METHOD_SETTINGS), "model": ("model_path", "weights", *METHOD_SETTINGS)}
 
 
 @dataclass
@@ -221,9 +228,8 @@ def _mark_best(table: Table, evidence: Evidence) -> None:
 def _contest(best: pd.Series, second: pd.Series) -> str:
     """ "passkey acc 16k, a model: lambda − window": what was measured, and what tells the two apart."""
     differing = [name for name in (*APART_IN_ROWS, *APART_IN_COLUMNS) if _written(name, best) != _written(name, second)]
-    for told, implied in (("method", "backend"), ("model", "model_path")):
-        if told in differing and implied in differing:
-            differing.remove(implied)
+    implied = {name for told in differing for name in IMPLIED.get(told, ())}
+    differing = [name for name in differing if name not in implied]
     names = (" ".join(_written(name, result) for name in differing) for result in (best, second))
     length = length_label(best["length"])
     told_by_length = best["task"] == f"{best['family']}_{length}"
@@ -250,6 +256,7 @@ def _against(table: Table, evidence: Evidence, baseline: str) -> None:
     for cell in table.cells.values():
         found = by_measure.get((_measure(cell), cell.result["model_path"]), [])
         found = [one for one in found if one.result["method"] == baseline] or found
+        found = [one for one in found if all(one.result[name] == cell.result[name] for name in ALIKE)] or found
         if len(found) > 1:
             several = ", ".join(sorted({one.result["method"] for one in found}))
             raise UsageError(f"baseline {baseline}: several results answer to that ({several}); give a whole method")

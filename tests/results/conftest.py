@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from lm_eval.tasks.ruler.common_utils import aggregate_metrics, process_results
 
 AGGREGATE = {
     "acc": lambda values: float(np.mean(values)),
@@ -53,7 +54,9 @@ class LmEvalFiles:
             "configs": {name: {"task": name, "metadata": {"version": 1.0, **args}} for name in tasks},
             "versions": dict.fromkeys(tasks, 1.0),
             "n-shot": dict.fromkeys(tasks, 0),
-            "higher_is_better": {name: {m: m == "acc" for m in self._metrics(docs)} for name, docs in tasks.items()},
+            "higher_is_better": {
+                name: {m: m == "acc" or m.isdigit() for m in self._metrics(docs)} for name, docs in tasks.items()
+            },
             "n-samples": {name: {"original": len(docs), "effective": len(docs)} for name, docs in tasks.items()},
             "config": {
                 "model": backend,
@@ -84,13 +87,14 @@ class LmEvalFiles:
 
     @staticmethod
     def _metrics(documents: list[dict]) -> list[str]:
-        return [key for key in documents[0] if key not in ("doc", "resps", "doc_id")]
+        keys = (key for document in documents for key in document)
+        return [key for key in dict.fromkeys(keys) if key not in ("doc", "resps", "doc_id")]
 
     def _results(self, name: str, documents: list[dict], version: str) -> dict:
         row = {"alias": name} if version == "0.4.9" else {"name": name, "alias": name, "sample_len": len(documents)}
         for metric in self._metrics(documents):
-            values = [document[metric] for document in documents]
-            row[f"{metric},none"] = AGGREGATE[metric](values)
+            values = [document[metric] for document in documents if metric in document]
+            row[f"{metric},none"] = AGGREGATE.get(metric, aggregate_metrics)(values)
             error = np.std(values, ddof=1) / len(values) ** 0.5 if metric == "acc" and len(values) > 1 else "N/A"
             row[f"{metric}_stderr,none"] = error
         return row
@@ -144,6 +148,40 @@ def texts(nlls: list[list[float]], step: int = 1024, perplexity: bool = True) ->
         metrics = {"token_perplexity": [totals[-1], boundaries[-1]], "nll": float(np.mean(buckets))}
         documents.append({"doc": doc, "resps": resps, **(metrics if perplexity else {"nll": metrics["nll"]})})
     return documents
+
+
+def ruler(hits: dict[int, list[int]]) -> list[dict]:
+    """Documents of a RULER task, scored by lm-eval's own code: by length, whether the answer is right."""
+    documents = []
+    for length, answers in hits.items():
+        for i, hit in enumerate(answers):
+            doc = {"index": i, "max_length": length, "outputs": [f"{length}{i}"]}
+            answer = f"{length}{i}." if hit else "no"
+            documents.append({"doc": doc, "resps": [answer], **process_results(doc, [answer])})
+    return documents
+
+
+@pytest.fixture
+def make_ruler():
+    return ruler
+
+
+@pytest.fixture
+def edit():
+    """`edit(file, **changes)` changes entries of a results file: `config__limit=2` is `config.limit`."""
+
+    def change(file: Path, **changes) -> Path:
+        raw = json.loads(file.read_text())
+        for path, value in changes.items():
+            *tables, name = path.split("__")
+            inner = raw
+            for table in tables:
+                inner = inner.setdefault(table, {})
+            inner[name] = value
+        file.write_text(json.dumps(raw))
+        return file
+
+    return change
 
 
 @pytest.fixture

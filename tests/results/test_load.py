@@ -11,6 +11,7 @@ from lminf_eval.errors import UsageError
 from lminf_eval.results.describe import hardware, length_label, model_args, short_name
 from lminf_eval.results.load import load
 from lminf_eval.results.samples import SamplesError, measured, read_samples
+from lminf_eval.spec import LambdaSpec
 
 
 def test_both_versions_of_the_format_give_the_same_rows(lm_eval_files, make_passkeys):
@@ -42,9 +43,9 @@ def test_both_versions_of_the_format_give_the_same_rows(lm_eval_files, make_pass
     ("attention", "method"),
     [
         ("full", "full rope=linear"),
-        ("window", "window n_local=64 rope=linear"),
-        ("streaming", "streaming n_local=64 n_global=4 rope=linear"),
-        ("lambda", "lambda n_local=64 n_global=4 top_k=5 rope=linear"),
+        ("window", "window n_local=64"),
+        ("streaming", "streaming n_local=64 n_global=4"),
+        ("lambda", "lambda n_local=64 n_global=4 top_k=5"),
     ],
 )
 def test_a_method_is_named_by_the_settings_it_uses(lm_eval_files, make_passkeys, attention, method):
@@ -52,6 +53,19 @@ def test_a_method_is_named_by_the_settings_it_uses(lm_eval_files, make_passkeys,
     lm_eval_files.write({"passkey_4k": make_passkeys([1])}, args={**settings, "chunk_size": "32", "batch_size": "2"})
     row = load([lm_eval_files.folder]).results.iloc[0]
     assert (row["method"], row["other"]) == (method, "")
+
+
+@pytest.mark.parametrize("attention", ["full", "window", "streaming", "lambda"])
+@pytest.mark.parametrize("setting", [{"top_k": "5"}, {"rope": "yarn", "rope_factor": "4"}])
+def test_no_method_is_named_by_a_setting_that_it_refuses(lm_eval_files, make_passkeys, attention, setting):
+    args = {"attention": attention, "n_local": "64", **setting}
+    row = load([lm_eval_files.write({"passkey_4k": make_passkeys([1])}, args=args)]).results.iloc[0]
+    try:
+        LambdaSpec.parse(args)
+        refused = False
+    except UsageError:
+        refused = True
+    assert (next(iter(setting)) in row["method"]) is not refused
 
 
 def test_past_the_trained_length(lm_eval_files, make_passkeys):
@@ -112,6 +126,7 @@ def test_of_duplicates_the_newest_counts_and_a_note_tells(lm_eval_files, make_pa
         (b'{"results": {"a": [1]}}', "a: not a table of metrics"),
         (b'{"results": {"a": {"acc,none": "high"}}}', "a: acc,none is not a number"),
         (b'{"results": {"a": {"acc,none": {"b": 1}}}}', "a: acc,none is not a number"),
+        (b'{"results": {"a": {"acc": ' + b"[" * 300 + b"]" * 300 + b"}}}", "nested more than 100 deep"),
         (b'{"a":' * 100_000, "JSON that cannot be read: maximum recursion depth"),
         (b"9" * 5000, "JSON that cannot be read: Exceeds the limit"),
     ],
@@ -127,6 +142,18 @@ def test_foreign_and_broken_files_are_listed_with_the_reason(lm_eval_files, make
     with pytest.raises(UsageError, match="no lm-eval result in") as told:
         load([broken])
     assert reason in str(told.value)
+
+
+def test_answers_that_were_not_scored_are_no_result(lm_eval_files, make_passkeys):
+    """As `--predict_only` writes them: a metric bypass of 999."""
+    lm_eval_files.write({"passkey_4k": make_passkeys([1])})
+    unscored = {"t": {"alias": "t", "bypass,none": 999, "bypass_stderr,none": "N/A"}}
+    lm_eval_files.write({"t": [{"acc": 1.0}]}, samples=False, results=unscored)
+    collection = load([lm_eval_files.folder])
+    assert list(collection.results["metric"]) == ["acc"]
+    assert [problem.reason for problem in collection.problems] == [
+        "holds no result: its answers were not scored (--predict_only)"
+    ]
 
 
 def test_many_files_of_one_name_and_reason_are_told_once(lm_eval_files, make_passkeys):
@@ -183,6 +210,12 @@ def test_groups_count_the_documents_of_their_tasks(lm_eval_files):
         group_subtasks={"both": ["a", "b"]},
     )
     assert load([file]).results.iloc[0]["n"] == 8
+
+
+def test_groups_of_each_other_are_read(lm_eval_files):
+    parts = {"both": ["a", "other"], "other": ["both"]}
+    file = lm_eval_files.write({"a": [{"acc": 1.0}] * 3}, results={"both": {"acc,none": 0.5}}, group_subtasks=parts)
+    assert load([file]).results.iloc[0]["n"] == 3
 
 
 def test_samples_without_their_results_are_listed(lm_eval_files, make_passkeys):
@@ -256,6 +289,8 @@ def test_broken_samples_tell_the_reason(tmp_path, content, reason):
         ({"pretrained": "a", "n": 3}, {"pretrained": "a", "n": "3"}),
         ("pretrained=a,token=hf_x", {"pretrained": "a", "token": "hidden"}),
         ({"pretrained": "a", "api_key": "x"}, {"pretrained": "a", "api_key": "hidden"}),
+        ({"use_auth_token": "x", "my_secret": "x"}, {"use_auth_token": "hidden", "my_secret": "hidden"}),
+        ("add_bos_token=True,think_end_token=x", {"add_bos_token": "True", "think_end_token": "x"}),  # no secrets
         ("", {}),
         ("{broken", {}),
         (None, {}),

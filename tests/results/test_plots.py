@@ -158,6 +158,23 @@ def test_diverged_perplexities_are_marked_above_the_axes(lm_eval_files, make_tex
     assert "over 1000" in plot.caption
 
 
+def test_other_measurements_of_a_method_are_other_lines(lm_eval_files, make_ruler, edit):
+    for seed, hits in ((1, [0]), (2, [1])):
+        file = lm_eval_files.write({"niah_single_1": make_ruler({4096: [1], 8192: hits})})
+        edit(file, config__torch_seed=seed, config__gen_kwargs={"do_sample": True})
+    (plot,) = plots(Evidence(load([lm_eval_files.folder])))
+    assert {"lambda seeds=random=0 torch=1", "lambda seeds=random=0 torch=2"} == set(texts_of(plot)) - {plot.title, ""}
+    assert sorted(line.get_ydata()[-1] for line in plot.figure.axes[0].lines) == [0, 1]
+
+
+def test_fewer_documents_at_a_greater_length_are_the_same_line(lm_eval_files, make_texts, edit):
+    for k, documents in ((2, 4), (4, 2)):
+        file = lm_eval_files.write({f"pydocs_ppl_{k}k": make_texts([[3.0]] * documents)})
+        edit(file, **{f"configs__pydocs_ppl_{k}k__metadata": {"version": 1.0, "documents": documents}})
+    (plot,) = plots(Evidence(load([lm_eval_files.folder])))
+    assert [line.get_xdata().tolist() for line in plot.figure.axes[0].lines] == [[2048, 4096]]
+
+
 def test_heat_map_prints_every_number(drawn):
     panels = [axes for axes in drawn["passkey"].figure.axes if axes.get_visible()]
     assert [axes.get_title(loc="left") for axes in panels] == ["full", "hf", "lambda"]

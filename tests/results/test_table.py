@@ -136,6 +136,15 @@ def test_a_baseline_that_is_several_is_refused(lm_eval_files, make_passkeys, arr
     assert cells(arranged(baseline="lambda n_local=64"))["lambda n_local=128", "4k"].versus.estimate == 0
 
 
+def test_of_several_baselines_the_one_with_the_same_seed_and_shots_counts(lm_eval_files, make_passkeys, arranged):
+    for attention, hits in (("lambda", (GOOD, MIDDLE)), ("full", (MIDDLE, BAD))):
+        for shots in (0, 1):
+            documents = {"passkey_4k": make_passkeys(hits[shots])}
+            lm_eval_files.write(documents, args={"attention": attention}, **{"n-shot": {"passkey_4k": shots}})
+    found = cells(arranged(baseline="full"))
+    assert [found["lambda", f"4k n_shot={shots}"].versus.estimate for shots in (0, 1)] == [0.5, 0.5]
+
+
 @pytest.mark.parametrize(
     ("first", "second", "rows", "labels"),
     [
