@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from lminf_eval.diagnosis.tables import Tables
-from lminf_eval.results.describe import length_label
 from lminf_eval.results.figure import SETTINGS, Plot
 from lminf_eval.results.style import FIRST_OF_ATTENTION, GRID, INK, VERMILION
+from lminf_eval.utils.tokens import format_tokens
 
 _FULL, _OURS = FIRST_OF_ATTENTION["full"], FIRST_OF_ATTENTION["lambda"]
 _GROUPS = 24  # of neighbouring queries whose entropies are averaged for the line
@@ -150,12 +150,12 @@ def _method_handles(what: str = "", marked: bool = True) -> list[Line2D]:
 
 
 def _boundary(n_local: int) -> Line2D:
-    return Line2D([], [], color=INK, linewidth=1, linestyle=(0, (2, 2)), label=f"n_local = {length_label(n_local)}")
+    return Line2D([], [], color=INK, linewidth=1, linestyle=(0, (2, 2)), label=f"n_local = {format_tokens(n_local)}")
 
 
 def _labelled(ticks: Iterable[int]) -> tuple[list[int], list[str]]:
     ticks = list(ticks)
-    return ticks, [length_label(tick) if tick else "0" for tick in ticks]
+    return ticks, [format_tokens(tick) if tick else "0" for tick in ticks]
 
 
 def _tokens_axis(axes: Axes, n_local: int, label: str) -> None:

@@ -26,7 +26,6 @@ RUNTIME_ARGS = HOW | {
 }
 SECRET = re.compile(r"(.*_)?(api_key|password|secret)|((use_)?(hf|auth|access|api|bearer)_)?token")
 MODEL_KEYS = ("pretrained", "model", "path", "engine")
-UNITS = {"k": 1024, "m": 1024**2}
 
 
 def describe_run(file: Path, raw: dict[str, Any]) -> dict[str, Any]:
@@ -184,17 +183,6 @@ def short_name(path: str) -> str:
     """A hub's name as it is; of a folder on a disk, its last part."""
     local = path.startswith(("/", ".", "~", "\\")) or re.match(r"[A-Za-z]:[\\/]", path)
     return (re.split(r"[\\/]", path.rstrip("\\/"))[-1] or path) if local else path
-
-
-def length_label(tokens: float) -> str:
-    """4096 -> "4k", 1048576 -> "1m", 5000 -> "5000", 0 -> "0k" (BABILong's facts alone); "" for NaN."""
-    if math.isnan(tokens):
-        return ""
-    tokens = int(tokens)
-    for unit, size in (("m", UNITS["m"]), ("k", UNITS["k"])):
-        if tokens >= size and tokens % size == 0:
-            return f"{tokens // size}{unit}"
-    return str(tokens) if tokens else "0k"
 
 
 def table(value: Any) -> dict[str, Any]:

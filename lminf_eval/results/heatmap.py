@@ -12,10 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from lminf_eval.results.curves import hits_by_depth
-from lminf_eval.results.describe import length_label
 from lminf_eval.results.evidence import Evidence
 from lminf_eval.results.figure import Plot, short_method, slug
 from lminf_eval.results.style import GRID, Style
+from lminf_eval.utils.tokens import format_tokens
 
 PANELS_A_ROW = 4
 
@@ -61,7 +61,7 @@ def _heat_map(axes: Axes, panel: dict[float, pd.DataFrame], lengths: list[float]
     colors, shade = matplotlib.colormaps["cividis"], Normalize(0, 1)  # its lightness rises evenly: it reads in grey
     axes.set_xlim(-0.5, len(lengths) - 0.5)
     axes.set_ylim(len(depths) - 0.5, -0.5)
-    axes.set_xticks(range(len(lengths)), [length_label(length) for length in lengths])
+    axes.set_xticks(range(len(lengths)), [format_tokens(length) for length in lengths])
     axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)

@@ -11,13 +11,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from lminf_eval.results.curves import nll_by_position
-from lminf_eval.results.describe import length_label
 from lminf_eval.results.escape import plain
 from lminf_eval.results.evidence import Evidence
 from lminf_eval.results.figure import Plot, short_method, slug
 from lminf_eval.results.load import DIVERGED_PERPLEXITY
 from lminf_eval.results.style import GRID, INK, Style
 from lminf_eval.results.table import primary_metrics
+from lminf_eval.utils.tokens import format_tokens
 
 MOST_BANDS = 6  # intervals of more lines than that hide one another
 LEADER = {"arrowstyle": "-", "linewidth": 0.8, "shrinkA": 0, "shrinkB": 2, "relpos": (0, 0.5)}
@@ -110,7 +110,7 @@ def perplexity_against_length(
     if gone:
         axes.set_ylim(top=min(axes.get_ylim()[1] * 1.5, DIVERGED_PERPLEXITY))
     lengths = sorted(of_metric["length"].unique())
-    axes.set_xticks(lengths, [length_label(length) for length in lengths])
+    axes.set_xticks(lengths, [format_tokens(length) for length in lengths])
     axes.minorticks_off()
     axes.set_yticks(*round_values(*axes.get_ylim()))
     axes.set_xlabel("length of the text (tokens)")
@@ -139,7 +139,7 @@ def score_against_length(evidence: Evidence, group: pd.DataFrame, looks: dict[st
         ends.append((method, results["length"].iloc[-1], results["value"].iloc[-1]))
     lengths = sorted(scores["length"].unique())
     axes.set_xscale("symlog", base=2, linthresh=lengths[0] or lengths[1])  # logarithmic, with a place for 0
-    axes.set_xticks(lengths, [length_label(length) for length in lengths])
+    axes.set_xticks(lengths, [format_tokens(length) for length in lengths])
     axes.minorticks_off()
     if scores["value"].between(0, 1).all():
         axes.set_ylim(-0.03, 1.03)
@@ -173,7 +173,7 @@ def line(axes: Axes, x: pd.Series, y: pd.Series, look: Style) -> None:
 def _round_positions(reach: float) -> tuple[list[int], list[str]]:
     step = 2 ** max(0, math.ceil(math.log2(reach / 8)))
     ticks = list(range(0, int(reach) + 1, step))
-    return ticks, [length_label(tick) for tick in ticks]
+    return ticks, [format_tokens(tick) for tick in ticks]
 
 
 def round_values(low: float, high: float) -> tuple[list[float], list[str]]:
@@ -193,7 +193,7 @@ def _trained_line(axes: Axes, group: pd.DataFrame) -> None:
         return
     axes.axvline(trained, color=INK, linewidth=1, linestyle=(0, (2, 2)))
     axes.annotate(
-        f"trained at {length_label(trained)}",
+        f"trained at {format_tokens(trained)}",
         (trained, 0.99),
         xycoords=("data", "axes fraction"),
         xytext=(4, 0),

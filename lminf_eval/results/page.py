@@ -17,12 +17,13 @@ from lminf_eval import __version__
 from lminf_eval.errors import UsageError
 from lminf_eval.results import escape, export, formats
 from lminf_eval.results.command import command_of
-from lminf_eval.results.describe import compact, environment_line, length_label, ran, table, text
+from lminf_eval.results.describe import compact, environment_line, ran, table, text
 from lminf_eval.results.evidence import Evidence
 from lminf_eval.results.figure import Plot
 from lminf_eval.results.style import INK
 from lminf_eval.results.table import Table, arrange, choose
 from lminf_eval.results.wording import show
+from lminf_eval.utils.tokens import format_tokens
 
 TEMPLATES = Path(__file__).with_name("templates")
 MOST_ANSWERS = 300  # rows of passkey answers in one page, unless two for each run and length are more
@@ -120,7 +121,7 @@ def _row(result: pd.Series, stderr: float) -> dict[str, Any]:
         "model": result["model"],
         "method": result["method"],
         "task": result["family"],
-        "length": length_label(result["length"]),
+        "length": format_tokens(result["length"]),
         "tokens": "" if math.isnan(result["length"]) else f"{result['length']:.0f}",
         "metric": result["metric"] + ("" if result["filter"] == "none" else f" ({result['filter']})"),
         "value": result["diverged"] or show(result["value"]),
@@ -161,7 +162,7 @@ def _answer(result: pd.Series, sample: pd.Series) -> dict[str, Any]:
     return {
         "model": result["model"],
         "method": result["method"],
-        "length": length_label(result["length"]),
+        "length": format_tokens(result["length"]),
         "depth": f"{sample['depth']:.0%}",
         "key": text(sample["key"]),
         "answer": escape.shorten(escape.plain(sample["response"]), 80),

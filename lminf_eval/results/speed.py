@@ -8,11 +8,11 @@ from typing import Any
 import pandas as pd
 
 from lminf_eval.results.benches import read_bench
-from lminf_eval.results.describe import length_label
 from lminf_eval.results.escape import plain, shorten
 from lminf_eval.results.figure import Plot, slug
 from lminf_eval.results.lines import canvas, label_ends, line, round_values
 from lminf_eval.results.style import Style
+from lminf_eval.utils.tokens import format_tokens
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _figure(kind: Kind, measured: pd.DataFrame, looks: dict[str, Style], about: 
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     lengths = sorted(of_kind["length"].unique())
-    axes.set_xticks(lengths, [length_label(length) for length in lengths])
+    axes.set_xticks(lengths, [format_tokens(length) for length in lengths])
     axes.minorticks_off()
     axes.set_yticks(*round_values(*axes.get_ylim()))
     axes.set_xlabel(kind.across)

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 import pandas as pd
 
 from lminf_eval.errors import UsageError
-from lminf_eval.results.describe import METHOD_SETTINGS, length_label, text
+from lminf_eval.results.describe import METHOD_SETTINGS, text
 from lminf_eval.results.evidence import MEASURE, Evidence
 from lminf_eval.results.identity import HOW_ASKED, OF_THE_RUN, OF_THE_TASK
 from lminf_eval.results.statistics import Comparison
 from lminf_eval.results.wording import sentence
+from lminf_eval.utils.tokens import format_tokens
 
 NOT_AXES = (
     *("run", "value", "stderr", "diverged", "higher_is_better", "past_trained", "file", "seconds", "date", "logged_as"),
@@ -132,7 +133,7 @@ def primary_metrics(results: pd.DataFrame) -> dict[str, str]:
 
 def label_of(name: str) -> Callable[[object], str]:
     """The function that writes a value of column `name`."""
-    return length_label if name == "length" else _plain_label
+    return format_tokens if name == "length" else _plain_label
 
 
 def _plain_label(value: object) -> str:
@@ -231,7 +232,7 @@ def _contest(best: pd.Series, second: pd.Series) -> str:
     implied = {name for told in differing for name in IMPLIED.get(told, ())}
     differing = [name for name in differing if name not in implied]
     names = (" ".join(_written(name, result) for name in differing) for result in (best, second))
-    length = length_label(best["length"])
+    length = format_tokens(best["length"])
     told_by_length = best["task"] == f"{best['family']}_{length}"
     measured = f"{best['family' if told_by_length else 'task']} {best['metric']} {length}".rstrip()
     model = "" if "model" in differing else f", {best['model']}"

@@ -11,7 +11,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from lminf_eval.results.describe import UNITS, compact, model_args, number, ran, table, text
+from lminf_eval.results.describe import compact, model_args, number, ran, table, text
+from lminf_eval.utils.tokens import UNITS
 
 LENGTH_IN_NAME = re.compile(r"_(\d+)([km])$")
 LENGTH = re.compile(r"(\d+)([km]?)")

@@ -23,10 +23,10 @@ def parse_tokens(text: str) -> int:
 
 
 def format_tokens(tokens: float) -> str:
-    """Return 4096 as "4k", 1048576 as "1m", 5000 as "5000", and "" for NaN."""
+    """Return 4096 as "4k", 1048576 as "1m", 5000 as "5000", 0 as "0k" (BABILong's facts alone), and "" for NaN."""
     if math.isnan(tokens):
         return ""
     for unit, size in reversed(UNITS.items()):
         if tokens >= size and tokens % size == 0:
             return f"{int(tokens) // size}{unit}"
-    return str(int(tokens))
+    return str(int(tokens)) if tokens else "0k"

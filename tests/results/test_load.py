@@ -8,10 +8,11 @@ import pandas as pd
 import pytest
 
 from lminf_eval.errors import UsageError
-from lminf_eval.results.describe import hardware, length_label, model_args, short_name
+from lminf_eval.results.describe import hardware, model_args, short_name
 from lminf_eval.results.load import load
 from lminf_eval.results.samples import SamplesError, measured, read_samples
 from lminf_eval.spec import LambdaSpec
+from lminf_eval.utils.tokens import format_tokens
 
 
 def test_both_versions_of_the_format_give_the_same_rows(lm_eval_files, make_passkeys):
@@ -301,7 +302,7 @@ def test_model_args(given, expected):
 
 
 def test_names_of_things():
-    assert [length_label(n) for n in (4096, 1 << 20, 3 << 20, 5000, 512, math.nan)] == [
+    assert [format_tokens(n) for n in (4096, 1 << 20, 3 << 20, 5000, 512, math.nan)] == [
         "4k",
         "1m",
         "3m",
