@@ -5,18 +5,17 @@ from __future__ import annotations
 import logging
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
 from lm_eval import utils
-from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.models.utils import postprocess_generated_text
 from tqdm import tqdm
 
-from lminf_eval import __version__
+from lminf_eval import __version__, generation
 from lminf_eval.allocator import keep_freed_memory
 from lminf_eval.arguments import PARALLEL, check, find_device, identity
 from lminf_eval.attention.kernels import primitive
@@ -33,7 +32,6 @@ from lminf_eval.pieces import encode
 from lminf_eval.prefix import HELD
 from lminf_eval.resume.checkpoint import Checkpoints
 from lminf_eval.resume.journal import HOW, Journal
-from lminf_eval.sampling import check_options, chooser
 from lminf_eval.spec import LambdaSpec
 
 logger = logging.getLogger(f"lm_eval.{__name__}")  # lm-eval shows the loggers below its own name
@@ -205,30 +203,9 @@ class LMInfinite(LateHFLM):
         """The text each context is continued by, up to its stop sequences."""
         works, seen = [], Counter()
         for request in requests:
-            context, options = request.args
-            kwargs = normalize_gen_kwargs(options, self.max_gen_toks)
-            until = handle_stop_sequences(
-                kwargs.pop("until", None), eos=self.tok_decode(self.eot_token_id, skip_special_tokens=False)
-            )
-            max_new = kwargs.pop("max_gen_toks")
-            if not 0 < max_new < self.max_length:
-                raise UsageError(
-                    f"max_gen_toks={max_new}: must be at least 1 and less than max_length={self.max_length}"
-                )
-            longest = self._max_length - max_new if self._max_length else None
-            prompt = partial(self._prompt, longest=longest)
-            whole = longest is None and not self.truncation
-            tokens = encode(self.tokenizer, context, prompt) if whole else prompt(context)
-            if not len(tokens):
-                raise UsageError("a context encodes to no tokens; generation needs at least one")
-            if kwargs.get("do_sample") is False:
-                kwargs.pop("temperature", None)
-            check_options(kwargs)
+            context, kwargs = request.args
             seen[context] += 1
-            draw = [torch.initial_seed(), seen[context]] if kwargs.get("do_sample") else None
-            key = self._key("generate", tokens, [max_new, until, kwargs, draw])
-            how = {"max_new": max_new, "until": until, "kwargs": kwargs, "draw": f"{context} {seen[context]}"}
-            works.append(Work(key, np.asarray(tokens, dtype=np.int32), how if draw else how | {"draw": ""}))
+            works.append(self._generation(context, kwargs, seen[context]))
         answers, missing = self._recall(works)
         with self._bar("generate_until", disable_tqdm) as bar:
             for place, answer in self._computed(bar, "generate", [works[i] for i in missing]):
@@ -334,10 +311,56 @@ class LMInfinite(LateHFLM):
             )
         return [float(score.log_probs.sum()), bool(score.greedy.all())]
 
+    def _generation(self, context: str, kwargs: dict[str, Any], time: int) -> Work:
+        """A request to continue `context`, which comes for the `time`-th time."""
+        asked = generation.read(kwargs, self.decoding.generation_config.max_new_tokens or self.max_gen_toks)
+        self.decoding.check(asked.options)
+        if not 0 < asked.max_new < self.max_length:
+            raise UsageError(
+                f"max_gen_toks={asked.max_new}: must be at least 1 and less than max_length={self.max_length}"
+            )
+        tokens = self._prompt(context, asked.max_new)
+        until = list(dict.fromkeys([*asked.until, *self._end_texts(asked.options)]))
+        draw = [torch.initial_seed(), time] if asked.options["do_sample"] else None
+        max_new = asked.room(len(tokens))
+        how = {"max_new": max_new, "until": until, "kwargs": asked.options, "draw": f"{context} {time}" if draw else ""}
+        key = self._key("generate", tokens, [max_new, until, asked.options, draw])
+        return Work(key, np.asarray(tokens, dtype=np.int32), how)
+
+    def _prompt(self, context: str, max_new: int) -> Sequence[int]:
+        longest = self._max_length - max_new if self._max_length else None
+
+        def encode_all(text: str) -> list[int]:
+            ids_1S, _ = self.tok_batch_encode([text], left_truncate_len=longest, truncation=self.truncation)
+            return ids_1S[0].tolist()
+
+        whole = longest is None and not self.truncation
+        tokens = encode(self.tokenizer, context, encode_all) if whole else encode_all(context)
+        if not len(tokens):
+            raise UsageError("a context encodes to no tokens; generation needs at least one")
+        return tokens
+
+    def _end_texts(self, options: dict[str, Any]) -> list[str]:
+        """What the end tokens read: the tokenizer's own as with `hf`, else the generation config's."""
+        ends = self.decoding.ends(options) if self.eot_token_id is None else [self.eot_token_id]
+        if not ends:
+            raise UsageError(
+                f"tokenizer={self.tokenizer.name_or_path}: it has no eos_token, and the model's generation_config no "
+                "eos_token_id; pass eos_token_id=<id> in gen_kwargs, or a tokenizer with one"
+            )
+        return [self.tok_decode(end, skip_special_tokens=False) for end in ends]
+
     def _generate_request(self, work: Work) -> GenerateRequest:
-        how = work.options
-        choose = chooser(how["kwargs"], self._generation_config(), how["draw"])
-        return GenerateRequest(work.tokens, how["max_new"], self._stop(how["until"]), choose)
+        how, rules = work.options, self.decoding
+        ends = {self.eot_token_id, *rules.ends(how["kwargs"])}
+        until = [*how["until"], *rules.stop_strings(how["kwargs"])]
+        sampler = rules.sampler(how["kwargs"], work.tokens, how["max_new"], how["draw"])
+        stop = generation.Stop(self.tokenizer, ends, until, self._think)
+        return GenerateRequest(work.tokens, how["max_new"], stop, sampler)
+
+    @property
+    def _think(self) -> int | str | None:
+        return generation.reasoning_end(self.tokenizer, self.think_end_token)
 
     def _key(self, kind: str, tokens: Sequence[int], options: Any) -> str:
         return self.journal.key(kind, tokens, options) if self.journal is not None else ""
@@ -363,29 +386,8 @@ class LMInfinite(LateHFLM):
             smoothing=0.1,
         )
 
-    def _generation_config(self) -> transformers.GenerationConfig:
-        return getattr(self.model, "generation_config", None) or transformers.GenerationConfig()
-
-    def _prompt(self, context: str, longest: int | None) -> list[int]:
-        ids_1S, _ = self.tok_batch_encode([context], left_truncate_len=longest, truncation=self.truncation)
-        return ids_1S[0].tolist()
-
-    def _stop(self, until: Iterable[str]):
-        """Whether new tokens end a generation: at a model's end token, or where a stop sequence is in their text."""
-        ends = self._generation_config().eos_token_id
-        end_ids = {self.eot_token_id, *(ends if isinstance(ends, list) else [ends])}
-        # A stop sequence may come in other tokens than it encodes to; as `hf`, look two tokens further back.
-        back = {text: len(self.tokenizer.encode(text, add_special_tokens=False)) + 2 for text in until if text}
-
-        def stop(new: list[int]) -> bool:
-            if new[-1] in end_ids:
-                return True
-            return any(text in self.tokenizer.decode(new[-n:]) for text, n in back.items())
-
-        return stop
-
     def _text(self, work: Work, tokens: list[int]) -> str:
-        until, think = work.options["until"], self.think_end_token
+        until, think = work.options["until"], self._think
         if isinstance(think, int) and think in tokens:
             tokens = tokens[len(tokens) - tokens[::-1].index(think) :]
         text = self.tok_decode(tokens)

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from lminf_eval import support
 from lminf_eval.errors import UsageError, first_line
 from lminf_eval.parallel.ranks import Ranks
 from lminf_eval.parallel.way import Way
+from lminf_eval.sampling import Decoding
 from lminf_eval.scaling import apply_rope
 from lminf_eval.spec import LambdaSpec, trained_length
 
@@ -112,6 +114,13 @@ class LateHFLM(HFLM):
                 self._model.to(destination)
         return super().model
 
+    @cached_property
+    def decoding(self) -> Decoding:
+        """The model's rules of picking tokens, known before its weights are read."""
+        if self._unread:
+            return Decoding(self.config, read_generation_config(self.config, **self._unread))
+        return Decoding(self.config, getattr(self.model, "generation_config", None) or transformers.GenerationConfig())
+
     def _read(self) -> transformers.PreTrainedModel:
         super()._create_model(**self._unread)
         self._model.eval()
@@ -136,6 +145,28 @@ class LateHFLM(HFLM):
         elif found.get("device_map") == "auto":  # no CUDA device: it would take that for no memory at all
             found["max_memory"] = None
         return found
+
+
+def read_generation_config(
+    config: transformers.PretrainedConfig, pretrained: str, gguf_file: str | None = None, **kwargs: Any
+) -> transformers.GenerationConfig:
+    """Read a model's generation config as `from_pretrained` does with the same arguments, without the weights.
+
+    Raises:
+        UsageError: if its values can't be.
+    """
+    if gguf_file:
+        return transformers.GenerationConfig.from_model_config(config)
+    names = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
+    where = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+    try:
+        try:
+            return transformers.GenerationConfig.from_pretrained(pretrained, **where)
+        except OSError:  # there is none: older models have its values in their config
+            where |= {"config_file_name": "config.json", "_from_model_config": True}
+            return transformers.GenerationConfig.from_pretrained(pretrained, **where)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UsageError(f"pretrained={pretrained}: its generation_config.json: {first_line(error)}") from error
 
 
 @contextlib.contextmanager
