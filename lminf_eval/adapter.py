@@ -313,7 +313,8 @@ class LMInfinite(LateHFLM):
 
     def _generation(self, context: str, kwargs: dict[str, Any], time: int) -> Work:
         """A request to continue `context`, which comes for the `time`-th time."""
-        asked = generation.read(kwargs, self.decoding.generation_config.max_new_tokens or self.max_gen_toks)
+        most = self.decoding.generation_config.max_new_tokens or self.max_gen_toks
+        asked = generation.read(kwargs, most)  # whose own limit wins; with `hf` the model's would
         self.decoding.check(asked.options)
         if not 0 < asked.max_new < self.max_length:
             raise UsageError(
