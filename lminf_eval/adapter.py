@@ -201,6 +201,7 @@ class LMInfinite(LateHFLM):
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
         """The text each context is continued by, up to its stop sequences."""
+        vars(self).pop("decoding", None)  # the model's generation config may have been changed since
         works, seen = [], Counter()
         for request in requests:
             context, kwargs = request.args
@@ -360,7 +361,7 @@ class LMInfinite(LateHFLM):
         return GenerateRequest(work.tokens, how["max_new"], stop, sampler)
 
     @property
-    def _think(self) -> int | str | None:
+    def _think(self) -> generation.End:
         return generation.reasoning_end(self.tokenizer, self.think_end_token)
 
     def _key(self, kind: str, tokens: Sequence[int], options: Any) -> str:
@@ -389,9 +390,7 @@ class LMInfinite(LateHFLM):
 
     def _text(self, work: Work, tokens: list[int]) -> str:
         until, think = work.options["until"], self._think
-        if isinstance(think, int) and think in tokens:
-            tokens = tokens[len(tokens) - tokens[::-1].index(think) :]
-        text = self.tok_decode(tokens)
-        if isinstance(think, int):
+        text = self.tok_decode(generation.without_reasoning(tokens, think))
+        if isinstance(think, tuple):
             text = text.lstrip()
         return postprocess_generated_text(text, until, think if isinstance(think, str) else None)

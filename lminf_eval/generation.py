@@ -60,9 +60,12 @@ def read(kwargs: Mapping[str, Any], most: int) -> Asked:
     """
     for name in ("temperature", "max_length", *_MOST):
         _check_number(name, kwargs.get(name))
+    if not isinstance(sample := kwargs.get("do_sample"), (bool, int, type(None))):
+        raise UsageError(f"generation option do_sample={sample}: must be True or False")
     until = _until(kwargs.get("until"))
     given = {name: value for name, value in kwargs.items() if name != "temperature" or value is not None}
-    options = dict(normalize_gen_kwargs(given | {"until": until}, most))
+    given |= {"until": until, "do_sample": None if sample is None else bool(sample)}
+    options = dict(normalize_gen_kwargs(given, most))
     options.pop("until")
     max_new, max_length = options.pop("max_gen_toks"), options.pop("max_length", None)
     if options.get("do_sample") is False:
@@ -97,16 +100,30 @@ def _until(until: Any) -> list[str]:
     return found
 
 
-def reasoning_end(tokenizer: PreTrainedTokenizerBase, think: int | str | None) -> int | str | None:
-    """Return what ends the reasoning in an answer: the id of a token, or a string.
+End = tuple[int, ...] | str | None  # of the reasoning: its tokens, or its text; None if a model does not reason
 
-    A special token's text is not in an answer's text, so its id is looked for.
+
+def reasoning_end(tokenizer: PreTrainedTokenizerBase, think: int | str | None) -> End:
+    """Return what to look for as the end of the reasoning, for the model argument `think_end_token`.
+
+    An answer's text leaves special tokens out, so a string that holds some is looked for by its tokens.
     """
-    if isinstance(think, str):
+    if isinstance(think, int):
+        return (think,)
+    if think:
         ids = tokenizer.encode(think, add_special_tokens=False)
-        if len(ids) == 1 and ids[0] in tokenizer.all_special_ids:
-            return ids[0]
-    return think
+        if not set(ids).isdisjoint(tokenizer.all_special_ids):
+            return tuple(ids)
+    return think or None
+
+
+def without_reasoning(tokens: list[int], think: End) -> list[int]:
+    """Return the tokens after the last end of the reasoning; all of them if it is a text, or not there."""
+    if isinstance(think, tuple):
+        for end in range(len(tokens), len(think) - 1, -1):
+            if tuple(tokens[end - len(think) : end]) == think:
+                return tokens[end:]
+    return tokens
 
 
 class Stop:
@@ -119,7 +136,7 @@ class Stop:
         tokenizer: the model's.
         ends: ids of the end tokens.
         until: the stop sequences.
-        think: what ends the reasoning, as `reasoning_end` gives it; None if there is none.
+        think: what ends the reasoning.
     """
 
     def __init__(
@@ -127,7 +144,7 @@ class Stop:
         tokenizer: PreTrainedTokenizerBase,
         ends: Collection[int],
         until: Sequence[str],
-        think: int | str | None = None,
+        think: End = None,
     ):
         self._tokenizer, self._ends, self._think = tokenizer, ends, think
         self._back = {text: self._longest(text) for text in until if text}
@@ -162,8 +179,8 @@ class Stop:
         return self._start is not None and bool(self._head or self._start < len(new))
 
     def _after_reasoning(self, new: Sequence[int]) -> int | None:
-        if isinstance(self._think, int):
-            return len(new) if new[-1] == self._think else None
+        if isinstance(self._think, tuple):
+            return len(new) if tuple(new[-len(self._think) :]) == self._think else None
         text = self._tokenizer.decode(new[-self._think_back :])
         if self._think not in text:
             return None

@@ -14,6 +14,7 @@ import torch
 import transformers
 from lm_eval.models.huggingface import HFLM
 from safetensors import SafetensorError
+from transformers import GenerationConfig
 
 from lminf_eval import support
 from lminf_eval.errors import UsageError, first_line
@@ -117,9 +118,10 @@ class LateHFLM(HFLM):
     @cached_property
     def decoding(self) -> Decoding:
         """The model's rules of picking tokens, known before its weights are read."""
-        if self._unread:
-            return Decoding(self.config, read_generation_config(self.config, **self._unread))
-        return Decoding(self.config, getattr(self.model, "generation_config", None) or transformers.GenerationConfig())
+        own = None if self.unread else getattr(self.model, "generation_config", None)
+        if own is None:
+            own = read_generation_config(self.config, **self._unread) if self._unread else GenerationConfig()
+        return Decoding(self.config, own)
 
     def _read(self) -> transformers.PreTrainedModel:
         super()._create_model(**self._unread)
@@ -149,22 +151,22 @@ class LateHFLM(HFLM):
 
 def read_generation_config(
     config: transformers.PretrainedConfig, pretrained: str, gguf_file: str | None = None, **kwargs: Any
-) -> transformers.GenerationConfig:
+) -> GenerationConfig:
     """Read a model's generation config as `from_pretrained` does with the same arguments, without the weights.
 
     Raises:
         UsageError: if its values can't be.
     """
     if gguf_file:
-        return transformers.GenerationConfig.from_model_config(config)
+        return GenerationConfig.from_model_config(config)
     names = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
     where = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
     try:
         try:
-            return transformers.GenerationConfig.from_pretrained(pretrained, **where)
+            return GenerationConfig.from_pretrained(pretrained, **where)
         except OSError:  # there is none: older models have its values in their config
             where |= {"config_file_name": "config.json", "_from_model_config": True}
-            return transformers.GenerationConfig.from_pretrained(pretrained, **where)
+            return GenerationConfig.from_pretrained(pretrained, **where)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UsageError(f"pretrained={pretrained}: its generation_config.json: {first_line(error)}") from error
 

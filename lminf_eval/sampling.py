@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, PretrainedConfig, WatermarkingConfig
 
@@ -152,7 +153,7 @@ class Decoding(GenerationMixin):
 
     def _begin(self, settled, prompt: Sequence[int], max_new: int, seed: str | None, device: torch.device) -> Sample:
         tokens_1L = torch.zeros(1, len(prompt) + max_new, dtype=torch.long, device=device)
-        tokens_1L[0, : len(prompt)] = torch.as_tensor(prompt)
+        tokens_1L[0, : len(prompt)] = torch.from_numpy(np.array(prompt, dtype=np.int64))
         processors = self._processors(settled, tokens_1L[:, : len(prompt)])
         return Sampler(processors, tokens_1L, len(prompt), seed)
 

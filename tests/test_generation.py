@@ -256,6 +256,7 @@ def test_stop_strings_of_the_models_own_config_end_an_answer_and_stay_in_it(stri
         ({"max_gen_toks": "many"}, "max_gen_toks=many: must be a number"),
         ({"max_length": [5]}, "max_length=[5]: must be a number"),
         ({"sequence_bias": {1, 2}}, "sequence_bias={1, 2}: must be plain JSON"),
+        ({"do_sample": "no"}, "do_sample=no: must be True or False"),
         ({"until": [5]}, "until=[5]: must be a string, a list of strings, or null for no stop sequence"),
     ],
     ids=str,
@@ -404,12 +405,33 @@ def test_a_stop_sequence_in_the_token_that_ends_the_reasoning_counts(tiny_tokeni
     assert stops_at(Coarse(), [2, 4, 2, 3, 5, 4], ["Yes"], "</think>") == 4
 
 
-def test_reasoning_that_a_special_token_ends_is_left_out_of_the_answer(other, reference, said):
+@pytest.mark.parametrize("n", [1, 3])
+def test_reasoning_that_special_tokens_end_is_left_out_of_the_answer(n, other, reference, said):
+    """Their text is not in an answer's text, in which `hf` looks for it."""
     tokenizer = AutoTokenizer.from_pretrained(other)
-    marker = tokenizer.convert_ids_to_tokens(said[8])
-    tokenizer.add_special_tokens({"additional_special_tokens": [marker]})
+    marker = "".join(tokenizer.convert_ids_to_tokens(said[8 : 8 + n]))
+    special = tokenizer.convert_ids_to_tokens(said[8])
+    tokenizer.add_special_tokens({"additional_special_tokens": [special]})
     tokenizer.save_pretrained(other)
     model = lminf(other, think_end_token=marker)
-    (answer,) = model.generate_until(prompts(["class"], max_gen_toks=40, until=["never"]))
-    tail = said[len(said) - said[::-1].index(said[8]) :]
-    assert answer == model.tok_decode(tail).lstrip() != ""
+    assert model.tokenizer.encode(marker, add_special_tokens=False) == said[8 : 8 + n]
+    (answer,) = model.generate_until(prompts(["class"], max_gen_toks=20, until=["never"]))
+    assert answer == model.tok_decode(said[8 + n : 20]).lstrip() != ""
+
+
+def test_a_generation_config_changed_in_memory_counts_from_the_next_call_on(folder, plain, said):
+    model = lminf(folder)
+    assert model.generate_until(prompts(CONTEXTS)) == plain
+    model.model.generation_config.suppress_tokens = [said[0]]
+    assert model.generate_until(prompts(CONTEXTS)) != plain
+    model.model.generation_config.suppress_tokens = None
+    assert model.generate_until(prompts(CONTEXTS)) == plain
+
+
+@pytest.mark.parametrize("sample", [1, True])
+def test_sampling_asked_for_by_a_number_is_sampling(sample, folder):
+    torch.manual_seed(3)
+    answer = lminf(folder).generate_until(prompts(["class"], do_sample=sample, temperature=1.0))
+    torch.manual_seed(3)
+    assert lminf(folder).generate_until(prompts(["class"], do_sample=True, temperature=1.0)) == answer
+    assert lminf(folder).generate_until(prompts(["class"], do_sample=0, temperature=1.0)) != answer
