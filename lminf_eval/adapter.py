@@ -313,7 +313,7 @@ class LMInfinite(LateHFLM):
         return [float(score.log_probs.sum()), bool(score.greedy.all())]
 
     def _generation(self, context: str, kwargs: dict[str, Any], time: int) -> Work:
-        """A request to continue `context`, which comes for the `time`-th time."""
+        """Make the work of continuing `context`, which is asked for the `time`-th time."""
         most = self.decoding.generation_config.max_new_tokens or self.max_gen_toks
         asked = generation.read(kwargs, most)  # whose own limit wins; with `hf` the model's would
         self.decoding.check(asked.options)
@@ -343,7 +343,7 @@ class LMInfinite(LateHFLM):
         return tokens
 
     def _end_texts(self, options: dict[str, Any]) -> list[str]:
-        """What the end tokens read: the tokenizer's own as with `hf`, else the generation config's."""
+        """Decode the end tokens: the tokenizer's own as with `hf`, else those of the generation config."""
         ends = self.decoding.ends(options) if self.eot_token_id is None else [self.eot_token_id]
         if not ends:
             raise UsageError(

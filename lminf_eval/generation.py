@@ -56,7 +56,7 @@ def read(kwargs: Mapping[str, Any], most: int) -> Asked:
         most: tokens to generate at most if `kwargs` don't say.
 
     Raises:
-        UsageError: for a value that can't be.
+        UsageError: for an impossible value.
     """
     for name in ("temperature", "max_length", *_MOST):
         _check_number(name, kwargs.get(name))

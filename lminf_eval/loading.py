@@ -155,7 +155,7 @@ def read_generation_config(
     """Read a model's generation config as `from_pretrained` does with the same arguments, without the weights.
 
     Raises:
-        UsageError: if its values can't be.
+        UsageError: if it has an impossible value.
     """
     if gguf_file:
         return GenerationConfig.from_model_config(config)

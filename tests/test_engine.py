@@ -11,7 +11,9 @@ from lminf_eval import engine as engine_module
 from lminf_eval.cache import LambdaCache
 from lminf_eval.engine import Engine, GenerateRequest, ScoreRequest
 from lminf_eval.full import FullModel
+from lminf_eval.parallel.deepspeed import AgreeInStep
 from lminf_eval.rope import Rotary
+from lminf_eval.sampling import most_likely
 from lminf_eval.selfcheck import lambda_model
 from lminf_eval.spec import LambdaSpec
 
@@ -258,6 +260,14 @@ def test_a_sampler_that_finds_no_number_to_go_by_ends_its_answer_alone(patched, 
     assert found[0] == [9, 9]
     assert len(found[1]) == 4
     assert "NaN: the logits after position 4, request of 3 tokens; it ends there" in caplog.text
+
+
+@pytest.mark.parametrize(("said", "answer"), [(-1, []), (7, [7, 7, 7])])
+def test_ranks_in_step_follow_the_first_ones_token_or_end(said, answer, patched, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda token, source: token.fill_(said))
+    requests = [GenerateRequest([5, 6], 3, NEVER), GenerateRequest([5, 6], 3, NEVER, lambda device: most_likely)]
+    found = dict(AgreeInStep(patched(SHARED[0]), 50, 2).generate(requests))
+    assert found == {0: answer, 1: answer}
 
 
 # ---------------------------------------------------------------------- what it costs

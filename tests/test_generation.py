@@ -278,7 +278,7 @@ def test_a_model_that_decodes_by_beams_is_refused_before_its_weights_are_read_un
     assert model.generate_until(prompts(["class"], num_beams=1)) == plain[:1]
 
 
-def test_a_generation_config_that_cannot_be_is_refused_in_one_line(other):
+def test_an_impossible_generation_config_is_refused_in_one_line(other):
     with pytest.raises(UsageError, match=r"its generation_config.json: `early_stopping` must be") as refusal:
         lminf(configured(other, early_stopping="soon")).generate_until(prompts(["class"]))
     assert "\n" not in str(refusal.value)
@@ -317,7 +317,7 @@ def test_a_null_temperature_is_none(ours, plain):
     assert ours.generate_until(prompts(CONTEXTS, temperature=None, do_sample=None)) == plain
 
 
-def test_stop_sequences_beside_null_count(ours, plain):
+def test_stop_sequences_listed_with_a_null_count(ours, plain):
     answer = ours.generate_until(prompts(["class"], until=[None, plain[0][5:8]]))
     assert answer == [plain[0].split(plain[0][5:8])[0]]
 
