@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
 from lm_eval import utils
-from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.models.utils import postprocess_generated_text
 from tqdm import tqdm
 
-from lminf_eval import __version__
-from lminf_eval.adapters import base_of
-from lminf_eval.allocator import keep_freed_memory
+from lminf_eval import __version__, generation
 from lminf_eval.arguments import PARALLEL, check, find_device, identity, recorded
-from lminf_eval.attention.kernels import primitive
 from lminf_eval.engine import GenerateRequest, Score, ScoreRequest
 from lminf_eval.errors import UsageError
 from lminf_eval.loading import UNBOUNDED, LateHFLM
 from lminf_eval.memory import parameters
-from lminf_eval.model_shape import ModelShape
-from lminf_eval.modules import device_of
 from lminf_eval.parallel import data
 from lminf_eval.parallel.data import Work
 from lminf_eval.parallel.ranks import Ranks
@@ -35,7 +28,6 @@ from lminf_eval.pieces import encode
 from lminf_eval.prefix import HELD
 from lminf_eval.resume.checkpoint import Checkpoints
 from lminf_eval.resume.journal import HOW, Journal
-from lminf_eval.sampling import check_options, chooser
 from lminf_eval.spec import LambdaSpec
 
 logger = logging.getLogger(f"lm_eval.{__name__}")  # lm-eval shows the loggers below its own name
@@ -90,8 +82,6 @@ class LMInfinite(LateHFLM):
         if self.parallel == "layers":
             kwargs["parallelize"] = True
         self.prefix_sharing, self.prefix_states = prefix_sharing, kwargs.pop("prefix_states", HELD)
-        self._streaming = None
-        self._closed = False
         self.shares_model = not isinstance(pretrained, str)  # its user calls it between our requests
         self._tokens = Counter(computed=0, reused=0)
         self._recalled = 0  # answers found in the journal
@@ -117,54 +107,6 @@ class LMInfinite(LateHFLM):
             self._checkpoints = Checkpoints(self.journal.folder / "checkpoints", self.journal.salt)
         self.ranks.kept = f"what was finished is in {folder}; the same command goes on from there"
         self.ranks.stop.listen()
-
-    # ------------------------------------------------------------------ the model that answers
-
-    @property
-    def streaming(self):
-        """The model as the engine takes it: patched to Λ-attention and checked, or as it is for `full`.
-
-        A model that its user shares stays so until the next requests are answered.
-        """
-        if self._streaming is not None:
-            self._streaming.apply()
-        else:
-            model = base_of(self.model, self.peft)
-            self._streaming = self.way.prepare(model, self.spec)
-            if device_of(model.get_input_embeddings()).type == "cpu":
-                keep_freed_memory()
-            logger.info(
-                "Running %s with %s", type(model).__name__ if self.shares_model else self.pretrained, self.describe()
-            )
-        return self._streaming
-
-    def close(self) -> None:
-        """Give the model back as it was, and answer no more requests. Closing again changes nothing."""
-        if self._closed:
-            return
-        self._closed = True
-        if self._streaming is not None:
-            self._streaming.restore()
-        self._streaming = self._model = None
-        if self.journal is not None:
-            self.journal.close()
-
-    def __enter__(self) -> LMInfinite:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-    @property
-    def model(self):
-        """The transformers model; its weights are read at the first call after construction.
-
-        Raises:
-            UsageError: after `close`.
-        """
-        if self.__dict__.get("_closed"):
-            raise UsageError("the model is closed; make another LMInfinite")
-        return super().model
 
     # ------------------------------------------------------------------ what lm-eval asks of a model
 
@@ -243,33 +185,12 @@ class LMInfinite(LateHFLM):
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
         """The text each context is continued by, up to its stop sequences."""
         self.begin()
+        vars(self).pop("decoding", None)  # the model's generation config may have been changed since
         works, seen = [], Counter()
         for request in requests:
-            context, options = request.args
-            kwargs = normalize_gen_kwargs(options, self.max_gen_toks)
-            until = handle_stop_sequences(
-                kwargs.pop("until", None), eos=self.tok_decode(self.eot_token_id, skip_special_tokens=False)
-            )
-            max_new = kwargs.pop("max_gen_toks")
-            if not 0 < max_new < self.max_length:
-                raise UsageError(
-                    f"max_gen_toks={max_new}: must be at least 1 and less than max_length={self.max_length}"
-                )
-            longest = self._max_length - max_new if self._max_length else None
-            prompt = partial(self._prompt, longest=longest)
-            whole = longest is None and not self.truncation
-            tokens = encode(self.tokenizer, context, prompt) if whole else prompt(context)
-            if not len(tokens):
-                raise UsageError("a context encodes to no tokens; generation needs at least one")
-            self.asked(len(tokens) + max_new)
-            if kwargs.get("do_sample") is False:
-                kwargs.pop("temperature", None)
-            check_options(kwargs)
+            context, kwargs = request.args
             seen[context] += 1
-            draw = [torch.initial_seed(), seen[context]] if kwargs.get("do_sample") else None
-            key = self._key("generate", tokens, [max_new, until, kwargs, draw])
-            how = {"max_new": max_new, "until": until, "kwargs": kwargs, "draw": f"{context} {seen[context]}"}
-            works.append(Work(key, np.asarray(tokens, dtype=np.int32), how if draw else how | {"draw": ""}))
+            works.append(self._generation(context, kwargs, seen[context]))
         answers, missing = self._recall(works)
         with self._bar("generate_until", disable_tqdm) as bar:
             for place, answer in self._computed(bar, "generate", [works[i] for i in missing]):
@@ -295,7 +216,7 @@ class LMInfinite(LateHFLM):
                 "ranks": self.ranks.world,
                 "tp_size": self.ranks.size if self.parallel in ("deepspeed", "zero3") else 1,
                 "cp_size": self.ranks.size if self.parallel == "context" else 1,
-                "attention_primitive": self._primitive(),
+                "attention_primitive": self.attention_primitive(),
                 "tokens_computed": self._tokens["computed"],
                 "tokens_reused": self._tokens["reused"],
                 "requests_from_journal": self._recalled,
@@ -305,22 +226,6 @@ class LMInfinite(LateHFLM):
         }
 
     # ------------------------------------------------------------------ helpers
-
-    def describe(self) -> str:
-        """The attention in one line, for the log."""
-        if self.spec.attention == "full":
-            return f"attention=full, chunk_size={self.spec.chunk_size}"
-        return (
-            f"attention={self.spec.attention}, n_local={self.spec.n_local} ({self.n_local_from}), "
-            f"n_global={self.spec.sinks}, chunk_size={self.spec.chunk_size}, primitive={self._primitive()}"
-        )
-
-    def _primitive(self) -> str:
-        if self.spec.attention == "full" or self.unread:
-            return ""
-        head = ModelShape.of(self.config).head_dim
-        where = device_of(self._model.get_input_embeddings())
-        return primitive(torch.empty(1, 1, 1, head, dtype=self._model.dtype, device=where))
 
     def _computed(self, bar: tqdm, what: str, works: list[Work]) -> Iterator[tuple[int, Any]]:
         """Each one's index and answer, from this process or another; without any, no weights are read."""
@@ -347,7 +252,7 @@ class LMInfinite(LateHFLM):
         request, answer = (
             (self._score_request, self._score) if what == "score" else (self._generate_request, self._text)
         )
-        with stop.deferred(), self._autocast(), self._restored(streaming):
+        with stop.deferred(), self._autocast(), self.restored(streaming):
             for i, found in getattr(engine, what)([request(work) for work in works]):
                 result = answer(works[i], found)
                 if self.ranks.leads and self.journal is not None:
@@ -356,15 +261,6 @@ class LMInfinite(LateHFLM):
         self._chunk_size = engine.chunk_size
         self._tokens.update(computed=engine.computed, reused=engine.reused)
         logger.info("%d tokens computed, %d reused from shared prefixes", engine.computed, engine.reused)
-
-    @contextlib.contextmanager
-    def _restored(self, streaming) -> Iterator[None]:
-        """After it, a model that its user shares is itself again."""
-        try:
-            yield
-        finally:
-            if self.shares_model:
-                streaming.restore()
 
     def _score_request(self, work: Work) -> ScoreRequest:
         return ScoreRequest(work.tokens, work.options["scored_from"], work.options["rolling"])
@@ -383,10 +279,58 @@ class LMInfinite(LateHFLM):
             )
         return [float(score.log_probs.sum()), bool(score.greedy.all())]
 
+    def _generation(self, context: str, kwargs: dict[str, Any], time: int) -> Work:
+        """Make the work of continuing `context`, which is asked for the `time`-th time."""
+        most = self.decoding.generation_config.max_new_tokens or self.max_gen_toks
+        asked = generation.read(kwargs, most)  # whose own limit wins; with `hf` the model's would
+        self.decoding.check(asked.options)
+        if not 0 < asked.max_new < self.max_length:
+            raise UsageError(
+                f"max_gen_toks={asked.max_new}: must be at least 1 and less than max_length={self.max_length}"
+            )
+        tokens = self._prompt(context, asked.max_new)
+        until = list(dict.fromkeys([*asked.until, *self._end_texts(asked.options)]))
+        draw = [torch.initial_seed(), time] if asked.options["do_sample"] else None
+        max_new = asked.room(len(tokens))
+        self.asked(len(tokens) + max_new)
+        how = {"max_new": max_new, "until": until, "kwargs": asked.options, "draw": f"{context} {time}" if draw else ""}
+        key = self._key("generate", tokens, [max_new, until, asked.options, draw])
+        return Work(key, np.asarray(tokens, dtype=np.int32), how)
+
+    def _prompt(self, context: str, max_new: int) -> Sequence[int]:
+        longest = self._max_length - max_new if self._max_length else None
+
+        def encode_all(text: str) -> list[int]:
+            ids_1S, _ = self.tok_batch_encode([text], left_truncate_len=longest, truncation=self.truncation)
+            return ids_1S[0].tolist()
+
+        whole = longest is None and not self.truncation
+        tokens = encode(self.tokenizer, context, encode_all) if whole else encode_all(context)
+        if not len(tokens):
+            raise UsageError("a context encodes to no tokens; generation needs at least one")
+        return tokens
+
+    def _end_texts(self, options: dict[str, Any]) -> list[str]:
+        """Decode the end tokens: the tokenizer's own as with `hf`, else those of the generation config."""
+        ends = self.decoding.ends(options) if self.eot_token_id is None else [self.eot_token_id]
+        if not ends:
+            raise UsageError(
+                f"tokenizer={self.tokenizer.name_or_path}: it has no eos_token, and the model's generation_config no "
+                "eos_token_id; pass eos_token_id=<id> in gen_kwargs, or a tokenizer with one"
+            )
+        return [self.tok_decode(end, skip_special_tokens=False) for end in ends]
+
     def _generate_request(self, work: Work) -> GenerateRequest:
-        how = work.options
-        choose = chooser(how["kwargs"], self._generation_config(), how["draw"])
-        return GenerateRequest(work.tokens, how["max_new"], self._stop(how["until"]), choose)
+        how, rules = work.options, self.decoding
+        ends = {self.eot_token_id, *rules.ends(how["kwargs"])}
+        until = [*how["until"], *rules.stop_strings(how["kwargs"])]
+        sampler = rules.sampler(how["kwargs"], work.tokens, how["max_new"], how["draw"])
+        stop = generation.Stop(self.tokenizer, ends, until, self._think)
+        return GenerateRequest(work.tokens, how["max_new"], stop, sampler)
+
+    @property
+    def _think(self) -> generation.End:
+        return generation.reasoning_end(self.tokenizer, self.think_end_token)
 
     def _key(self, kind: str, tokens: Sequence[int], options: Any) -> str:
         return self.journal.key(kind, tokens, options) if self.journal is not None else ""
@@ -418,32 +362,9 @@ class LMInfinite(LateHFLM):
             smoothing=0.1,
         )
 
-    def _generation_config(self) -> transformers.GenerationConfig:
-        return getattr(self.model, "generation_config", None) or transformers.GenerationConfig()
-
-    def _prompt(self, context: str, longest: int | None) -> list[int]:
-        ids_1S, _ = self.tok_batch_encode([context], left_truncate_len=longest, truncation=self.truncation)
-        return ids_1S[0].tolist()
-
-    def _stop(self, until: Iterable[str]):
-        """Whether new tokens end a generation: at a model's end token, or where a stop sequence is in their text."""
-        ends = self._generation_config().eos_token_id
-        end_ids = {self.eot_token_id, *(ends if isinstance(ends, list) else [ends])}
-        # A stop sequence may come in other tokens than it encodes to; as `hf`, look two tokens further back.
-        back = {text: len(self.tokenizer.encode(text, add_special_tokens=False)) + 2 for text in until if text}
-
-        def stop(new: list[int]) -> bool:
-            if new[-1] in end_ids:
-                return True
-            return any(text in self.tokenizer.decode(new[-n:]) for text, n in back.items())
-
-        return stop
-
     def _text(self, work: Work, tokens: list[int]) -> str:
-        until, think = work.options["until"], self.think_end_token
-        if isinstance(think, int) and think in tokens:
-            tokens = tokens[len(tokens) - tokens[::-1].index(think) :]
-        text = self.tok_decode(tokens)
-        if isinstance(think, int):
+        until, think = work.options["until"], self._think
+        text = self.tok_decode(generation.without_reasoning(tokens, think))
+        if isinstance(think, tuple):
             text = text.lstrip()
         return postprocess_generated_text(text, until, think if isinstance(think, str) else None)

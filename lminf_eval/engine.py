@@ -23,6 +23,7 @@ from lminf_eval.pairs import asked_of, joined, split
 from lminf_eval.prefix import HELD, MIN_SHARED, MIN_SHARED_ON_GPU, Node, forest
 from lminf_eval.resume.checkpoint import EVERY, Checkpoints
 from lminf_eval.resume.stop import Stop
+from lminf_eval.sampling import Sample
 
 logger = logging.getLogger(f"lm_eval.{__name__}")  # lm-eval shows the loggers below its own name
 
@@ -55,13 +56,14 @@ class Score:
 class GenerateRequest:
     """Continue `tokens` by at most `max_new`, until `stop(new tokens)` says so.
 
-    `choose(tokens so far, logits [V])` picks the next token; None is the most likely one.
+    `sampler(device)` begins a sequence and returns what picks each next token from (new tokens so far, logits [V]), or
+    None if the logits hold NaN; without a sampler it is the most likely token.
     """
 
     tokens: Sequence[int]
     max_new: int
     stop: Callable[[list[int]], bool]
-    choose: Callable[[list[int], torch.Tensor], int] | None = None
+    sampler: Callable[[torch.device], Sample] | None = None
 
 
 class Engine:
@@ -312,12 +314,17 @@ class Engine:
         indices, states, logits = zip(*ready, strict=True)
         cache, logits_BV, indices = self.model.stack(list(states)), torch.cat(logits), list(indices)
         new: dict[int, list[int]] = {index: [] for index in indices}
+        sample = {i: requests[i].sampler(logits_BV.device) for i in indices if requests[i].sampler is not None}
         while True:
             highest_B, likely_B = (x.tolist() for x in logits_BV.max(-1))  # NaN wins where there is one
             going = []
             for row, index in enumerate(indices):
                 request = requests[index]
-                if math.isnan(highest_B[row]):
+                if index in sample:
+                    token = sample[index](new[index], logits_BV[row])
+                else:
+                    token = None if math.isnan(highest_B[row]) else likely_B[row]
+                if token is None:
                     at = len(request.tokens) + len(new[index]) - 1
                     logger.warning(
                         "NaN: the logits after position %d, request of %d tokens; it ends there",
@@ -327,10 +334,6 @@ class Engine:
                     self.bar.update(request.max_new - len(new[index]))
                     yield index, new[index]
                     continue
-                if request.choose is None:
-                    token = likely_B[row]
-                else:
-                    token = request.choose([*request.tokens, *new[index]], logits_BV[row])
                 new[index].append(token)
                 if len(new[index]) == request.max_new or request.stop(new[index]):
                     self.bar.update(request.max_new - len(new[index]) + 1)

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,18 @@ import torch
 import transformers
 from lm_eval.models.huggingface import HFLM
 from safetensors import SafetensorError
+from transformers import GenerationConfig
 
 from lminf_eval import support
-from lminf_eval.adapters import check_adapter
+from lminf_eval.adapters import base_of, check_adapter
+from lminf_eval.allocator import keep_freed_memory
+from lminf_eval.attention.kernels import primitive
 from lminf_eval.errors import UsageError, first_line
-from lminf_eval.modules import check_structure
+from lminf_eval.model_shape import ModelShape
+from lminf_eval.modules import check_structure, device_of
 from lminf_eval.parallel.ranks import Ranks
 from lminf_eval.parallel.way import Way
+from lminf_eval.sampling import Decoding
 from lminf_eval.scaling import apply_rope
 from lminf_eval.spec import LambdaSpec, trained_length
 from lminf_eval.weights import CheckedAuto
@@ -47,7 +53,10 @@ class LateHFLM(HFLM):
     ranks: Ranks
     n_local_from = ""
     _unread: dict[str, Any] | None = None  # the arguments the weights will be loaded with
-    _constructed = False
+    _constructed = _closed = False
+    _streaming: Any = None
+    shares_model = False  # whether a user, who passed the model object, calls it between our requests
+    journal: Journal | None = None
     _longest = 0  # tokens of context that a request took since results were last written
     _written = False  # whether lm-eval is writing results
 
@@ -133,8 +142,73 @@ class LateHFLM(HFLM):
         self._model = _Unread()
 
     @property
+    def streaming(self):
+        """The model as the engine takes it: patched to Λ-attention and checked, or as it is for `full`.
+
+        A model that its user shares stays so until the next requests are answered.
+        """
+        if self._streaming is not None:
+            self._streaming.apply()
+            return self._streaming
+        model = base_of(self.model, self.peft)
+        self._streaming = self.way.prepare(model, self.spec)
+        if device_of(model.get_input_embeddings()).type == "cpu":
+            keep_freed_memory()
+        name = type(model).__name__ if self.shares_model else self.pretrained
+        logger.info("Running %s with %s", name, self.describe())
+        return self._streaming
+
+    @contextlib.contextmanager
+    def restored(self, streaming: Any) -> Iterator[None]:
+        """After it, a model that its user shares is itself again."""
+        try:
+            yield
+        finally:
+            if self.shares_model:
+                streaming.restore()
+
+    def close(self) -> None:
+        """Give the model back as it was, and answer no more requests. Closing again changes nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._streaming is not None:
+            self._streaming.restore()
+        self._streaming = self._model = None
+        if self.journal is not None:
+            self.journal.close()
+
+    def __enter__(self) -> LateHFLM:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def describe(self) -> str:
+        """The attention in one line, for the log."""
+        if self.spec.attention == "full":
+            return f"attention=full, chunk_size={self.spec.chunk_size}"
+        return (
+            f"attention={self.spec.attention}, n_local={self.spec.n_local} ({self.n_local_from}), "
+            f"n_global={self.spec.sinks}, chunk_size={self.spec.chunk_size}, primitive={self.attention_primitive()}"
+        )
+
+    def attention_primitive(self) -> str:
+        if self.spec.attention == "full" or self.unread:
+            return ""
+        head = ModelShape.of(self.config).head_dim
+        where = device_of(self._model.get_input_embeddings())
+        return primitive(torch.empty(1, 1, 1, head, dtype=self._model.dtype, device=where))
+
+    @property
     def model(self):
-        """The transformers model; its weights are read at the first call after construction."""
+        """The transformers model; its weights are read at the first call after construction.
+
+        Raises:
+            UsageError: after `close`.
+        """
+        if self._closed:
+            raise UsageError("the model is closed; make another LMInfinite")
         if self._constructed and self.unread:
             destination = self._model.destination
             logger.info("Loading the weights of %s", self._unread["pretrained"])
@@ -148,6 +222,14 @@ class LateHFLM(HFLM):
             if destination is not None and not self.way.reads_on_host:
                 self._model.to(destination)
         return super().model
+
+    @cached_property
+    def decoding(self) -> Decoding:
+        """The model's rules of picking tokens, known before its weights are read."""
+        own = None if self.unread else getattr(self.model, "generation_config", None)
+        if own is None:
+            own = read_generation_config(self.config, **self._unread) if self._unread else GenerationConfig()
+        return Decoding(self.config, own)
 
     def _read(self) -> transformers.PreTrainedModel:
         auto, self.AUTO_MODEL_CLASS = self.AUTO_MODEL_CLASS, CheckedAuto(self.AUTO_MODEL_CLASS)
@@ -177,6 +259,28 @@ class LateHFLM(HFLM):
         elif found.get("device_map") == "auto":  # no CUDA device: it would take that for no memory at all
             found["max_memory"] = None
         return found
+
+
+def read_generation_config(
+    config: transformers.PretrainedConfig, pretrained: str, gguf_file: str | None = None, **kwargs: Any
+) -> GenerationConfig:
+    """Read a model's generation config as `from_pretrained` does with the same arguments, without the weights.
+
+    Raises:
+        UsageError: if it has an impossible value.
+    """
+    if gguf_file:
+        return GenerationConfig.from_model_config(config)
+    names = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
+    where = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+    try:
+        try:
+            return GenerationConfig.from_pretrained(pretrained, **where)
+        except OSError:  # there is none: older models have its values in their config
+            where |= {"config_file_name": "config.json", "_from_model_config": True}
+            return GenerationConfig.from_pretrained(pretrained, **where)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UsageError(f"pretrained={pretrained}: its generation_config.json: {first_line(error)}") from error
 
 
 @contextlib.contextmanager

@@ -283,7 +283,7 @@ def test_sampling_depends_on_the_request_and_the_seed_alone(folder):
 
 
 def test_refused_generation_options_name_themselves(folder):
-    with pytest.raises(UsageError, match=r"penalty_alpha=0.6 is not supported; allowed: do_sample"):
+    with pytest.raises(UsageError, match=r"penalty_alpha=0.6: must be 0 or None"):
         lminf(folder).generate_until(prompts(["class"], penalty_alpha=0.6))
 
 

@@ -11,7 +11,9 @@ from lminf_eval import engine as engine_module
 from lminf_eval.cache import LambdaCache
 from lminf_eval.engine import Engine, GenerateRequest, ScoreRequest
 from lminf_eval.full import FullModel
+from lminf_eval.parallel.deepspeed import AgreeInStep
 from lminf_eval.rope import Rotary
+from lminf_eval.sampling import most_likely
 from lminf_eval.selfcheck import lambda_model
 from lminf_eval.spec import LambdaSpec
 
@@ -222,17 +224,50 @@ def test_the_order_of_requests_does_not_matter(patched):
     assert (one.computed, one.reused) == (other.computed, other.reused)
 
 
-def test_a_chooser_sees_all_tokens_so_far_and_picks_the_next(patched):
+def test_a_sampler_sees_the_new_tokens_so_far_and_picks_the_next(patched):
     prompt, seen = [5, 6, 7], []
 
-    def second_best(tokens, logits):
-        seen.append(list(tokens))
-        return int(logits.topk(2).indices[1])
+    def sampler(device):
+        def second_best(new, logits):
+            seen.append(list(new))
+            return int(logits.topk(2).indices[1])
+
+        return second_best
 
     greedy = GenerateRequest(prompt, 4, NEVER)
-    found = dict(Engine(patched(SHARED[0]), 50, 2).generate([greedy, GenerateRequest(prompt, 4, NEVER, second_best)]))
+    found = dict(Engine(patched(SHARED[0]), 50, 2).generate([greedy, GenerateRequest(prompt, 4, NEVER, sampler)]))
     assert found[0][0] != found[1][0]
-    assert seen == [prompt + found[1][:n] for n in range(4)]
+    assert seen == [found[1][:n] for n in range(4)]
+
+
+def test_each_sequence_of_a_batch_has_a_sampler_of_its_own_on_the_logits_device(patched):
+    begun = []
+
+    def sampler(device):
+        begun.append(device)
+        return lambda new, logits: len(new)
+
+    requests = [GenerateRequest([5, 6, n], n, NEVER, sampler) for n in (2, 4, 3)]
+    found = dict(Engine(patched(SHARED[0]), 50, 2).generate(requests))
+    assert [found[i] for i in range(3)] == [[0, 1], [0, 1, 2, 3], [0, 1, 2]]
+    assert begun == [torch.device("cpu")] * 3
+
+
+def test_a_sampler_that_finds_no_number_to_go_by_ends_its_answer_alone(patched, caplog):
+    ending = GenerateRequest([5, 6, 7], 4, NEVER, lambda device: lambda new, logits: 9 if len(new) < 2 else None)
+    whole = GenerateRequest([5, 6, 8], 4, NEVER)
+    found = dict(Engine(patched(SHARED[0]), 50, 2).generate([ending, whole]))
+    assert found[0] == [9, 9]
+    assert len(found[1]) == 4
+    assert "NaN: the logits after position 4, request of 3 tokens; it ends there" in caplog.text
+
+
+@pytest.mark.parametrize(("said", "answer"), [(-1, []), (7, [7, 7, 7])])
+def test_ranks_in_step_follow_the_first_ones_token_or_end(said, answer, patched, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda token, source: token.fill_(said))
+    requests = [GenerateRequest([5, 6], 3, NEVER), GenerateRequest([5, 6], 3, NEVER, lambda device: most_likely)]
+    found = dict(AgreeInStep(patched(SHARED[0]), 50, 2).generate(requests))
+    assert found == {0: answer, 1: answer}
 
 
 # ---------------------------------------------------------------------- what it costs

@@ -310,6 +310,8 @@ def test_queries_scaled_by_their_position_take_it_from_the_sequence_up_to_the_wi
 
 def build(randomise, name, **more):
     """A random tiny model: `name` is a line of FAMILIES, its config class named by the part before any space."""
+    if name.split()[0] not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {name}")
     config = CONFIG_MAPPING[name.split()[0]](**SMALL | FAMILIES.get(name, {}) | more)
     return randomise(AutoModelForCausalLM.from_config(config)).eval()
 

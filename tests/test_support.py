@@ -17,7 +17,7 @@ REFUSED = {
     "jamba": "state-space",
     "qwen3_next": "recurrent",
     "lfm2": "convolutional",
-    "recurrent_gemma": "recurrent",
+    "recurrent_gemma": "(recurrent|pluggable)",  # before transformers 5.22
     "t5": "encoder-decoder",
     "bart": "encoder-decoder",
     "gpt2": "positions are absolute",
@@ -70,8 +70,9 @@ def test_the_table_is_of_every_causal_family_and_of_the_code():
     rows = families_table()
     by_name = {row.family: row for row in rows}
     assert len(rows) == len(by_name) > 100
-    assert by_name.keys() >= TESTED
-    assert all(by_name[name].kind != "none" for name in TESTED)
+    known = {name for name in TESTED if name in CONFIG_MAPPING}  # an older transformers lacks some
+    assert by_name.keys() >= known > {"llama", "falcon"}
+    assert all(by_name[name].kind != "none" for name in known)
     assert {row.family for row in rows if row.where.startswith("families/")} == families.FAMILIES.keys()
     assert all(bool(row.reason) == (row.kind == "none") == (not row.where) for row in rows)
     assert not any(row.tested for row in rows if row.kind == "none")

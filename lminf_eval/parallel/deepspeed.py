@@ -35,6 +35,7 @@ from lminf_eval.model_shape import ModelShape
 from lminf_eval.parallel.ranks import Ranks
 from lminf_eval.parallel.way import Way
 from lminf_eval.patch import LambdaModel
+from lminf_eval.sampling import Sample, most_likely
 from lminf_eval.selfcheck import full_model, lambda_model, own_logits
 from lminf_eval.spec import LambdaSpec
 
@@ -59,12 +60,18 @@ class AgreeInStep(InStep):
 
     def generate(self, requests: Sequence[GenerateRequest]) -> Iterator[tuple[int, list[int]]]:
         """As `Engine.generate`."""
-        return super().generate([replace(one, choose=partial(self._agree, one.choose)) for one in requests])
+        return super().generate([replace(one, sampler=partial(self._agreeing, one.sampler)) for one in requests])
 
-    def _agree(self, choose: Callable | None, tokens: list[int], logits_V: torch.Tensor) -> int:
-        token = torch.tensor([int(logits_V.argmax()) if choose is None else choose(tokens, logits_V)])
-        dist.broadcast(token, 0)
-        return int(token)
+    def _agreeing(self, sampler: Callable[[torch.device], Sample] | None, device: torch.device) -> Sample:
+        sample = most_likely if sampler is None else sampler(device)
+
+        def agree(new: Sequence[int], logits_V: torch.Tensor) -> int | None:
+            own = sample(new, logits_V)
+            token = torch.tensor([-1 if own is None else own])
+            dist.broadcast(token, 0)
+            return None if token < 0 else int(token)
+
+        return agree
 
 
 class TensorParallel(Way):
