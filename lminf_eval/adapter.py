@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import secrets
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,7 +16,8 @@ from lm_eval.models.utils import postprocess_generated_text
 from tqdm import tqdm
 
 from lminf_eval import __version__, generation
-from lminf_eval.arguments import PARALLEL, check, find_device, identity, recorded
+from lminf_eval.answer_cache import identify
+from lminf_eval.arguments import PARALLEL, as_given, check, find_device, identity, recorded
 from lminf_eval.engine import GenerateRequest, Score, ScoreRequest
 from lminf_eval.errors import UsageError
 from lminf_eval.loading import UNBOUNDED, LateHFLM
@@ -24,10 +26,10 @@ from lminf_eval.parallel import data
 from lminf_eval.parallel.data import Work
 from lminf_eval.parallel.ranks import Ranks
 from lminf_eval.parallel.way import choose
-from lminf_eval.pieces import encode
+from lminf_eval.pieces import encode, fingerprint_tokenizer
 from lminf_eval.prefix import HELD
 from lminf_eval.resume.checkpoint import Checkpoints
-from lminf_eval.resume.journal import HOW, Journal
+from lminf_eval.resume.journal import ANSWERS, HOW, Journal
 from lminf_eval.spec import LambdaSpec
 
 logger = logging.getLogger(f"lm_eval.{__name__}")  # lm-eval shows the loggers below its own name
@@ -69,6 +71,10 @@ class LMInfinite(LateHFLM):
                 data.serve(self.ranks, self._run, self._tokens)
 
     def _construct(self, pretrained, device, batch_size, prefix_sharing, journal, kwargs: dict[str, Any]) -> None:
+        named = {"device": device, "batch_size": batch_size, "prefix_sharing": prefix_sharing, "journal": journal}
+        kwargs = as_given(named | kwargs)
+        device, journal = kwargs.pop("device", None), kwargs.pop("journal", None)
+        batch_size, prefix_sharing = kwargs.pop("batch_size", 1), kwargs.pop("prefix_sharing", True)
         check(pretrained, batch_size, prefix_sharing, journal, kwargs)
         given = dict(kwargs)
         own = LambdaSpec.model_fields.keys() & kwargs.keys()
@@ -109,6 +115,49 @@ class LMInfinite(LateHFLM):
         self.ranks.stop.listen()
 
     # ------------------------------------------------------------------ what lm-eval asks of a model
+
+    def set_cache_hook(self, cache_hook: Any) -> None:
+        """Take lm-eval's database of answers (`--use_cache`), and let it serve only this model's and method's."""
+        if cache_hook.dbdict is not None:
+            identify(cache_hook.dbdict, self._answers_identity())
+        super().set_cache_hook(cache_hook)
+
+    def _answers_identity(self) -> dict[str, Any]:
+        """What, besides a request's text, changes an answer. Nobody can tell a model object from a changed one."""
+        who = {"object": secrets.token_hex(16)}
+        if self.shares_model:
+            logger.warning("use_cache: answers of a model object are not found again; pass a directory or a hub name")
+        else:
+            who = identity(self.pretrained, self.config, self._given)
+        spec = self.spec.model_dump(exclude=HOW)
+        tokens = fingerprint_tokenizer(self.tokenizer)
+        return who | {"answers": ANSWERS, "spec": spec, "tokens": tokens, "seed": torch.initial_seed()}
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Split a pair's tokens as `hf` does, or apart if the continuation would be left without a token of its own.
+
+        In "They saw him walk" and "ing" the last word is one token, which `hf` counts to the context.
+
+        Raises:
+            UsageError: if a continuation that is not empty encodes to no tokens.
+        """
+        pair = super()._encode_pair(context, continuation)
+        if not pair[1] and continuation:
+            pair = self.tok_encode(context), self.tok_encode(continuation, add_special_tokens=False)
+            if not pair[1]:
+                raise UsageError(f"the continuation {continuation!r} encodes to no tokens: there is nothing to score")
+        return pair
+
+    def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """(log-probability, all greedy) of each continuation after its context.
+
+        Raises:
+            UsageError: if both are empty, so that there is nothing to score.
+        """
+        alone = (after for context, after in (request.args for request in requests) if not context)
+        if not all(len(self.tok_encode(after, add_special_tokens=False)) for after in alone):
+            raise UsageError("a request has neither a context nor a continuation: there is nothing to score")
+        return super().loglikelihood(requests, disable_tqdm)
 
     def _loglikelihood_tokens(
         self,
@@ -228,7 +277,16 @@ class LMInfinite(LateHFLM):
     # ------------------------------------------------------------------ helpers
 
     def _computed(self, bar: tqdm, what: str, works: list[Work]) -> Iterator[tuple[int, Any]]:
-        """Each one's index and answer, from this process or another; without any, no weights are read."""
+        """Each one's index and answer, from this process or another; without any, no weights are read.
+
+        Raises:
+            UsageError: if the tokenizer knows a token that the model does not.
+        """
+        known = getattr(self.config.get_text_config(), "vocab_size", None)
+        for token in (int(work.tokens.max()) for work in works if known and len(work.tokens)):
+            if token >= known:
+                name = self.tokenizer.name_or_path
+                raise UsageError(f"tokenizer={name}: its token {token} is beyond the model's vocabulary of {known}")
         sharing = self.prefix_sharing, self.prefix_states
         for i, answer in data.answers(self.ranks, self._run, what, works, bar, self._tokens, *sharing):
             if self.journal is not None:

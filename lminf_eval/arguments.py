@@ -15,16 +15,36 @@ from lminf_eval.prefix import HELD
 from lminf_eval.resume.journal import HOW, fingerprint
 from lminf_eval.spec import LambdaSpec, closest
 
-# What `hf` hands on to `from_pretrained`; anything else is a misspelling.
+# What `hf` hands on to transformers' `from_pretrained`, whose signature names only some; all else is a misspelling.
 _LOADING = {
-    "attn_implementation",
-    "cache_dir",
-    "device_map",
-    "local_files_only",
-    "low_cpu_mem_usage",
-    "token",
-    "use_safetensors",
-    "variant",
+    *("attn_implementation", "cache_dir", "device_map", "experts_implementation", "force_download", "fusion_config"),
+    *("ignore_mismatched_sizes", "kernel_config", "key_mapping", "local_files_only", "low_cpu_mem_usage", "max_memory"),
+    *(
+        "offload_buffers",
+        "proxies",
+        "token",
+        "torch_dtype",
+        "use_kernels",
+        "use_safetensors",
+        "variant",
+        "weights_only",
+    ),
+}
+# Names, which YAML and lm-eval's command line take for numbers if they look like some: revision=20240101.
+TEXTS = {
+    *(
+        "pretrained",
+        "tokenizer",
+        "peft",
+        "delta",
+        "revision",
+        "subfolder",
+        "variant",
+        "gguf_file",
+        "cache_dir",
+        "token",
+    ),
+    *("journal", "offload_folder"),
 }
 PARALLEL = {"parallel": "none", "tp_size": None, "cp_size": None}
 _OWN = {*LambdaSpec.model_fields, *PARALLEL, "journal", "prefix_sharing", "prefix_states"}
@@ -38,6 +58,9 @@ def check(pretrained: Any, batch_size: Any, prefix_sharing: Any, journal: Any, k
         UsageError: for an unknown argument or an impossible value of one that isn't `LambdaSpec`'s.
     """
     check_names(kwargs)
+    for name in ("parallel", *sorted(TEXTS - {"tokenizer", "token"})):
+        if not isinstance(kwargs.get(name, ""), str):
+            raise UsageError(f"{name}={kwargs[name]}: must be a name")
     if not isinstance(prefix_sharing, bool):
         raise UsageError(f"prefix_sharing={prefix_sharing}: must be True or False")
     if type(states := kwargs.get("prefix_states", HELD)) is not int or states < 0:
@@ -63,6 +86,31 @@ def check(pretrained: Any, batch_size: Any, prefix_sharing: Any, journal: Any, k
         _check_dtype(name, kwargs.get(name))
     if kwargs.get("backend", "default") not in ("default", "causal"):
         raise UsageError(f"backend={kwargs['backend']}: must be default or causal; only causal LMs can be run")
+
+
+def as_given(args: dict[str, Any]) -> dict[str, Any]:
+    """Return `--model_args` as their user means them, from a command line, YAML or Python.
+
+    None is the default of every argument; "false" and "2048" are what they say; names are texts; torch_dtype is dtype's
+    old name.
+    """
+    found = {name: value for name, value in args.items() if value is not None}
+    for name, value in found.items():
+        if name in TEXTS and type(value) in (int, float):
+            found[name] = str(value)
+        elif name in _OWN | {"max_length", "batch_size"} and isinstance(value, str):
+            found[name] = _plain(value)
+    if "torch_dtype" in found:
+        old = found.pop("torch_dtype")
+        found.setdefault("dtype", old)
+    return found
+
+
+def _plain(value: str) -> Any:
+    """A truth value or a number that stands in quotes; any other text as it is."""
+    if value.strip().lower() in ("true", "false"):
+        return value.strip().lower() == "true"
+    return int(value) if re.fullmatch(r"\s*\d{1,15}\s*", value, re.ASCII) else value
 
 
 def check_names(args: dict[str, Any]) -> None:
@@ -116,7 +164,7 @@ def find_device(device: str | None) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         wanted = torch.device(device)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise UsageError(f"device={device}: no such kind of device; cpu, cuda and cuda:<number> are allowed") from None
     if wanted.type == "cpu":
         return "cpu"

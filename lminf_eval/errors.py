@@ -15,8 +15,9 @@ class UsageError(ValueError, SystemExit):
     """
 
     def __init__(self, message: str):
-        SystemExit.__init__(self, f"lminf: {message}")
-        self.code = f"lminf: {message}"
+        line = message.replace("\n", "\\n").replace("\r", "\\r")  # a value that it names may hold some
+        SystemExit.__init__(self, f"lminf: {line}")
+        self.code = f"lminf: {line}"
 
     def __str__(self) -> str:
         return str(self.code)

@@ -26,6 +26,7 @@ from lminf_eval.model_shape import ModelShape
 from lminf_eval.modules import check_structure, device_of
 from lminf_eval.parallel.ranks import Ranks
 from lminf_eval.parallel.way import Way
+from lminf_eval.resume.journal import Journal
 from lminf_eval.sampling import Decoding
 from lminf_eval.scaling import apply_rope
 from lminf_eval.spec import LambdaSpec, trained_length

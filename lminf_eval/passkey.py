@@ -23,6 +23,8 @@ _TASK = (
 )
 _FILLER = ("The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.", "There and back again.")
 _KEY = "The pass key is {key}. Remember it. {key} is the pass key."
+# Digits, or groups of three after a comma, an apostrophe or a space.
+_NUMBER = re.compile(r"\d{1,3}(?:[,'’ \u00a0\u2009\u202f]\d{3})+(?!\d)|\d+", re.ASCII)
 _QUESTION = "What is the pass key? The pass key is"
 
 
@@ -74,9 +76,9 @@ def prompt(doc: dict[str, Any]) -> str:
 
 
 def score(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """`acc`: whether the first number in the answer is the key."""
-    number = re.search(r"\d+", results[0])
-    return {"acc": float(number is not None and number.group() == doc["key"])}
+    """`acc`: whether the first number of five digits in the answer is the key; "71,432" is such a number, too."""
+    numbers = (re.sub(r"\D", "", found) for found in _NUMBER.findall(results[0]))
+    return {"acc": float(next((number for number in numbers if len(number) == 5), None) == doc["key"])}
 
 
 def spread_depths(count: int) -> list[float]:

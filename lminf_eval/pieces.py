@@ -9,6 +9,7 @@ a long run of one character, the text is encoded as a whole.
 """
 
 import hashlib
+import json
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from difflib import SequenceMatcher
@@ -73,11 +74,18 @@ class Pieces:
 @lru_cache(maxsize=4)
 def pieces(tokenizer: PreTrainedTokenizerBase) -> Pieces:
     """The one `Pieces` of a tokenizer, and of those equal to it: a task and a model load the same one each."""
-    text = tokenizer.backend_tokenizer.to_str()
-    return _by_text.setdefault(hashlib.sha256(text.encode()).digest(), Pieces(tokenizer))
+    return _by_text.setdefault(fingerprint_tokenizer(tokenizer), Pieces(tokenizer))
 
 
-_by_text: WeakValueDictionary[bytes, Pieces] = WeakValueDictionary()
+def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return hexadecimal digits that tell a tokenizer from others: by all of a fast one, by a slow one's vocabulary."""
+    text = (
+        tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    )
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+_by_text: WeakValueDictionary[str, Pieces] = WeakValueDictionary()
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, with_specials: Callable[[str], Sequence[int]]) -> np.ndarray:

@@ -1,8 +1,8 @@
 """How a stock lm-eval finds the model `lminf` and our task folder.
 
 lm-eval releases that read the entry points `lm_eval.models` find the model by themselves, but none looks for a task
-folder. So `startup/lminf_eval_autoload.py` calls `install` when lm-eval is first imported, and the two functions that
-know lm-eval's internals, `_register_model` and `_include_tasks`, run once the module they concern has been executed.
+folder. So `startup/lminf_eval_autoload.py` calls `install` when lm-eval is first imported, and the three functions that
+know lm-eval's internals (`_register_model`, `_include_tasks`, `_key_requests`) run once their module was executed.
 """
 
 import functools
@@ -66,6 +66,12 @@ def _include_tasks(tasks) -> None:
         self.include_path = theirs
 
     tasks.TaskManager.__init__ = init_with_our_tasks
+
+
+def _key_requests(task) -> None:
+    from lminf_eval.answer_cache import keep_requests_apart
+
+    keep_requests_apart(task.Task)
 
 
 def _answers_rank_0() -> bool:
@@ -135,4 +141,6 @@ class _Finder:
             )
 
 
-_finder = _Finder({"lm_eval.models": _register_model, "lm_eval.tasks": _include_tasks})
+_finder = _Finder(
+    {"lm_eval.models": _register_model, "lm_eval.tasks": _include_tasks, "lm_eval.api.task": _key_requests}
+)

@@ -83,7 +83,7 @@ def load_tokenizer(**metadata: Any) -> TaskTokenizer:
         name = given or (pretrained if isinstance(pretrained, str) else getattr(pretrained, "name_or_path", None))
         if not name:
             raise UsageError(_MISSING)
-        options = {"revision": metadata.get("revision") or "main"}
+        options = {"revision": str(metadata.get("revision") or "main")}
         options["trust_remote_code"] = bool(metadata.get("trust_remote_code", False))
         if not given and metadata.get("gguf_file") is not None:
             options["gguf_file"] = metadata["gguf_file"]
@@ -92,7 +92,7 @@ def load_tokenizer(**metadata: Any) -> TaskTokenizer:
         if metadata.get("add_bos_token") is not None:
             options["add_bos_token"] = metadata["add_bos_token"]
         if metadata.get("subfolder"):
-            options["subfolder"] = metadata["subfolder"]
+            options["subfolder"] = str(metadata["subfolder"])
         tokenizer = _from_pretrained(name, **options)
     prefix_id = metadata.get("prefix_token_id")
     if prefix_id is None:

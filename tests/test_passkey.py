@@ -107,12 +107,18 @@ def test_one_depth_is_the_middle():
         ("The pass key is\n12345", 1),
         (" 123456", 0),
         (" 54321 or 12345", 0),
+        ("The 5-digit pass key is 12345.", 1),
+        ("12,345", 1),
+        ("It is 12 345, or so", 1),
+        ("12,345,678", 0),
+        ("1 2 3 4 5", 0),
+        ("2 of 12345", 1),
         (" 1234", 0),
         (" no number", 0),
         ("", 0),
     ],
 )
-def test_first_number_counts(answer, acc):
+def test_the_first_number_of_five_digits_counts(answer, acc):
     assert passkey.score({"key": "12345"}, [answer]) == {"acc": acc}
 
 

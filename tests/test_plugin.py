@@ -32,7 +32,14 @@ FAKE_LM_EVAL = {
         from lm_eval.api import registry
         registry.model_registry.register("hf", target="lm_eval.models.huggingface:HFLM")
     """,
+    "api/task.py": """
+        class Task:
+            def build_all_requests(self, *, limit=None, tokenizer_name=""):
+                return tokenizer_name
+    """,
     "tasks/__init__.py": """
+        from lm_eval.api.task import Task
+
         class TaskManager:
             def __init__(self, verbosity=None, include_path=None, include_defaults=True, metadata=None):
                 self.include_path = self.searched = include_path

@@ -20,6 +20,10 @@ TOPS = {
 }
 
 
+GROUPS = {"passkey": "passkey_lengths"}  # of other names than the tasks they hold
+VERSIONS = {"passkey": 1.1}
+
+
 def names(group):
     keys = list(LENGTHS)
     first, last = (keys.index(key) for key in TOPS[group])
@@ -32,8 +36,21 @@ def manager(**metadata):
 
 def test_every_promised_task_is_there_and_nothing_else():
     tasks = manager()
-    assert sorted(tasks.all_groups) == sorted(TOPS)
+    assert sorted(tasks.all_groups) == sorted(GROUPS.get(name, name) for name in TOPS)
     assert sorted(tasks.all_subtasks) == sorted(name for group in TOPS for name in names(group))
+
+
+@pytest.mark.slow
+def test_no_name_of_ours_is_one_of_lm_evals_own():
+    """LIBRA has a task `passkey`: ours was once built in its place."""
+    ours, theirs = manager(), TaskManager()
+    own = {*theirs.all_tasks} - {*ours.all_tasks}
+    stock = TaskManager.__init__.__wrapped__ if hasattr(TaskManager.__init__, "__wrapped__") else TaskManager.__init__
+    plain = object.__new__(TaskManager)
+    stock(plain)
+    assert {"passkey", "hellaswag"} <= {*plain.all_tasks}
+    assert not {*plain.all_tasks} & {*ours.all_tasks}
+    assert own == {*plain.all_tasks}
 
 
 @pytest.mark.parametrize("group", TOPS)
@@ -41,19 +58,19 @@ def test_names_say_the_length_and_the_kind(group):
     index = manager().task_index
     kind = "generate_until" if group == "passkey" else "loglikelihood_rolling"
     for name, length in names(group).items():
-        assert index[name].cfg["metadata"] == {"version": 1.0, "length": length}
+        assert index[name].cfg["metadata"] == {"version": VERSIONS.get(group, 1.0), "length": length}
         assert index[name].cfg["output_type"] == kind
-    assert index[group].cfg["task"] == list(names(group))
+    assert index[GROUPS.get(group, group)].cfg["task"] == list(names(group))
 
 
 @pytest.mark.parametrize("group", ["passkey", "pydocs_ppl"])
 def test_a_group_loads_with_the_users_metadata(group, tiny_tokenizer):
-    loaded = manager(tokenizer=tiny_tokenizer, length=512, documents=3, buckets=4).load([group])
+    loaded = manager(tokenizer=tiny_tokenizer, length=512, documents=3, buckets=4).load([GROUPS.get(group, group)])
     assert set(loaded["tasks"]) == set(names(group))
     for task in loaded["tasks"].values():
         assert all(500 < doc["n_tokens"] <= 512 for doc in task.test_docs())
         assert all(higher is (group == "passkey") for higher in task.higher_is_better().values())
-        assert task.VERSION == 1.0
+        assert VERSIONS.get(group, 1.0) == task.VERSION
 
 
 def test_passkey_asks_for_few_greedy_tokens(tiny_tokenizer):
@@ -76,7 +93,7 @@ def test_a_real_run_writes_results_and_samples(tmp_path, tiny_llama):
     metadata = json.dumps({"length": 512, "documents": 2, "buckets": 4})
     run = lm_eval(
         tmp_path,
-        *("--model_args", f"pretrained={model}", "--tasks", "passkey,pydocs_ppl_2k", "--limit", "2"),
+        *("--model_args", f"pretrained={model}", "--tasks", "passkey_lengths,pydocs_ppl_2k", "--limit", "2"),
         *("--metadata", metadata, "--log_samples", "--output_path", "out"),
     )
     assert run.returncode == 0, run.stderr
