@@ -24,12 +24,12 @@ from lminf_eval.errors import UsageError
 
 # Families of tests/test_families.py: each is held there to a dense float64 oracle.
 _TESTED = """
-    afmoe apertus arcee aria_text bitnet bloom codegen cohere cohere2 cohere2_moe cwm dbrx dots1 ernie4_5
-    ernie4_5_moe exaone4 exaone_moe falcon flex_olmo flint gemma gemma2 gemma3 gemma3_text gemma3n_text
+    afmoe apertus apertus1p5_text arcee aria_text bitnet bloom codegen cohere cohere2 cohere2_moe cwm dbrx dots1
+    ernie4_5 ernie4_5_moe exaone exaone4 exaone_moe falcon flex_olmo flint gemma gemma2 gemma3 gemma3_text gemma3n_text
     gemma4_text glm glm4 glm4_moe gpt_neox gpt_oss gptj granite granitemoe granitemoeshared helium hy_v3
     hyperclovax jais2 jetmoe kolibri1 laguna llama mellum mimo_v2_flash minimax_m2 ministral ministral3 mistral mixtral
     modernbert-decoder mpt nanochat nemotron olmo olmo2 olmo3 olmoe persimmon phi phi3 phimoe qwen2
-    qwen2_moe qwen3 qwen3_moe seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma
+    qwen2_moe qwen3 qwen3_moe sarvam_moe seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma
 """
 TESTED = frozenset(_TESTED.split())
 
@@ -39,6 +39,7 @@ _REFUSED = {
     "beam": "it scales queries by their absolute position",
     "diffllama": "its layers attend twice, with one set of keys and two of values",
     "doge": "its attention hides keys by their values",
+    "dory": "its layers pass over each token several times",
     "granite_swa": "it has a rotary embedding per layer",
     "granitemoe_swa": "it has a rotary embedding per layer",
     "hrm_text": "its layers pass over each token several times",

@@ -1,9 +1,13 @@
 """The check at load: what is refused, by which name, and that a refused model is left as it was."""
 
+import json
+
 import pytest
 import torch
+from lm_eval.api.instance import Instance
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from lminf_eval.adapter import LMInfinite
 from lminf_eval.cache import LayerCache
 from lminf_eval.errors import UsageError
 from lminf_eval.rope import Rotary
@@ -162,3 +166,35 @@ def test_another_expert_for_a_token_or_two_is_forgiven_in_half_precision(kind, d
     assert _logits_error(found, expected, text) > 1
     found[3, 0] = torch.nan
     assert not _logits_error(found, expected, text) < 100
+
+
+CUSTOM = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class MineConfig(LlamaConfig):
+    model_type = "mine"
+
+
+class MineForCausalLM(LlamaForCausalLM):
+    config_class = MineConfig
+"""
+
+
+@pytest.mark.parametrize("attention", ["lambda", "full"])
+def test_custom_code_that_passes_the_check_runs(attention, tiny_llama):
+    """A user who trusts a model's own code gets the check at load as the judge, as for any family."""
+    folder = tiny_llama(max_position_embeddings=512)
+    expected = lminf(folder, attention)
+    config = json.loads((folder / "config.json").read_text())
+    auto = {"AutoConfig": "modeling_mine.MineConfig", "AutoModelForCausalLM": "modeling_mine.MineForCausalLM"}
+    config |= {"model_type": "mine", "architectures": ["MineForCausalLM"], "auto_map": auto}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "modeling_mine.py").write_text(CUSTOM)
+    assert lminf(folder, attention, trust_remote_code=True) == pytest.approx(expected, rel=1e-5)
+
+
+def lminf(folder, attention, **options):
+    request = Instance("loglikelihood", {}, ("The grass is green. " * 4, " The sky"), 0)
+    lm = LMInfinite(str(folder), device="cpu", dtype="float32", attention=attention, **options)
+    return lm.loglikelihood([request])[0][0]

@@ -10,6 +10,7 @@ queries (S = G R rows), D head dimension.
 
 from __future__ import annotations
 
+import inspect
 from functools import lru_cache
 
 import torch
@@ -105,9 +106,9 @@ def _on_cuda(q_BHLD, k_BKMD, v_BKMD, n_local, scale):
 
 @lru_cache(maxsize=1)
 def _varlen():
-    """torch.nn.attention.varlen where this release has one with windows (2.13), else None."""
+    """torch.nn.attention.varlen if this release has one with windows and head groups (2.13), else None."""
     try:
         from torch.nn.attention import varlen
     except ImportError:
         return None
-    return varlen if "enable_gqa" in varlen.varlen_attn.__kwdefaults__ else None
+    return varlen if "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters else None

@@ -51,13 +51,13 @@ class Subject:
 
     @cached_property
     def model(self) -> PreTrainedModel:
-        """The plain model, with transformers' own `sdpa` attention.
+        """The plain model, with the attention that transformers chooses: `sdpa`, if the family has it.
 
         Raises:
             UsageError: if its weights can't be read.
         """
         options = self.options
-        how = {"dtype": _dtype(options, self.config), "attn_implementation": "sdpa"}
+        how = {"dtype": _dtype(options, self.config)}
         if not options.pretrained:
             torch.manual_seed(0)  # processes that share a text must have the same weights
             with self.device:
@@ -71,7 +71,7 @@ class Subject:
         """A stand-in, a word a token: most requests come as tokens, and those for a continuation must come as text."""
         last = getattr(self.config.get_text_config(), "eos_token_id", None)  # at which `hf` stops
         words = [f"w{i}" for i in range(self.size.vocab)]
-        words[last if isinstance(last, int) else 1] = "<end>"
+        words[last if isinstance(last, int) and last < self.size.vocab else 1] = "<end>"
         tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0]))
         tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=words[0], eos_token="<end>")

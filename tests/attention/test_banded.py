@@ -1,5 +1,8 @@
 """The band by each route, and the global branch, chunk by chunk, against the definition; and how much they hold."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -168,6 +171,23 @@ def test_the_plain_path_holds_rows_times_window_at_most(monkeypatch):
     with _Largest() as largest:
         band(q, k, v, window, 0.4, 2.0)
     assert largest.numel == 64 * window
+
+
+@pytest.mark.parametrize(
+    ("function", "found"),
+    [
+        (lambda q, k, v, cu_q, cu_k, max_q, max_k, is_causal=False: None, False),  # torch 2.10
+        (lambda q, k, v, cu_q, cu_k, max_q, max_k, *, window_size=(-1, -1): None, False),  # 2.11
+        (lambda q, k, v, cu_q, cu_k, max_q, max_k, *, window_size=(-1, -1), enable_gqa=False: None, True),  # 2.13
+        (None, False),  # before 2.10
+    ],
+)
+def test_a_windowed_kernel_is_used_only_if_this_torch_has_one(function, found, monkeypatch):
+    monkeypatch.delattr("torch.nn.attention.varlen", raising=False)
+    module = None if function is None else SimpleNamespace(varlen_attn=function)
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", module)
+    monkeypatch.setattr(windowed, "_varlen", windowed._varlen.__wrapped__)
+    assert (windowed._varlen() is not None) == found
 
 
 @pytest.mark.gpu

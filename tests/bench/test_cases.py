@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from lminf_eval.bench.cases import attention, ceilings, decode, memory, prefill, prefix, short
 from lminf_eval.bench.cases.states import lambda_state, plain_bytes, plain_state
@@ -233,3 +234,22 @@ def test_on_cuda(make_options, case):
         runs = 1 if record.unit == "B" else 2
         assert all(len(values) == runs and min(values) >= 0 for values in record.values.values())
         assert {"lambda", "shared", "in the pass"} & record.values.keys()
+
+
+BUILT = {  # families whose attention has no `sdpa`, or whose key-value heads have other names
+    "falcon": {"num_attention_heads": 4, "hidden_size": 32, "num_hidden_layers": 2, "multi_query": True},
+    "mpt": {"n_heads": 4, "d_model": 32, "n_layers": 2},
+    "bloom": {"n_head": 4, "hidden_size": 32, "n_layer": 2},
+    "gptj": {"n_head": 4, "n_embd": 32, "n_layer": 2, "rotary_dim": 4},
+    "gemma2": {"num_attention_heads": 4, "hidden_size": 32, "num_hidden_layers": 2, "head_dim": 8},
+}
+
+
+@pytest.mark.parametrize("family", BUILT)
+def test_any_family_that_runs_can_be_measured(family, make_options, randomise, tmp_path):
+    config = CONFIG_MAPPING[family](**BUILT[family], vocab_size=97, intermediate_size=48)
+    randomise(AutoModelForCausalLM.from_config(config)).save_pretrained(tmp_path)
+    subject = Subject(make_options(pretrained=str(tmp_path), shape="", dtype="float32"))
+    for case in (prefill, decode):
+        record = measured(list(case.jobs(subject, MACHINE))[-1])
+        assert min(seconds for values in record.values.values() for seconds in values) > 0

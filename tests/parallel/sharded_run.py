@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 import torch
+from transformers import CONFIG_MAPPING
 
 from lminf_eval.parallel.deepspeed import UNSHARDED, TensorParallel
 from lminf_eval.parallel.ranks import Ranks
@@ -35,7 +36,8 @@ def main() -> None:
     ranks = Ranks()
     with ranks.guard():
         ranks.form(ranks.world)
-        first = {name.split()[0]: name for name in reversed(families.FAMILIES)}
+        known = [name for name in families.FAMILIES if name.split()[0] in CONFIG_MAPPING]
+        first = {name.split()[0]: name for name in reversed(known)}
         names = sorted(name for family, name in first.items() if family not in UNSHARDED)
         cases = [(name, "lambda") for name in (*names, *MORE)] + [(name, kind) for name in VARIED for kind in OTHERS]
         for name, kind in cases:
