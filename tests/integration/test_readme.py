@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lm_eval
 import pytest
+from transformers import AutoModelForCausalLM
 
 from lminf_eval.arguments import _OWN
 from lminf_eval.spec import LambdaSpec
@@ -16,7 +18,8 @@ from lminf_eval.support import TESTED
 CHECKOUT = Path(__file__).parents[2]
 README = (CHECKOUT / "README.md").read_text(encoding="utf-8")
 FENCED = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-COMMANDS = [line for _, block in FENCED for line in block.splitlines()]
+COMMANDS = [line for language, block in FENCED if language == "sh" for line in block.splitlines()]
+PYTHON = [block for language, block in FENCED if language == "python"]
 
 MODEL = "MODEL=$(lminf demo --print-model)"  # tests/test_demo.py has it; a tiny model stands in here
 MAKE = [command for command in COMMANDS if command.startswith("make ")]
@@ -47,9 +50,18 @@ def bash(command: str, folder: Path, **variables: str) -> str:
 
 
 def test_no_command_is_left_out():
-    assert {language for language, _ in FENCED} == {"sh"}
+    assert {language for language, _ in FENCED} == {"sh", "python"}
     assert sorted(COMMANDS) == sorted([*MAKE, *PIP, MODEL, *RUN])
     assert all((MAKE, PIP, RUN))
+
+
+@pytest.mark.parametrize("block", PYTHON)
+def test_python_runs_as_it_stands(block, tiny_llama, tiny_tokenizer):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama(max_position_embeddings=4096))
+    names = {"lm_eval": lm_eval, "model": model, "tokenizer": tiny_tokenizer}
+    exec(block, names)
+    assert names["results"]["results"]["passkey_4k"]["acc,none"] == 0
+    assert not any(hasattr(module, "lminf") for module in model.modules())
 
 
 @pytest.mark.parametrize("command", MAKE)
