@@ -126,8 +126,9 @@ def head_logits(model: PreTrainedModel, decoder: nn.Module, output: Any, hidden_
     """
     caches = {field.name: None for field in fields(output) if field.name in CACHE_NAMES}
     answer = replace(output, last_hidden_state=hidden_TC[None], **caches)
+    ids_1T = torch.zeros(1, len(hidden_TC), dtype=torch.long, device=device_of(model.get_input_embeddings()))
     with replaced_forward(decoder, lambda *args, **kwargs: answer):
-        return model(inputs_embeds=hidden_TC[None], use_cache=False).logits[0]
+        return model(input_ids=ids_1T, use_cache=False).logits[0]  # Gemma 4 looks its tokens up, too
 
 
 @contextmanager

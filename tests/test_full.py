@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from lminf_eval.adapter import LMInfinite
 from lminf_eval.engine import Engine, GenerateRequest, ScoreRequest
 from lminf_eval.errors import UsageError
 from lminf_eval.modules import check_structure
@@ -156,9 +159,39 @@ def test_a_failed_pass_leaves_recurrent_states_as_they_were(randomise, monkeypat
 def test_a_model_that_sees_the_future_is_refused(randomise):
     model = randomise(AutoModelForCausalLM.from_config(CONFIG_MAPPING["roberta"](**SMALL, is_decoder=False))).eval()
     with torch.no_grad():
-        model.roberta.embeddings.word_embeddings.weight.mul_(10)
+        for name, weight in model.named_parameters():
+            if "LayerNorm.weight" in name:  # at random as the others are, they would hide all that layers do
+                weight.fill_(1)
     with pytest.raises(UsageError, match="attention=full can't run the family 'roberta': its logits in chunks differ"):
         full_model(model)
+
+
+PLACEHOLDERS = {
+    f"{kind}_token_id": 90 + i for i, kind in enumerate(("image", "video", "audio", "boi", "eoi", "boa", "eoa"))
+}
+
+
+@pytest.mark.parametrize("attention", ["lambda", "full"])
+@pytest.mark.parametrize("name", ["gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"])
+def test_gemma_4_runs_through_lm_evals_requests_in_each_of_its_forms(
+    name, attention, randomise, tiny_tokenizer, tmp_path
+):
+    """Its heads differ by layer, and its wrappers for images look their tokens up even if hidden states are given."""
+    text = SMALL | {"sliding_window": 8, "head_dim": 8, "global_head_dim": 16, "vocab_size": 512}
+    text |= {"layer_types": ["sliding_attention", "full_attention"] * 2, "vocab_size_per_layer_input": 512}
+    text |= {"hidden_size_per_layer_input": 8, "num_kv_shared_layers": 1}
+    sight = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    whole = PLACEHOLDERS | {"text_config": text, "vision_config": sight | {"num_key_value_heads": 2, "head_dim": 8}}
+    config = CONFIG_MAPPING[name](
+        **(text if name.endswith("_text") else whole | {"audio_config": None, "pad_token_id": 0})
+    )
+    model = randomise(AutoModelForCausalLM.from_config(config)).eval()
+    request = [Instance("loglikelihood", {}, ("The grass is green", ", said she"), 0)]
+    expected = HFLM(model, tokenizer=tiny_tokenizer).loglikelihood(request)[0][0]
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    lm = LMInfinite(str(tmp_path), device="cpu", dtype="float32", attention=attention, n_local=64)
+    assert lm.loglikelihood(request)[0][0] == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["jamba", "mamba", "minimax", "recurrent_gemma"])

@@ -28,6 +28,7 @@ REFUSED = {
     "hunyuan_v1_dense": "normalises queries and keys after rotating",
     "hunyuan_v1_moe": "normalises queries and keys after rotating",
     "diffllama": "attend twice",
+    "mllama": "attend to an image",
     "llama4_text": "chunked_attention",
     "gpt_neox_japanese": "pluggable",
     "clip": "no causal language model",
