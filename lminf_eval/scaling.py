@@ -27,7 +27,8 @@ def apply_rope(config: Any, spec: LambdaSpec) -> None:
     if not rope or getattr(text, "alibi", False):
         raise UsageError(f"rope={spec.rope}: the family {config.model_type!r} has no rotary positions to scale")
     nested = any(isinstance(value, dict) for value in rope.values())  # by layer type; sliding ones reach no further
-    parts = [value for kind, value in rope.items() if value and kind != "sliding_attention"] if nested else [rope]
+    parts = [value for kind, value in rope.items() if isinstance(value, dict) and kind != "sliding_attention"]
+    parts = [part for part in parts if part] if nested else [rope]
     length, _ = trained_length(config)
     for part in parts:
         if part.get("rope_type", "default") != "default":

@@ -34,6 +34,7 @@ _TESTED = """
 TESTED = frozenset(_TESTED.split())
 
 _OWN = {"gptj": "gptj", "codegen": "gptj", "mpt": "mpt", "bloom": "bloom", "falcon": "falcon"}
+_STATES = "it is a state-space, convolutional or recurrent model, in part or whole: its state is not keys and values"
 _ABSOLUTE_AFTER_ALL = "it normalises queries and keys after rotating them, so its logits depend on absolute positions"
 _REFUSED = {
     "beam": "it scales queries by their absolute position",
@@ -46,6 +47,7 @@ _REFUSED = {
     "mllama": "some of its layers attend to an image",
     "hunyuan_v1_dense": _ABSOLUTE_AFTER_ALL,
     "hunyuan_v1_moe": _ABSOLUTE_AFTER_ALL,
+    "recurrent_gemma": _STATES,
 }
 _ONE_TOKEN = "its layers go on from their state for single tokens only, so that chunks would each begin again"
 _REFUSED_FULL = {
@@ -155,9 +157,7 @@ def _obstacle(config: Any) -> str | None:
         return "its multi-head latent attention keeps no keys that could be rotated anew"
     kinds = set(getattr(config.get_text_config(), "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds & {"linear_attention", "conv", "hybrid"} or re.search(r"class \w*(Rwkv|xLSTM|ShortConv)\w*\(", source):
-        return (
-            "it is a state-space, convolutional or recurrent model, in part or whole: its state is not keys and values"
-        )
+        return _STATES
     if kinds:
         return f"its layers of the kind {', '.join(sorted(kinds))} are neither full nor sliding attention"
     if "apply_rotary_pos_emb(" not in source or "self.rotary_emb" not in source:

@@ -6,7 +6,7 @@ from transformers import CONFIG_MAPPING
 
 from lminf_eval.errors import UsageError
 from lminf_eval.model_shape import ModelShape
-from lminf_eval.selfcheck import lambda_model
+from lminf_eval.patch import LambdaModel
 from lminf_eval.spec import LambdaSpec
 from tests.test_families import FAMILIES, build
 
@@ -16,7 +16,7 @@ def test_heads_and_dimensions_are_those_of_the_real_layers(name, randomise):
     model = build(randomise, name)
     if "num_key_value_heads" not in CONFIG_MAPPING[name.split()[0]]().get_text_config().to_dict():
         del model.config.num_key_value_heads  # of the tests' own: this family knows no such number
-    patched = lambda_model(model, LambdaSpec(n_local=16, n_global=3))
+    patched = LambdaModel(model, LambdaSpec(n_local=16, n_global=3))
     own, seen = patched.attend, {}
 
     def attend(module, q, k, v, scale, options):

@@ -17,7 +17,7 @@ REFUSED = {
     "jamba": "state-space",
     "qwen3_next": "recurrent",
     "lfm2": "convolutional",
-    "recurrent_gemma": "(recurrent|pluggable)",  # before transformers 5.22
+    "recurrent_gemma": "recurrent",
     "t5": "encoder-decoder",
     "bart": "encoder-decoder",
     "gpt2": "positions are absolute",

@@ -41,7 +41,7 @@ from lminf_eval.spec import LambdaSpec
 
 # Of the families of support.TESTED, those that AutoTP divides wrongly: by tests/parallel/test_deepspeed.py.
 _UNSHARDED = """
-    afmoe bitnet codegen flex_olmo flint gemma3n_text gemma4_text granitemoeshared jetmoe minimax_m2
+    afmoe bitnet codegen dbrx flex_olmo flint gemma3n_text gemma4_text granitemoeshared jetmoe minimax_m2
     modernbert-decoder nanochat olmo2 olmo3 olmoe persimmon phimoe
 """
 UNSHARDED = frozenset(_UNSHARDED.split())

@@ -133,7 +133,7 @@ def all_cases(models, ranks: int) -> dict[str, dict]:
     for chunk_size in (20, 33, 64):  # windows that lie in the cache, in part in the cache, on other ranks
         cases[f"chunks of {chunk_size}"] = make_case(models, chunk_size=chunk_size, score=[[text(rng, 161), 1]])
     for seed in range(12):
-        method = rng.choice(list(METHODS))
+        method = str(rng.choice(list(METHODS)))
         n_local = int(rng.integers(4, 50))
         drawn = LambdaSpec(attention=method, n_local=n_local, n_global=int(rng.integers(min(8, n_local))))
         how = {"chunk_size": int(rng.choice([30, 57, WHOLE])), "batch_size": [None, 1, 2, 3][seed % 4]}
