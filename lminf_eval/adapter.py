@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import secrets
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,7 +15,6 @@ from lm_eval.models.utils import postprocess_generated_text
 from tqdm import tqdm
 
 from lminf_eval import __version__, generation
-from lminf_eval.answer_cache import identify
 from lminf_eval.arguments import PARALLEL, as_given, check, find_device, identity, recorded
 from lminf_eval.engine import GenerateRequest, Score, ScoreRequest
 from lminf_eval.errors import UsageError
@@ -26,10 +24,10 @@ from lminf_eval.parallel import data
 from lminf_eval.parallel.data import Work
 from lminf_eval.parallel.ranks import Ranks
 from lminf_eval.parallel.way import choose
-from lminf_eval.pieces import encode, fingerprint_tokenizer
+from lminf_eval.pieces import encode
 from lminf_eval.prefix import HELD
 from lminf_eval.resume.checkpoint import Checkpoints
-from lminf_eval.resume.journal import ANSWERS, HOW, Journal
+from lminf_eval.resume.journal import HOW, Journal
 from lminf_eval.spec import LambdaSpec
 
 logger = logging.getLogger(f"lm_eval.{__name__}")  # lm-eval shows the loggers below its own name
@@ -115,23 +113,6 @@ class LMInfinite(LateHFLM):
         self.ranks.stop.listen()
 
     # ------------------------------------------------------------------ what lm-eval asks of a model
-
-    def set_cache_hook(self, cache_hook: Any) -> None:
-        """Take lm-eval's database of answers (`--use_cache`), and let it serve only this model's and method's."""
-        if cache_hook.dbdict is not None:
-            identify(cache_hook.dbdict, self._answers_identity())
-        super().set_cache_hook(cache_hook)
-
-    def _answers_identity(self) -> dict[str, Any]:
-        """What, besides a request's text, changes an answer. Nobody can tell a model object from a changed one."""
-        who = {"object": secrets.token_hex(16)}
-        if self.shares_model:
-            logger.warning("use_cache: answers of a model object are not found again; pass a directory or a hub name")
-        else:
-            who = identity(self.pretrained, self.config, self._given)
-        spec = self.spec.model_dump(exclude=HOW)
-        tokens = fingerprint_tokenizer(self.tokenizer)
-        return who | {"answers": ANSWERS, "spec": spec, "tokens": tokens, "seed": torch.initial_seed()}
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Split a pair's tokens as `hf` does, or apart if the continuation would be left without a token of its own.

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,16 @@ from transformers import GenerationConfig
 from lminf_eval import support
 from lminf_eval.adapters import base_of, check_adapter
 from lminf_eval.allocator import keep_freed_memory
+from lminf_eval.answer_cache import identify
+from lminf_eval.arguments import identity
 from lminf_eval.attention.kernels import primitive
 from lminf_eval.errors import UsageError, first_line
 from lminf_eval.model_shape import ModelShape
 from lminf_eval.modules import check_structure, device_of
 from lminf_eval.parallel.ranks import Ranks
 from lminf_eval.parallel.way import Way
-from lminf_eval.resume.journal import Journal
+from lminf_eval.pieces import fingerprint_tokenizer
+from lminf_eval.resume.journal import ANSWERS, HOW, Journal
 from lminf_eval.sampling import Decoding
 from lminf_eval.scaling import apply_rope
 from lminf_eval.spec import LambdaSpec, trained_length
@@ -58,6 +62,7 @@ class LateHFLM(HFLM):
     _streaming: Any = None
     shares_model = False  # whether a user, who passed the model object, calls it between our requests
     journal: Journal | None = None
+    _given: Mapping[str, Any] = {}  # the user's arguments
     _longest = 0  # tokens of context that a request took since results were last written
     _written = False  # whether lm-eval is writing results
 
@@ -97,6 +102,23 @@ class LateHFLM(HFLM):
         info = super().get_model_info()
         unknown = {"model_num_parameters": -1, "model_dtype": self._dtype()} if self.unread else {}
         return info | unknown  # if all answers came from a cache, nobody counted
+
+    def set_cache_hook(self, cache_hook: Any) -> None:
+        """Take lm-eval's database of answers (`--use_cache`), and let it serve only this model's and method's."""
+        if cache_hook.dbdict is not None:
+            identify(cache_hook.dbdict, self._answers_identity())
+        super().set_cache_hook(cache_hook)
+
+    def _answers_identity(self) -> dict[str, Any]:
+        """What, besides a request's text, changes an answer. Nobody can tell a model object from a changed one."""
+        who = {"object": secrets.token_hex(16)}
+        if self.shares_model:
+            logger.warning("use_cache: answers of a model object are not found again; pass a directory or a hub name")
+        else:
+            who = identity(self.pretrained, self.config, self._given)
+        spec = self.spec.model_dump(exclude=HOW)
+        tokens = fingerprint_tokenizer(self.tokenizer)
+        return who | {"answers": ANSWERS, "spec": spec, "tokens": tokens, "seed": torch.initial_seed()}
 
     def _get_config(self, pretrained: str, **kwargs: Any) -> None:
         try:
