@@ -1,5 +1,6 @@
 """`lminf doctor` against what is there, and its memory formula against models that are built."""
 
+import importlib.metadata
 import json
 import shutil
 import subprocess
@@ -27,7 +28,7 @@ def shown(capsys, pretrained, length=4096, model_args="", batch_size=1):
 def test_it_tells_what_is_installed(capsys):
     rows = shown(capsys, None)
     assert __version__ in rows["lminf-eval"]
-    assert torch.__version__ in rows["torch"]
+    assert importlib.metadata.version("torch") in rows["torch"]
     assert f"{torch.get_num_threads()} threads" in rows["cpu"]
     assert "lm_eval knows --model lminf (LMInfinite)" in rows["model"]
     assert "family" not in rows
