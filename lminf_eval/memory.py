@@ -35,7 +35,8 @@ def memory(config: Any, spec: LambdaSpec, length: int, batch_size: int, dtype: t
     - activations of one chunk: s B C (4 hidden + 3 max(intermediate, H D)), and one layer's keys and values in order,
       before and after turning: 4 s B K D min(N, W + C)
     """
-    text, shape = config.get_text_config(), ModelShape.of(config)
+    shape = ModelShape.of(config)  # which refuses a config that has no text part to speak of
+    text = config.get_text_config()
     chunk = min(spec.chunk_size, length)
     number = dtype.itemsize * batch_size
     kept = full = aside = one_layer = 0
