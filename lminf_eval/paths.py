@@ -1,4 +1,4 @@
-"""Where downloaded models, converted weights and filtered corpora are kept."""
+"""Where downloaded models, converted weights, filtered corpora, and the files that the wheel carries lie."""
 
 import hashlib
 import os
@@ -20,6 +20,13 @@ def cache_home() -> Path:
     else:
         base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(base).expanduser().absolute() / "lminf-eval"
+
+
+def data_folder(name: str) -> Path:
+    """Return the folder `name` ("tasks", "slurm"): inside the installed package, or next to it in a checkout."""
+    package = Path(__file__).resolve().parent
+    installed = package / "_data" / name
+    return installed if installed.is_dir() else package.parent / name
 
 
 def sha256_of(file: Path) -> str:

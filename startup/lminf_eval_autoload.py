@@ -9,14 +9,14 @@ import sys
 
 
 class _Waiter:
-    """Finds no module; hands over to `lminf_eval.plugin` when lm-eval is first looked for."""
+    """Finds no module; hands over to `lminf_eval.harness.plugin` when lm-eval is first looked for."""
 
     def find_spec(self, name, path=None, target=None):
         if name == "lm_eval" and self in sys.meta_path:
             # A new list, since this thread, and maybe others, are walking through the old one.
             sys.meta_path = [finder for finder in sys.meta_path if finder is not self]
             try:
-                from lminf_eval import plugin
+                from lminf_eval.harness import plugin
             except ImportError as error:
                 import logging
 

@@ -40,8 +40,8 @@ def _seed():
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """Directory of SmolLM2-135M-Instruct in float32, tokenizer included; skips the test where it can't be had."""
+    from lminf_eval.demo.smollm2 import fetch
     from lminf_eval.errors import UsageError
-    from lminf_eval.smollm2 import fetch
 
     try:
         return fetch()
@@ -141,8 +141,8 @@ def reference_logits():
     top-k re-admission from the position `readmit_from` on.
     """
     from lminf_eval.attention.reference import lambda_attention
-    from lminf_eval.selfcheck import lambda_model
-    from lminf_eval.spec import LambdaSpec
+    from lminf_eval.methods.spec import LambdaSpec
+    from lminf_eval.models.equivalence_check import lambda_model
 
     def logits(
         model: torch.nn.Module, spec: LambdaSpec, ids: torch.Tensor, readmit_from: int | None = None

@@ -12,9 +12,9 @@ from lm_eval.models.huggingface import HFLM
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from lminf_eval.adapter import UNBOUNDED, LMInfinite
+from lminf_eval.config.rope_scaling import apply_rope
 from lminf_eval.errors import UsageError
-from lminf_eval.scaling import apply_rope
+from lminf_eval.harness.lm import UNBOUNDED, LMInfinite
 
 TEXT = topics["exceptions"]
 WAYS = ("lambda", "full")

@@ -7,8 +7,8 @@ from lm_eval.models.huggingface import HFLM
 from peft import PeftType, get_peft_config, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from lminf_eval.adapter import LMInfinite
 from lminf_eval.errors import UsageError
+from lminf_eval.harness.lm import LMInfinite
 
 OUTSIDE = {
     "PROMPT_TUNING": {"num_virtual_tokens": 3},

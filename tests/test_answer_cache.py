@@ -9,8 +9,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from sqlitedict import SqliteDict
 
-from lminf_eval.adapter import LMInfinite
-from lminf_eval.answer_cache import digest, identify, keep_requests_apart
+from lminf_eval.harness.answer_cache import digest, identify, keep_requests_apart
+from lminf_eval.harness.lm import LMInfinite
 from tests.test_adapter import pairs, prompts, rolling
 
 TEXT = "the quick brown fox jumps over the lazy dog " * 8

@@ -5,11 +5,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lm_eval.utils import simple_parse_args_string
 
-from lminf_eval.adapter import LMInfinite
-from lminf_eval.arguments import as_given
 from lminf_eval.errors import UsageError
-from lminf_eval.spec import LambdaSpec
-from lminf_eval.tokenizer import load_tokenizer
+from lminf_eval.harness.lm import LMInfinite
+from lminf_eval.harness.model_args import as_given
+from lminf_eval.methods.spec import LambdaSpec
+from lminf_eval.tasks.tokenizer import load_tokenizer
 
 VALUES = st.one_of(
     st.none(),

@@ -14,9 +14,9 @@ import transformers
 from lm_eval.__main__ import cli_evaluate
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lminf_eval.adapter import LMInfinite
-from lminf_eval.arguments import find_device
 from lminf_eval.errors import UsageError
+from lminf_eval.harness.lm import LMInfinite
+from lminf_eval.harness.model_args import find_device
 
 TASK = """
 task: two_words

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from lminf_eval.cache import LambdaCache, LayerCache
-from lminf_eval.selfcheck import lambda_model
-from lminf_eval.spec import LambdaSpec
+from lminf_eval.cache.window_cache import LambdaCache, LayerCache
+from lminf_eval.methods.spec import LambdaSpec
+from lminf_eval.models.equivalence_check import lambda_model
 
 WINDOW, SINKS = 8, 3
 

@@ -11,7 +11,7 @@ def python(code: str) -> subprocess.CompletedProcess:
 
 
 def test_the_version_is_the_packages():
-    assert python("from lminf_eval.cli import app; app(['--version'])").stdout == f"lminf-eval {__version__}\n"
+    assert python("from lminf_eval.cli.app import app; app(['--version'])").stdout == f"lminf-eval {__version__}\n"
 
 
 def test_help_loads_nothing_heavy():
@@ -28,7 +28,7 @@ finally:
 
 
 def test_an_unknown_command_is_told_and_fails():
-    done = python("from lminf_eval.cli import app; app(['dmeo'])")
+    done = python("from lminf_eval.cli.app import app; app(['dmeo'])")
     assert done.returncode == 2
     assert "dmeo" in done.stderr
 

@@ -10,8 +10,8 @@ import pytest
 import zstandard
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from lminf_eval import corpora
 from lminf_eval.errors import UsageError
+from lminf_eval.tasks import corpora
 
 LONG = "\n".join(topics[name] for name in sorted(topics)[:4])
 

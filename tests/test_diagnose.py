@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import lminf_eval
-from lminf_eval.cli import app
-from lminf_eval.diagnose import choose_layers, diagnose
+from lminf_eval.cli.app import app
+from lminf_eval.diagnosis.run import choose_layers, diagnose
 from lminf_eval.errors import UsageError
 
 COLUMNS = {
@@ -96,7 +96,7 @@ def test_a_family_without_positions_that_could_be_held_is_refused(tmp_path):
 
 
 def test_missing_packages_are_named(monkeypatch):
-    for name in ("lminf_eval.diagnose", "lminf_eval.diagnosis.figures"):  # so that they are imported again
+    for name in ("lminf_eval.diagnosis.run", "lminf_eval.diagnosis.figures"):  # so that they are imported again
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.delattr(lminf_eval, "diagnose")
     monkeypatch.setitem(sys.modules, "matplotlib", None)

@@ -12,11 +12,13 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, GPT2Config, LlamaConfig, LlamaForCausalLM, MistralConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from lminf_eval import __version__, doctor, support
+from lminf_eval import __version__
+from lminf_eval.cli import doctor
 from lminf_eval.errors import UsageError
-from lminf_eval.memory import memory, parameters
-from lminf_eval.spec import LambdaSpec
-from lminf_eval.weights import read_config
+from lminf_eval.methods.spec import LambdaSpec
+from lminf_eval.models.families import registry
+from lminf_eval.models.loading import read_config
+from lminf_eval.models.memory_estimate import memory, parameters
 
 
 def shown(capsys, pretrained, length=4096, model_args="", batch_size=1):
@@ -72,7 +74,7 @@ def test_bad_arguments_are_told(args, message, tiny_llama):
 def test_a_missing_folder_and_an_unreachable_hub_are_one_line(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="no such directory"):
         doctor.doctor(str(tmp_path / "none"), 4096, "", 1, "cpu")
-    command = "from lminf_eval.cli import app; app(['doctor', '--pretrained', 'nobody/nothing'])"
+    command = "from lminf_eval.cli.app import app; app(['doctor', '--pretrained', 'nobody/nothing'])"
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True)
     assert done.returncode == 1
@@ -82,7 +84,7 @@ def test_a_missing_folder_and_an_unreachable_hub_are_one_line(tmp_path, monkeypa
 
 
 def test_the_hook_switched_off_is_told():
-    command = "from lminf_eval.doctor import hook; print(dict(hook()))"
+    command = "from lminf_eval.cli.doctor import hook; print(dict(hook()))"
     environment = {"PATH": "", "LMINF_EVAL_AUTOLOAD": "0", "PYTHONPATH": ":".join(filter(None, sys.path))}
     done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
@@ -107,8 +109,8 @@ def test_weights_are_those_of_the_model(tiny_llama, tied):
 
 @pytest.mark.parametrize("attention", ["lambda", "window", "full"])
 def test_kept_keys_and_values_are_those_of_the_cache(tiny_model, attention):
-    from lminf_eval.full import FullModel
-    from lminf_eval.selfcheck import lambda_model
+    from lminf_eval.models.equivalence_check import lambda_model
+    from lminf_eval.models.full_model import FullModel
 
     model = tiny_model()
     spec = LambdaSpec(attention=attention, n_local=16, n_global=4)
@@ -172,7 +174,7 @@ def test_every_family_gets_figures_or_one_line(attention):
         except (StrictDataclassError, TypeError, ValueError):  # transformers has no default for it
             continue
         try:
-            support.check(config, attention)
+            registry.check(config, attention)
             spec, rows = doctor.how(config, LambdaSpec(attention=attention, n_local=2048), torch.float32, "cpu")
             figures += bool([*rows, *doctor.memory_rows(config, spec, 65536, 1, torch.float32)])
         except UsageError as refusal:

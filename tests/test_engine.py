@@ -7,15 +7,15 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lminf_eval import engine as engine_module
-from lminf_eval.cache import LambdaCache
-from lminf_eval.engine import Engine, GenerateRequest, ScoreRequest
-from lminf_eval.full import FullModel
-from lminf_eval.parallel.deepspeed import AgreeInStep
-from lminf_eval.rope import Rotary
-from lminf_eval.sampling import most_likely
-from lminf_eval.selfcheck import lambda_model
-from lminf_eval.spec import LambdaSpec
+from lminf_eval.cache.window_cache import LambdaCache
+from lminf_eval.inference import engine as engine_module
+from lminf_eval.inference.engine import Engine, GenerateRequest, ScoreRequest
+from lminf_eval.inference.sampling import most_likely
+from lminf_eval.methods.spec import LambdaSpec
+from lminf_eval.models.equivalence_check import lambda_model
+from lminf_eval.models.full_model import FullModel
+from lminf_eval.models.rope import Rotary
+from lminf_eval.parallel.tensor_parallel import AgreeInStep
 
 SPECS = [
     LambdaSpec(attention=attention, n_local=n_local, n_global=n_global)

@@ -18,9 +18,9 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from lminf_eval.selfcheck import lambda_model
-from lminf_eval.spec import LambdaSpec
-from lminf_eval.support import TESTED
+from lminf_eval.methods.spec import LambdaSpec
+from lminf_eval.models.equivalence_check import lambda_model
+from lminf_eval.models.families.registry import TESTED
 
 W, G, S = 16, 3, 70  # n_local, n_global, tokens: below, at and well past n_local
 SMALL = {

@@ -6,12 +6,12 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from lminf_eval.adapter import LMInfinite
-from lminf_eval.engine import Engine, GenerateRequest, ScoreRequest
 from lminf_eval.errors import UsageError
-from lminf_eval.modules import check_structure
-from lminf_eval.selfcheck import full_model
-from lminf_eval.support import check
+from lminf_eval.harness.lm import LMInfinite
+from lminf_eval.inference.engine import Engine, GenerateRequest, ScoreRequest
+from lminf_eval.models.equivalence_check import full_model
+from lminf_eval.models.families.registry import check
+from lminf_eval.models.modules import check_structure
 
 SMALL = {
     "vocab_size": 97,
@@ -215,7 +215,7 @@ def test_a_model_without_one_rotary_module_is_refused_before_its_weights(name, w
 def test_the_check_is_of_the_models_own_forward(randomise, monkeypatch):
     """OPT's `base_model` holds its decoder once more; run by mistake, it would be a model of two decoders."""
     model = build(randomise, "opt")
-    monkeypatch.setattr("lminf_eval.full.decoder_of", lambda model: model.base_model)
+    monkeypatch.setattr("lminf_eval.models.full_model.decoder_of", lambda model: model.base_model)
     with pytest.raises(UsageError, match="attention=full can't run the family 'opt'"):
         full_model(model)
 

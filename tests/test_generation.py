@@ -9,10 +9,10 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from lminf_eval.adapter import LMInfinite
 from lminf_eval.errors import UsageError
-from lminf_eval.generation import Stop, reasoning_end
-from lminf_eval.sampling import Decoding
+from lminf_eval.harness.generation_kwargs import Stop, reasoning_end
+from lminf_eval.harness.lm import LMInfinite
+from lminf_eval.inference.sampling import Decoding
 
 TEXT = topics["exceptions"]
 CONTEXTS = ["class", TEXT[:100], "<s>"]  # the last is one token long, as forced_bos_token_id needs it

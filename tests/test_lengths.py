@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, processors, tra
 from transformers import PreTrainedTokenizerFast
 
 from lminf_eval.errors import UsageError
-from lminf_eval.lengths import cut_documents, tail_start
+from lminf_eval.tasks.documents import cut_documents, tail_start
 
 ENGLISH = "\n".join(topics[name] for name in sorted(topics)[:12])
 MIXED = "".join(
@@ -45,7 +45,7 @@ def llama2_like():
 @pytest.fixture
 def log(caplog):
     """The package's log records, also where an earlier test has made lm-eval keep its log to itself."""
-    logger = logging.getLogger("lm_eval.lminf_eval.lengths")
+    logger = logging.getLogger("lm_eval.lminf_eval.tasks.documents")
     logger.addHandler(caplog.handler)
     level = logger.level
     logger.setLevel(logging.INFO)

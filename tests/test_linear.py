@@ -6,11 +6,11 @@ from torch import nn
 from torch.nn.functional import linear
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lminf_eval import linear as subject
-from lminf_eval.full import FullModel
-from lminf_eval.linear import Linears, product
-from lminf_eval.patch import LambdaModel
-from lminf_eval.spec import LambdaSpec
+from lminf_eval.methods.spec import LambdaSpec
+from lminf_eval.models import onednn_linear as subject
+from lminf_eval.models.full_model import FullModel
+from lminf_eval.models.onednn_linear import Linears, product
+from lminf_eval.models.patching import LambdaModel
 
 needs_onednn = pytest.mark.skipif(
     not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="needs a PyTorch that has oneDNN's linear layers"

@@ -9,7 +9,7 @@ import pytest
 import zstandard
 
 from lminf_eval.errors import UsageError
-from lminf_eval.localdata import read_texts
+from lminf_eval.tasks.data_files import read_texts
 
 TEXTS = ["The first document.", "Ein zweites, mit Umlaut: ü.", "A third one 🙂"]
 
@@ -39,7 +39,7 @@ def read(*args, **kwargs):
 @pytest.fixture
 def log(caplog):
     """The package's log records, also where an earlier test has made lm-eval keep its log to itself."""
-    logger = logging.getLogger("lm_eval.lminf_eval.localdata")
+    logger = logging.getLogger("lm_eval.lminf_eval.tasks.data_files")
     logger.addHandler(caplog.handler)
     yield caplog
     logger.removeHandler(caplog.handler)

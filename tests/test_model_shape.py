@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING
 
+from lminf_eval.config.model_shape import ModelShape
 from lminf_eval.errors import UsageError
-from lminf_eval.model_shape import ModelShape
-from lminf_eval.patch import LambdaModel
-from lminf_eval.spec import LambdaSpec
+from lminf_eval.methods.spec import LambdaSpec
+from lminf_eval.models.patching import LambdaModel
 from tests.test_families import FAMILIES, build
 
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from lminf_eval.engine import Engine, GenerateRequest, ScoreRequest
 from lminf_eval.errors import UsageError, out_of_memory
-from lminf_eval.full import FullModel
-from lminf_eval.selfcheck import lambda_model
-from lminf_eval.spec import LambdaSpec
+from lminf_eval.inference.engine import Engine, GenerateRequest, ScoreRequest
+from lminf_eval.methods.spec import LambdaSpec
+from lminf_eval.models.equivalence_check import lambda_model
+from lminf_eval.models.full_model import FullModel
 
 SPECS = {
     "lambda": LambdaSpec(n_local=24, n_global=3),

@@ -4,8 +4,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from lminf_eval import passkey
 from lminf_eval.errors import UsageError
+from lminf_eval.tasks import passkey
 
 LENGTH = 2048
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from lminf_eval.selfcheck import lambda_model
-from lminf_eval.spec import LambdaSpec
+from lminf_eval.methods.spec import LambdaSpec
+from lminf_eval.models.equivalence_check import lambda_model
 
 SMALL = {
     "vocab_size": 97,

@@ -14,7 +14,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lminf_eval import perplexity
+from lminf_eval.tasks import perplexity
 
 TASKS = Path(__file__).parents[1] / "tasks"
 LENGTH = 200

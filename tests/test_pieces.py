@@ -6,8 +6,8 @@ from pydoc_data.topics import topics
 import numpy as np
 import pytest
 
-from lminf_eval import pieces
-from lminf_eval.pieces import Pieces, encode
+from lminf_eval.tasks import chunked_tokenization
+from lminf_eval.tasks.chunked_tokenization import Pieces, encode
 
 PLAIN = "\n".join(topics[name] for name in sorted(topics))[:60_000]
 TEXTS = {
@@ -22,7 +22,7 @@ TEXTS = {
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
-    monkeypatch.setattr(pieces, "PIECE", 4096)
+    monkeypatch.setattr(chunked_tokenization, "PIECE", 4096)
 
 
 @pytest.fixture(scope="module")
@@ -71,12 +71,12 @@ def test_nested_prefixes_take_little_more_than_the_longest(tiny_tokenizer, monke
     one = Pieces(tiny_tokenizer)
     for i in range(1, 17):
         one.encode(PLAIN[: len(PLAIN) * i // 16])
-    assert max(seen) < 2.1 * pieces.PIECE
+    assert max(seen) < 2.1 * chunked_tokenization.PIECE
     assert sum(seen) < 3.5 * len(PLAIN)  # and 8.5 times, each from the beginning
 
 
 def test_pieces_are_forgotten_in_time(tiny_tokenizer, monkeypatch):
-    monkeypatch.setattr(pieces, "_REMEMBERED", 3)
+    monkeypatch.setattr(chunked_tokenization, "_REMEMBERED", 3)
     one = Pieces(tiny_tokenizer)
     for text in (PLAIN, PLAIN[::-1], PLAIN):
         assert one.encode(text)[0].tolist() == tiny_tokenizer(text)["input_ids"]
@@ -84,7 +84,7 @@ def test_pieces_are_forgotten_in_time(tiny_tokenizer, monkeypatch):
 
 
 def test_where_neighbours_do_not_agree_the_text_is_encoded_whole(tiny_tokenizer, monkeypatch):
-    monkeypatch.setattr(pieces, "_joint", lambda *_: None)
+    monkeypatch.setattr(chunked_tokenization, "_joint", lambda *_: None)
     seen = count_characters(tiny_tokenizer, monkeypatch)
     ids, _ = Pieces(tiny_tokenizer).encode(PLAIN)
     assert seen[-1] == len(PLAIN)

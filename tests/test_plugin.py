@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lminf_eval import plugin
+from lminf_eval.harness import plugin
 
 CHECKOUT = Path(__file__).parent.parent
 
@@ -88,7 +88,7 @@ def test_a_start_of_python_loads_one_small_module():
 def test_lm_eval_gets_the_model_and_the_tasks(fake_lm_eval):
     done = python(REPORT, path=fake_lm_eval())
     models, tasks = done.stdout.splitlines()
-    assert models == "{'hf': 'lm_eval.models.huggingface:HFLM', 'lminf': 'lminf_eval.adapter:LMInfinite'}"
+    assert models == "{'hf': 'lm_eval.models.huggingface:HFLM', 'lminf': 'lminf_eval.harness.lm:LMInfinite'}"
     assert tasks == str([plugin.task_folder()])
     assert done.stderr == ""
 
@@ -152,7 +152,7 @@ except ImportError as error:
     print(error)
 """
     done = python(first + REPORT, path=fake_lm_eval({"models/__init__.py": fails_once}))
-    assert done.stdout.splitlines()[:2] == ["first time", "{'lminf': 'lminf_eval.adapter:LMInfinite'}"]
+    assert done.stdout.splitlines()[:2] == ["first time", "{'lminf': 'lminf_eval.harness.lm:LMInfinite'}"]
 
 
 def test_without_lm_eval_its_absence_is_reported_as_usual():
@@ -204,7 +204,7 @@ for thread in threads: thread.start()
 for thread in threads: thread.join()
 """
     done = python(code + REPORT, path=fake_lm_eval())
-    assert done.stdout.count("lminf_eval.adapter:LMInfinite") == 1
+    assert done.stdout.count("lminf_eval.harness.lm:LMInfinite") == 1
     assert done.stdout.splitlines()[1] == str([plugin.task_folder()])
     assert done.stderr == ""
 
@@ -212,7 +212,7 @@ for thread in threads: thread.join()
 def test_installed_after_lm_eval_was_imported_it_works_at_once(fake_lm_eval):
     code = "import lm_eval.models, lm_eval.tasks; from lminf_eval import plugin; plugin.install(); plugin.install()"
     done = python(code + REPORT, path=fake_lm_eval(), LMINF_EVAL_AUTOLOAD="0")
-    assert "'lminf': 'lminf_eval.adapter:LMInfinite'" in done.stdout
+    assert "'lminf': 'lminf_eval.harness.lm:LMInfinite'" in done.stdout
     assert done.stdout.splitlines()[1] == str([plugin.task_folder()])
 
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from lminf_eval import prefix
-from lminf_eval.prefix import HELD, MAX_DEPTH, MIN_SHARED, forest
+from lminf_eval.inference import prefix_tree
+from lminf_eval.inference.prefix_tree import HELD, MAX_DEPTH, MIN_SHARED, forest
 
 
 def paths(roots):
@@ -51,7 +51,7 @@ def check(inputs, roots, most_held=HELD):
             assert node.start < len(inputs[member]) <= node.stop
     for i, tokens in enumerate(inputs):
         assert np.array_equal(found[i][: len(tokens)], tokens)
-    assert depth_of(roots) <= prefix.MAX_DEPTH + 1
+    assert depth_of(roots) <= prefix_tree.MAX_DEPTH + 1
     assert held(roots) <= most_held
     return tokens_in(roots)
 
@@ -69,7 +69,7 @@ def random_inputs(rng):
 @pytest.mark.parametrize("least", [1, 4, 32])
 @pytest.mark.parametrize(("max_held", "max_depth"), [(0, 64), (1, 64), (2, 64), (8, 64), (8, 3), (8, 0)])
 def test_random_lists(monkeypatch, least, max_held, max_depth):
-    monkeypatch.setattr(prefix, "MAX_DEPTH", max_depth)
+    monkeypatch.setattr(prefix_tree, "MAX_DEPTH", max_depth)
     rng = np.random.default_rng(0)
     for _ in range(60):
         inputs = random_inputs(rng)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lminf_eval.errors import UsageError
-from lminf_eval.selfcheck import _quantisation, full_model, lambda_model
-from lminf_eval.spec import LambdaSpec
+from lminf_eval.methods.spec import LambdaSpec
+from lminf_eval.models.equivalence_check import _quantisation, full_model, lambda_model
 
 SPEC = LambdaSpec(n_local=16, n_global=4)
 
@@ -29,7 +29,7 @@ def test_int8_passes_the_check_with_the_bound_of_its_rounding(int8):
 
 def test_the_refusal_of_a_quantised_model_names_its_quantisation(int8, monkeypatch):
     name = _quantisation(int8)
-    monkeypatch.setattr("lminf_eval.selfcheck._HALF_LOGITS", 1e-9)
+    monkeypatch.setattr("lminf_eval.models.equivalence_check._HALF_LOGITS", 1e-9)
     with pytest.raises(UsageError, match=f"'llama': .*{name} weights may differ by 0%"):
         full_model(int8)
 

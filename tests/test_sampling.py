@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, GenerationConfig
 
 from lminf_eval.errors import UsageError
-from lminf_eval.sampling import Decoding
+from lminf_eval.inference.sampling import Decoding
 
 LOGITS = torch.tensor([1.0, 3.0, 2.9, -1.0, 0.5])
 

@@ -6,12 +6,12 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from lminf_eval.engine import Engine, GenerateRequest, ScoreRequest
+from lminf_eval.config.rope_scaling import apply_rope
 from lminf_eval.errors import UsageError
-from lminf_eval.full import FullModel
-from lminf_eval.rope import held
-from lminf_eval.scaling import apply_rope
-from lminf_eval.spec import LambdaSpec
+from lminf_eval.inference.engine import Engine, GenerateRequest, ScoreRequest
+from lminf_eval.methods.spec import LambdaSpec
+from lminf_eval.models.full_model import FullModel
+from lminf_eval.models.rope import held
 
 SMALL = {
     "vocab_size": 97,

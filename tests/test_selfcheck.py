@@ -7,12 +7,12 @@ import torch
 from lm_eval.api.instance import Instance
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from lminf_eval.adapter import LMInfinite
-from lminf_eval.cache import LayerCache
+from lminf_eval.cache.window_cache import LayerCache
 from lminf_eval.errors import UsageError
-from lminf_eval.rope import Rotary
-from lminf_eval.selfcheck import _logits_error, lambda_model, relative_error
-from lminf_eval.spec import LambdaSpec
+from lminf_eval.harness.lm import LMInfinite
+from lminf_eval.methods.spec import LambdaSpec
+from lminf_eval.models.equivalence_check import _logits_error, lambda_model, relative_error
+from lminf_eval.models.rope import Rotary
 
 SPEC = LambdaSpec(n_local=16, n_global=4)
 SMALL = {

@@ -6,7 +6,7 @@ import zipfile
 
 import pytest
 
-from lminf_eval import smollm2
+from lminf_eval.demo import smollm2
 from lminf_eval.errors import UsageError
 
 

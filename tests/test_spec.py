@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from lminf_eval.errors import UsageError
-from lminf_eval.spec import LambdaSpec, closest, trained_length
+from lminf_eval.methods.spec import LambdaSpec, closest, trained_length
 
 
 def test_defaults_are_the_papers():

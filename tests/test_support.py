@@ -4,9 +4,9 @@ import pytest
 from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from lminf_eval import families
 from lminf_eval.errors import UsageError
-from lminf_eval.support import TESTED, check, families_table, support
+from lminf_eval.models import families
+from lminf_eval.models.families.registry import TESTED, check, families_table, support
 
 REFUSED = {
     "deepseek_v3": "multi-head latent attention",

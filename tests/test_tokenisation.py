@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoTokenizer
 
-from lminf_eval.adapter import LMInfinite
 from lminf_eval.errors import UsageError
+from lminf_eval.harness.lm import LMInfinite
 from tests.test_adapter import pairs
 
 TEXTS = st.text(st.sampled_from("ab wi.,\n\té漢😀\u0301<>/s0"), max_size=12) | st.text(max_size=6)

@@ -8,11 +8,11 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from lminf_eval.adapter import LMInfinite
 from lminf_eval.errors import UsageError
-from lminf_eval.modules import attention_layers
-from lminf_eval.selfcheck import lambda_model
-from lminf_eval.spec import LambdaSpec
+from lminf_eval.harness.lm import LMInfinite
+from lminf_eval.methods.spec import LambdaSpec
+from lminf_eval.models.equivalence_check import lambda_model
+from lminf_eval.models.modules import attention_layers
 
 SPEC = LambdaSpec(n_local=16, n_global=4)
 ARGUMENTS = ("The grass is green. " * 9, " The sky is blue.")

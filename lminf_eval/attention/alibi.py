@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from lminf_eval.attention import banded
+from lminf_eval.attention import sliding_window
 
 _BLOCK = 256  # queries that share one origin
 _COORDINATES = 8  # two used; kernels want head dimensions that are multiples of eight
@@ -33,7 +33,7 @@ def band(
         stop = min(start + _BLOCK, L)
         keys = slice(max(0, past + start - n_local + 1), past + stop)
         pieces.append(
-            banded.band(
+            sliding_window.band(
                 queries_at(q_BHLD[:, :, start:stop], torch.arange(stop - start), slopes_H / scale),
                 keys_at(k_BKMD[:, :, keys], torch.arange(keys.start, keys.stop) - past - start),
                 v_BKMD[:, :, keys],

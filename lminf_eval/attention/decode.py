@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 
 from lminf_eval.attention import kernels
-from lminf_eval.cache import LayerCache
-from lminf_eval.spec import LambdaSpec
+from lminf_eval.cache.window_cache import LayerCache
+from lminf_eval.methods.spec import LambdaSpec
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from lminf_eval.spec import LambdaSpec
+from lminf_eval.methods.spec import LambdaSpec
 
 Rotate = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 

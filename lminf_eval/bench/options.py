@@ -8,12 +8,13 @@ from typing import Any
 
 from lm_eval.utils import simple_parse_args_string
 
-from lminf_eval import arguments
 from lminf_eval.bench.shapes import SHAPES
+from lminf_eval.demo.smollm2 import NAME
 from lminf_eval.errors import UsageError
+from lminf_eval.harness.model_args import check as check_args
+from lminf_eval.harness.model_args import find_device
+from lminf_eval.methods.spec import LambdaSpec, closest
 from lminf_eval.paths import cache_home
-from lminf_eval.smollm2 import NAME
-from lminf_eval.spec import LambdaSpec, closest
 from lminf_eval.utils.tokens import parse_tokens
 
 CASES = {
@@ -90,12 +91,12 @@ def parse(
     for window in windows:
         LambdaSpec.parse({**own, "n_local": window})
     if pretrained:
-        arguments.check(pretrained, 1, True, None, {})
+        check_args(pretrained, 1, True, None, {})
     return Options(
         pretrained,
         shape,
         dtype,
-        arguments.find_device(device),
+        find_device(device),
         threads,
         windows,
         counts("lengths", lengths),

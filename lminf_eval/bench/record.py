@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
+from lminf_eval.bench.roofline import Ceilings, Work
 from lminf_eval.bench.timing import Told
-from lminf_eval.bench.work import Ceilings, Work
 
 
 @dataclass(frozen=True)

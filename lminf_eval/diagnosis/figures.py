@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from lminf_eval.diagnosis.tables import Tables
-from lminf_eval.results.figure import SETTINGS, Plot
-from lminf_eval.results.style import FIRST_OF_ATTENTION, GRID, INK, VERMILION
+from lminf_eval.report.figures.figure import SETTINGS, Plot
+from lminf_eval.report.figures.style import FIRST_OF_ATTENTION, GRID, INK, VERMILION
 from lminf_eval.utils.tokens import format_tokens
 
 _FULL, _OURS = FIRST_OF_ATTENTION["full"], FIRST_OF_ATTENTION["lambda"]

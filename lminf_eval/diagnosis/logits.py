@@ -11,8 +11,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from lminf_eval.attention.chunk import far_positions
-from lminf_eval.spec import LambdaSpec
+from lminf_eval.attention.prefill import far_positions
+from lminf_eval.methods.spec import LambdaSpec
 
 Turn = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 

@@ -19,10 +19,10 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from lminf_eval.diagnosis.logits import LogitStatistics, distance_edges, entropy, visible_logits
-from lminf_eval.modules import layer_type
-from lminf_eval.patch import LambdaModel
-from lminf_eval.selfcheck import lambda_model
-from lminf_eval.spec import LambdaSpec
+from lminf_eval.methods.spec import LambdaSpec
+from lminf_eval.models.equivalence_check import lambda_model
+from lminf_eval.models.modules import layer_type
+from lminf_eval.models.patching import LambdaModel
 
 _LOGITS_AT_ONCE = 2**24
 _QUERIES = 64  # spaced evenly, and as many spaced by their logarithm

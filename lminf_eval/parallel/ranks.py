@@ -27,8 +27,8 @@ import torch
 import torch.distributed as dist
 
 from lminf_eval.errors import UsageError, first_line
-from lminf_eval.parallel.watch import SharedStop, Watch
-from lminf_eval.resume.stop import Stop
+from lminf_eval.parallel.failure_detector import SharedStop, Watch
+from lminf_eval.resume.shutdown import Stop
 
 logger = logging.getLogger(f"lm_eval.{__name__}")  # lm-eval shows the loggers below its own name
 

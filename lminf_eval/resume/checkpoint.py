@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from lminf_eval.cache import LambdaCache, LayerCache
+from lminf_eval.cache.window_cache import LambdaCache, LayerCache
 from lminf_eval.errors import UsageError
 
 logger = logging.getLogger(f"lm_eval.{__name__}")  # lm-eval shows the loggers below its own name

@@ -13,10 +13,10 @@ from rich.text import Text
 
 from lminf_eval.errors import UsageError
 from lminf_eval.sweep import slurm
-from lminf_eval.sweep.estimate import estimate, measured_rates
-from lminf_eval.sweep.folder import CellFolder
-from lminf_eval.sweep.grid import read
-from lminf_eval.sweep.run import Outcome, Runner, run_all
+from lminf_eval.sweep.cell import CellFolder
+from lminf_eval.sweep.config import read
+from lminf_eval.sweep.cost import estimate, measured_rates
+from lminf_eval.sweep.runner import Outcome, Runner, run_all
 
 WIDEST = 200  # characters a line where the output is no terminal
 

@@ -8,15 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lminf_eval.errors import UsageError
-from lminf_eval.sweep.folder import CellFolder
-from lminf_eval.sweep.grid import Resources
+from lminf_eval.paths import data_folder
+from lminf_eval.sweep.cell import CellFolder
+from lminf_eval.sweep.config import Resources
 
 
 def script() -> Path:
-    """The array script: inside the installed package, or beside it in a checkout."""
-    package = Path(__file__).resolve().parent.parent
-    installed = package / "slurm" / "sweep.sbatch"
-    return installed if installed.is_file() else package.parent / "slurm" / "sweep.sbatch"
+    """Return the path of the array script."""
+    return data_folder("slurm") / "sweep.sbatch"
 
 
 def submit(file: Path, output: Path, folders: list[CellFolder], cells: list[int], at_once: int | None) -> Iterator[str]:

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from lminf_eval.attention import alibi
-from lminf_eval.attention.chunk import attend_chunk
 from lminf_eval.attention.decode import Step, attend_one
+from lminf_eval.attention.prefill import attend_chunk
 from lminf_eval.attention.reference import lambda_attention
-from lminf_eval.cache import LayerCache
-from lminf_eval.spec import LambdaSpec
+from lminf_eval.cache.window_cache import LayerCache
+from lminf_eval.methods.spec import LambdaSpec
 
 SLOPES = torch.tensor([0.5, 0.03], dtype=torch.float64)
 SPECS = [LambdaSpec(attention=attention, n_local=6, n_global=2) for attention in ("lambda", "window", "streaming")]

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lminf_eval.attention import kernels, windowed
-from lminf_eval.attention.banded import add_far, band
-from lminf_eval.attention.chunk import far_positions
+from lminf_eval.attention import kernels, window_kernels
+from lminf_eval.attention.prefill import far_positions
 from lminf_eval.attention.reference import lambda_attention
-from lminf_eval.spec import LambdaSpec
+from lminf_eval.attention.sliding_window import add_far, band
+from lminf_eval.methods.spec import LambdaSpec
 
 HEAD_DIM = 8
 FREQUENCIES = 1.3 ** -torch.arange(HEAD_DIM // 2, dtype=torch.float64)
@@ -56,7 +56,7 @@ def random_qkv(S, H=2, K=1, B=1, dtype=torch.float64, device="cpu"):
 @pytest.fixture(params=["own route", "triangles", "math"])
 def route(request, monkeypatch):
     if request.param == "triangles":
-        monkeypatch.setattr(windowed, "has_window", lambda q, softcap=None: False)
+        monkeypatch.setattr(window_kernels, "has_window", lambda q, softcap=None: False)
     if request.param == "math":
         monkeypatch.setattr(kernels, "primitive", lambda q, softcap=None: "math")
 
@@ -186,8 +186,8 @@ def test_a_windowed_kernel_is_used_only_if_this_torch_has_one(function, found, m
     monkeypatch.delattr("torch.nn.attention.varlen", raising=False)
     module = None if function is None else SimpleNamespace(varlen_attn=function)
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", module)
-    monkeypatch.setattr(windowed, "_varlen", windowed._varlen.__wrapped__)
-    assert (windowed._varlen() is not None) == found
+    monkeypatch.setattr(window_kernels, "_varlen", window_kernels._varlen.__wrapped__)
+    assert (window_kernels._varlen() is not None) == found
 
 
 @pytest.mark.gpu

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lminf_eval.attention import alibi, kernels, windowed
+from lminf_eval.attention import alibi, kernels, window_kernels
 from lminf_eval.attention.kernels import attend, merge, primitive
 
 
@@ -95,7 +95,7 @@ def test_a_last_dimension_that_is_not_dense_is_read_right(which):
     calls = {
         "attend": lambda q, k, v: attend(q, k, v, 0.3, True),
         "attend_biased": lambda q, k, v: kernels.attend_biased(q[:, :, :1], k, v, None, 0.3),
-        "attend_window": lambda q, k, v: windowed.attend_window(q[:, :, 40:], k, v, 30, 0.3),
+        "attend_window": lambda q, k, v: window_kernels.attend_window(q[:, :, 40:], k, v, 30, 0.3),
         "attend_biased with slopes": lambda q, k, v: alibi.band(q, k, v, 30, 0.3, torch.ones(4)),
     }
     for call in calls.values():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lminf_eval.attention.reference import lambda_attention
-from lminf_eval.spec import LambdaSpec
+from lminf_eval.methods.spec import LambdaSpec
 
 HEAD_DIM = 8
 FREQUENCIES = 1.3 ** -torch.arange(HEAD_DIM // 2, dtype=torch.float64)

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from lminf_eval.attention.topk import Middle
-from lminf_eval.engine import Engine, GenerateRequest, ScoreRequest
+from lminf_eval.cache.offloaded_keys import Middle
 from lminf_eval.errors import UsageError
-from lminf_eval.selfcheck import lambda_model
-from lminf_eval.spec import LambdaSpec
+from lminf_eval.inference.engine import Engine, GenerateRequest, ScoreRequest
+from lminf_eval.methods.spec import LambdaSpec
+from lminf_eval.models.equivalence_check import lambda_model
 
 SPEC = LambdaSpec(n_local=16, n_global=3, top_k=4, top_k_from_layer=1, top_k_distance=7)
 

@@ -4,8 +4,8 @@ import logging
 
 import pytest
 
+from lminf_eval.bench.benchmark_model import Subject
 from lminf_eval.bench.options import parse
-from lminf_eval.bench.subject import Subject
 
 
 @pytest.fixture(autouse=True)

@@ -4,15 +4,15 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from lminf_eval.bench.baselines import rivals, sliding
+from lminf_eval.bench.benchmark_model import Subject
 from lminf_eval.bench.cases import attention, ceilings, decode, memory, prefill, prefix, short
-from lminf_eval.bench.cases.states import lambda_state, plain_bytes, plain_state
+from lminf_eval.bench.prefilled_caches import lambda_state, plain_bytes, plain_state
 from lminf_eval.bench.record import Record
-from lminf_eval.bench.rivals import rivals, sliding
-from lminf_eval.bench.subject import Subject
-from lminf_eval.bench.work import Ceilings, Work, full_pairs, lambda_pairs
-from lminf_eval.modules import CACHE_NAMES
-from lminf_eval.patch import LambdaModel
-from lminf_eval.spec import LambdaSpec
+from lminf_eval.bench.roofline import Ceilings, Work, full_pairs, lambda_pairs
+from lminf_eval.methods.spec import LambdaSpec
+from lminf_eval.models.modules import CACHE_NAMES
+from lminf_eval.models.patching import LambdaModel
 
 MACHINE = Ceilings(1e11, 1e10)
 
@@ -57,7 +57,7 @@ def test_prefill(subject):
 
 
 def test_what_does_not_fit_the_memory_is_left_out_by_name(subject, monkeypatch):
-    monkeypatch.setattr("lminf_eval.bench.subject.available", lambda device: 1000)
+    monkeypatch.setattr("lminf_eval.bench.benchmark_model.available", lambda device: 1000)
     for case in (prefill, decode):
         record = measured(list(case.jobs(subject, MACHINE))[-1])
         assert list(record.values) == ["lambda"]

@@ -5,10 +5,10 @@ import re
 
 import pytest
 
-from lminf_eval.bench import FORMAT, command
+from lminf_eval.bench import FORMAT, run
+from lminf_eval.bench.benchmark_model import Subject
 from lminf_eval.bench.cases import decode, prefill
-from lminf_eval.bench.command import bench
-from lminf_eval.bench.subject import Subject
+from lminf_eval.bench.run import bench
 from lminf_eval.errors import UsageError
 
 
@@ -16,7 +16,7 @@ from lminf_eval.errors import UsageError
 def _small_ceilings(monkeypatch):
     """The machine's ceilings are not what is tested here."""
     from lminf_eval.bench.record import Record
-    from lminf_eval.bench.work import Work
+    from lminf_eval.bench.roofline import Work
 
     record = Record(
         "ceilings",
@@ -24,7 +24,7 @@ def _small_ceilings(monkeypatch):
         {"matrix product": [1.0, 2.0], "copy": [1.0, 2.0]},
         work={"matrix product": Work(1e11), "copy": Work(0.0, 1e10)},
     )
-    monkeypatch.setattr(command.ceilings, "measure", lambda *args: record)
+    monkeypatch.setattr(run.ceilings, "measure", lambda *args: record)
 
 
 def read(file):
@@ -123,7 +123,7 @@ def test_an_output_that_cannot_be_written(make_options, tmp_path):
 
 
 def test_weights_that_do_not_fit_are_refused_before_they_are_made(make_options, tmp_path, monkeypatch):
-    monkeypatch.setattr("lminf_eval.bench.subject.available", lambda device: 1000)
+    monkeypatch.setattr("lminf_eval.bench.benchmark_model.available", lambda device: 1000)
     with pytest.raises(UsageError, match=r"the weights: needs 0\.0 GB, 0\.0 GB are free"):
         bench(make_options(), tmp_path / "bench.json")
 

@@ -5,9 +5,9 @@ from typer.testing import CliRunner
 
 from lminf_eval.bench import options
 from lminf_eval.bench.options import counts, parse
-from lminf_eval.cli import app
+from lminf_eval.cli.app import app
+from lminf_eval.demo.smollm2 import NAME
 from lminf_eval.errors import UsageError
-from lminf_eval.smollm2 import NAME
 
 GOOD = {
     "pretrained": "",

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from lminf_eval.bench.record import Record
-from lminf_eval.bench.work import Ceilings, Work
+from lminf_eval.bench.roofline import Ceilings, Work
 
 MACHINE = Ceilings(flops_per_s=1000.0, bytes_per_s=10.0)
 

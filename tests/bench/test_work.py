@@ -2,7 +2,7 @@
 
 import pytest
 
-from lminf_eval.bench.work import Ceilings, Size, Work, full_pairs, lambda_keys, lambda_pairs
+from lminf_eval.bench.roofline import Ceilings, Size, Work, full_pairs, lambda_keys, lambda_pairs
 
 
 def seen(i, n_local, sinks):

@@ -10,7 +10,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from lminf_eval.diagnosis import measure as module
 from lminf_eval.diagnosis.logits import distance_edges
 from lminf_eval.diagnosis.measure import measure, specs
-from lminf_eval.spec import LambdaSpec
+from lminf_eval.methods.spec import LambdaSpec
 
 N, N_LOCAL = 75, 24
 SMALL = {

@@ -53,12 +53,12 @@ def test_the_wheel_carries_the_tasks_the_hook_and_the_entry_points(wheel):
         metadata = next(name for name in names if name.endswith("/entry_points.txt")).removesuffix("entry_points.txt")
         entry_points = archive.read(metadata + "entry_points.txt").decode()
         requirements = archive.read(metadata + "METADATA").decode()
-    tasks = {f"lminf_eval/{path.relative_to(CHECKOUT).as_posix()}" for path in CHECKOUT.glob("tasks/**/*.yaml")}
+    tasks = {f"lminf_eval/_data/{path.relative_to(CHECKOUT).as_posix()}" for path in CHECKOUT.glob("tasks/**/*.yaml")}
     assert tasks
     assert tasks <= names
     assert {"lminf_eval_autoload.pth", "lminf_eval_autoload.py", metadata + "licenses/LICENSE"} <= names
-    assert "[lm_eval.models]\nlminf = lminf_eval.adapter:LMInfinite" in entry_points
-    assert "[console_scripts]\nlminf = lminf_eval.cli:app" in entry_points
+    assert "[lm_eval.models]\nlminf = lminf_eval.harness.lm:LMInfinite" in entry_points
+    assert "[console_scripts]\nlminf = lminf_eval.cli.app:app" in entry_points
     assert "Requires-Python: >=3.10" in requirements
     top = {name.split("/")[0] for name in names}
     assert top == {"lminf_eval", metadata.rstrip("/"), "lminf_eval_autoload.pth", "lminf_eval_autoload.py"}
@@ -73,7 +73,7 @@ def test_lm_eval_lists_the_tasks_of_the_wheel(scripts, tmp_path):
     listing = run([scripts / "python", "-m", "lm_eval", "ls", "tasks"], tmp_path)
     row = next(line for line in listing.splitlines() if line.startswith("|passkey_32k "))
     assert str(scripts.parent) in row
-    assert "lminf_eval/tasks/passkey" in row
+    assert "lminf_eval/_data/tasks/passkey" in row
 
 
 def test_the_command_answers(scripts, tmp_path):

@@ -12,7 +12,7 @@ import yaml
 CUT = {"HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
-LMINF = ("-c", "from lminf_eval.cli import app; app()")
+LMINF = ("-c", "from lminf_eval.cli.app import app; app()")
 
 pytestmark = pytest.mark.slow
 

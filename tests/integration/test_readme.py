@@ -11,9 +11,9 @@ import lm_eval
 import pytest
 from transformers import AutoModelForCausalLM
 
-from lminf_eval.arguments import _OWN
-from lminf_eval.spec import LambdaSpec
-from lminf_eval.support import TESTED
+from lminf_eval.harness.model_args import _OWN
+from lminf_eval.methods.spec import LambdaSpec
+from lminf_eval.models.families.registry import TESTED
 
 CHECKOUT = Path(__file__).parents[2]
 README = (CHECKOUT / "README.md").read_text(encoding="utf-8")

@@ -27,7 +27,7 @@ def run(folder: Path, *command: str) -> subprocess.CompletedProcess:
 
 
 def lminf(folder: Path, *arguments: str) -> str:
-    return run(folder, "-c", "from lminf_eval.cli import app; app()", *arguments).stdout
+    return run(folder, "-c", "from lminf_eval.cli.app import app; app()", *arguments).stdout
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lminf_eval.sweep.folder import CellFolder, read_result
-from lminf_eval.sweep.grid import read
+from lminf_eval.sweep.cell import CellFolder, read_result
+from lminf_eval.sweep.config import read
 
 pytestmark = pytest.mark.slow
 

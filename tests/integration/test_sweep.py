@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lminf_eval.resume.stop import STOPPED
-from lminf_eval.sweep.folder import CellFolder, read_result
-from lminf_eval.sweep.grid import read
+from lminf_eval.resume.shutdown import STOPPED
+from lminf_eval.sweep.cell import CellFolder, read_result
+from lminf_eval.sweep.config import read
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("sweep-command")]
 
-MAIN = "from lminf_eval.cli import app; app()"
+MAIN = "from lminf_eval.cli.app import app; app()"
 
 
 @pytest.fixture(scope="module")

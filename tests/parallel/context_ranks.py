@@ -17,13 +17,13 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
-from lminf_eval.engine import GenerateRequest, ScoreRequest
-from lminf_eval.parallel import context
-from lminf_eval.rope import Rotary
-from lminf_eval.selfcheck import lambda_model
-from lminf_eval.spec import LambdaSpec
+from lminf_eval.inference.engine import GenerateRequest, ScoreRequest
+from lminf_eval.methods.spec import LambdaSpec
+from lminf_eval.models.equivalence_check import lambda_model
+from lminf_eval.models.rope import Rotary
+from lminf_eval.parallel import context_parallel
 
-SHARD, rounded_angles = context.SHARD, Rotary.angles
+SHARD, rounded_angles = context_parallel.SHARD, Rotary.angles
 
 
 def exact_angles(self, positions, like, layer_type=None):
@@ -39,11 +39,11 @@ def answer(case: dict) -> dict:
     model = AutoModelForCausalLM.from_pretrained(
         case["model"], dtype=torch.float64, experts_implementation="eager"
     ).eval()
-    make = partial(context.ContextModel, group=dist.group.WORLD)
-    context.SHARD = SHARD  # its self-check counts on it
+    make = partial(context_parallel.ContextModel, group=dist.group.WORLD)
+    context_parallel.SHARD = SHARD  # its self-check counts on it
     model = lambda_model(model, LambdaSpec(**case["spec"]), make)
-    context.SHARD = case["shard"]
-    engine = context.ContextEngine(model, case["chunk_size"], case["batch_size"])
+    context_parallel.SHARD = case["shard"]
+    engine = context_parallel.ContextEngine(model, case["chunk_size"], case["batch_size"])
     if "score" in case:
         found = engine.score([ScoreRequest(tokens, scored_from) for tokens, scored_from in case["score"]])
         answers = {i: [score.log_probs.tolist(), score.greedy.tolist()] for i, score in found}

@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 
 from lminf_eval.errors import UsageError
-from lminf_eval.parallel import data
-from lminf_eval.parallel.data import Work
+from lminf_eval.parallel import request_sharding
 from lminf_eval.parallel.ranks import Ranks
+from lminf_eval.parallel.request_sharding import Work
 
 
 def main(who: int, deed: str, size: int = 1) -> None:
@@ -51,10 +51,10 @@ def main(who: int, deed: str, size: int = 1) -> None:
 
     if ranks.rank:
         with ranks.guard():
-            data.serve(ranks, run, tokens)
+            request_sharding.serve(ranks, run, tokens)
     for what in ("score", "generate"):
         works = [Work(f"{what}{i}", np.arange(i + 40), {}) for i in range(12)]
-        answers = dict(data.answers(ranks, run, what, works, None, tokens, False, 8))
+        answers = dict(request_sharding.answers(ranks, run, what, works, None, tokens, False, 8))
         print([answers[i] for i in range(12)], tokens["computed"], flush=True)
 
 

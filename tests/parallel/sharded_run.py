@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from transformers import CONFIG_MAPPING
 
-from lminf_eval.parallel.deepspeed import UNSHARDED, TensorParallel
+from lminf_eval.methods.spec import LambdaSpec
 from lminf_eval.parallel.ranks import Ranks
-from lminf_eval.parallel.way import Way
-from lminf_eval.spec import LambdaSpec
+from lminf_eval.parallel.strategy import Way
+from lminf_eval.parallel.tensor_parallel import UNSHARDED, TensorParallel
 
 MORE = ("falcon rw", "bloom 6 heads", "phi3 longrope")  # lines of FAMILIES beside the first of each family
 TOP_K = {"top_k": 3, "top_k_from_layer": 1, "top_k_distance": 8}

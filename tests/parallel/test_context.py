@@ -12,13 +12,13 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from lminf_eval.engine import Engine, GenerateRequest
 from lminf_eval.errors import UsageError
-from lminf_eval.parallel import context
+from lminf_eval.inference.engine import Engine, GenerateRequest
+from lminf_eval.methods.spec import LambdaSpec
+from lminf_eval.models.equivalence_check import lambda_model
+from lminf_eval.models.rope import Rotary
+from lminf_eval.parallel import context_parallel
 from lminf_eval.parallel.ranks import Ranks
-from lminf_eval.rope import Rotary
-from lminf_eval.selfcheck import lambda_model
-from lminf_eval.spec import LambdaSpec
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("context")]  # the processes are started once for all
 
@@ -146,9 +146,9 @@ def all_cases(models, ranks: int) -> dict[str, dict]:
     for n in (400, 800, 1600):
         cases[f"sent {n}"] = make_case(models, score=[[text(rng, n + 1), 1]])
         cases[f"sent and kept {n}"] = make_case(models, generate=[[text(rng, n), 1]])
-    enough = context.SHARD * ranks
+    enough = context_parallel.SHARD * ranks
     for name, n in {"enough": enough, "too few": enough - 1}.items():  # n tokens pass through the model
-        cases[f"{name} to spread"] = make_case(models, shard=context.SHARD, score=[[text(rng, n + 1), n - 50]])
+        cases[f"{name} to spread"] = make_case(models, shard=context_parallel.SHARD, score=[[text(rng, n + 1), n - 50]])
     return cases
 
 
@@ -243,12 +243,12 @@ def test_short_chunks_are_not_spread(answered):
 )
 def test_what_cannot_be_spread_is_refused(spec, line):
     with pytest.raises(UsageError, match=f"^lminf: {line}$"):
-        context.ContextParallel(Ranks()).check(None, spec)
+        context_parallel.ContextParallel(Ranks()).check(None, spec)
 
 
 def test_a_chunk_is_most_often_a_whole_document():
     ranks = Ranks()
     ranks.size = 4
-    way = context.ContextParallel(ranks)
+    way = context_parallel.ContextParallel(ranks)
     assert way.settle(LambdaSpec(n_local=16)) == LambdaSpec(n_local=16, chunk_size=4 * 65536)
     assert way.settle(LambdaSpec(n_local=16, chunk_size=2048)).chunk_size == 2048

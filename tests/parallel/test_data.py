@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from lminf_eval.parallel.data import Progress, Work, pack, split, unpack
-from lminf_eval.prefix import forest
+from lminf_eval.inference.prefix_tree import forest
+from lminf_eval.parallel.request_sharding import Progress, Work, pack, split, unpack
 
 
 def work(*parts: tuple[int, int], max_new: int | None = None) -> Work:

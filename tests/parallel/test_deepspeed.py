@@ -12,9 +12,9 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, FalconConfig, LlamaConfig
 
 from lminf_eval.errors import UsageError
-from lminf_eval.parallel.deepspeed import UNSHARDED, TensorParallel, ZeRO3, settings
-from lminf_eval.spec import LambdaSpec
-from lminf_eval.support import TESTED
+from lminf_eval.methods.spec import LambdaSpec
+from lminf_eval.models.families.registry import TESTED
+from lminf_eval.parallel.tensor_parallel import UNSHARDED, TensorParallel, ZeRO3, settings
 
 SMOLLM2 = LlamaConfig(hidden_size=576, num_attention_heads=9, num_key_value_heads=3)
 

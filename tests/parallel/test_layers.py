@@ -8,13 +8,13 @@ from accelerate import cpu_offload_with_hook, disk_offload, dispatch_model
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from lminf_eval.adapter import LMInfinite
-from lminf_eval.engine import Engine, ScoreRequest
-from lminf_eval.modules import device_of
+from lminf_eval.harness.lm import LMInfinite
+from lminf_eval.inference.engine import Engine, ScoreRequest
+from lminf_eval.methods.spec import LambdaSpec
+from lminf_eval.models.equivalence_check import lambda_model
+from lminf_eval.models.modules import device_of
 from lminf_eval.parallel.ranks import Ranks
 from lminf_eval.resume.checkpoint import Checkpoints
-from lminf_eval.selfcheck import lambda_model
-from lminf_eval.spec import LambdaSpec
 
 TEXT = topics["exceptions"][:700]
 OPTIONS = {"until": [], "max_gen_toks": 5, "do_sample": False}

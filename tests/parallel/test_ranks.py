@@ -14,7 +14,7 @@ import pytest
 
 from lminf_eval.errors import UsageError
 from lminf_eval.parallel.ranks import Ranks
-from lminf_eval.parallel.way import choose
+from lminf_eval.parallel.strategy import choose
 
 SCRIPT = Path(__file__).with_name("ranks_run.py")
 ANSWERS = [

@@ -9,10 +9,10 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from lminf_eval.results import escape, export, formats
-from lminf_eval.results.evidence import Evidence
-from lminf_eval.results.load import load
-from lminf_eval.results.table import arrange, choose
+from lminf_eval.report import escape, export, formats
+from lminf_eval.report.load import load
+from lminf_eval.report.pivot import arrange, choose
+from lminf_eval.report.sample_store import Evidence
 
 HOSTILE = [
     "<script>alert(1)</script>",

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from lminf_eval.results.evidence import Evidence
-from lminf_eval.results.identity import IDENTITY
-from lminf_eval.results.load import load
-from lminf_eval.results.table import APART_IN_COLUMNS, APART_IN_ROWS, WHAT, arrange, choose
+from lminf_eval.report.identity import IDENTITY
+from lminf_eval.report.load import load
+from lminf_eval.report.pivot import APART_IN_COLUMNS, APART_IN_ROWS, WHAT, arrange, choose
+from lminf_eval.report.sample_store import Evidence
 
 SAMPLED = {"configs__t__output_type": "generate_until", "config__gen_kwargs": {"do_sample": True, "temperature": 0.7}}
 GREEDY = {"configs__t__output_type": "generate_until", "config__gen_kwargs": {"do_sample": False}}

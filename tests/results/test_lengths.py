@@ -5,11 +5,11 @@ import math
 
 import pytest
 
-from lminf_eval.results.command import command_of
-from lminf_eval.results.evidence import Evidence
-from lminf_eval.results.load import load
-from lminf_eval.results.plots import plots
-from lminf_eval.results.table import arrange, choose
+from lminf_eval.report.figures.plots import plots
+from lminf_eval.report.load import load
+from lminf_eval.report.pivot import arrange, choose
+from lminf_eval.report.repro_command import command_of
+from lminf_eval.report.sample_store import Evidence
 
 HITS = {4096: [1, 1, 1, 0], 8192: [1, 0], 16384: [0, 0]}
 

@@ -8,10 +8,10 @@ import pandas as pd
 import pytest
 
 from lminf_eval.errors import UsageError
-from lminf_eval.results.describe import hardware, model_args, short_name
-from lminf_eval.results.load import load
-from lminf_eval.results.samples import SamplesError, measured, read_samples
-from lminf_eval.spec import LambdaSpec
+from lminf_eval.methods.spec import LambdaSpec
+from lminf_eval.report.load import load
+from lminf_eval.report.run_metadata import hardware, model_args, short_name
+from lminf_eval.report.samples import SamplesError, measured, read_samples
 from lminf_eval.utils.tokens import format_tokens
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from lminf_eval.results import export, formats
-from lminf_eval.results.evidence import Evidence
-from lminf_eval.results.load import load
-from lminf_eval.results.page import page
-from lminf_eval.results.plots import plots
-from lminf_eval.results.table import arrange, choose
+from lminf_eval.report import export, formats
+from lminf_eval.report.figures.plots import plots
+from lminf_eval.report.html_page import page
+from lminf_eval.report.load import load
+from lminf_eval.report.pivot import arrange, choose
+from lminf_eval.report.sample_store import Evidence
 
 FILES = sorted(Path(__file__).with_name("data").glob("*/*.json*"))
 ODD = [

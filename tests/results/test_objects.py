@@ -10,9 +10,9 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM
 
-from lminf_eval.adapter import UNBOUNDED, LMInfinite
-from lminf_eval.results.command import command_of
-from lminf_eval.results.load import load
+from lminf_eval.harness.lm import UNBOUNDED, LMInfinite
+from lminf_eval.report.load import load
+from lminf_eval.report.repro_command import command_of
 
 TASK = """
 task: choose

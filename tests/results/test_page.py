@@ -12,13 +12,13 @@ import pandas as pd
 import pytest
 
 from lminf_eval.errors import UsageError
-from lminf_eval.results.command import command_of
-from lminf_eval.results.commands import report
-from lminf_eval.results.evidence import Evidence
-from lminf_eval.results.load import load
-from lminf_eval.results.page import page
-from lminf_eval.results.plots import plots
-from lminf_eval.results.table import arrange, choose
+from lminf_eval.report.commands import report
+from lminf_eval.report.figures.plots import plots
+from lminf_eval.report.html_page import page
+from lminf_eval.report.load import load
+from lminf_eval.report.pivot import arrange, choose
+from lminf_eval.report.repro_command import command_of
+from lminf_eval.report.sample_store import Evidence
 
 VOID = {"meta", "br", "link", "input"}
 LARGEST = 5_000_000  # bytes, for 500 results

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from matplotlib import colors
 
-from lminf_eval.results.curves import hits_by_depth, nll_by_position
-from lminf_eval.results.evidence import Evidence
-from lminf_eval.results.load import load
-from lminf_eval.results.plots import plots
-from lminf_eval.results.style import FIRST_OF_ATTENTION, styles
+from lminf_eval.report.figures.curves import hits_by_depth, nll_by_position
+from lminf_eval.report.figures.plots import plots
+from lminf_eval.report.figures.style import FIRST_OF_ATTENTION, styles
+from lminf_eval.report.load import load
+from lminf_eval.report.sample_store import Evidence
 
 
 def samples_of(files, file, task):

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lminf_eval.results.command import command_of
-from lminf_eval.results.evidence import Evidence
-from lminf_eval.results.export import tidy_csv
-from lminf_eval.results.load import load
-from lminf_eval.results.samples import SamplesError, read_samples
-from lminf_eval.results.table import arrange, choose
+from lminf_eval.report.export import tidy_csv
+from lminf_eval.report.load import load
+from lminf_eval.report.pivot import arrange, choose
+from lminf_eval.report.repro_command import command_of
+from lminf_eval.report.sample_store import Evidence
+from lminf_eval.report.samples import SamplesError, read_samples
 
 TOLD = ["4096", "4k", "0k", "NaN", "-1", "CUSTOM", "lminf", "False", "set by n_local", "passkey_4k", "both", "a=1,b=2"]
 TASKS = ["passkey_4k", "niah_single_1", "babilong_qa1", "both"]

@@ -5,9 +5,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from lminf_eval.results.evidence import Evidence
-from lminf_eval.results.load import load
-from lminf_eval.results.table import arrange
+from lminf_eval.report.load import load
+from lminf_eval.report.pivot import arrange
+from lminf_eval.report.sample_store import Evidence
 
 DATA = Path(__file__).with_name("data")
 VERSIONS = ("0.4.9", "0.4.13")

@@ -6,12 +6,12 @@ import pytest
 
 from lminf_eval.bench import FORMAT
 from lminf_eval.errors import UsageError
-from lminf_eval.results.benches import read_bench
-from lminf_eval.results.commands import report, table
-from lminf_eval.results.evidence import Evidence
-from lminf_eval.results.load import load
-from lminf_eval.results.plots import plots
-from lminf_eval.results.style import FIRST_OF_ATTENTION
+from lminf_eval.report.benches import read_bench
+from lminf_eval.report.commands import report, table
+from lminf_eval.report.figures.plots import plots
+from lminf_eval.report.figures.style import FIRST_OF_ATTENTION
+from lminf_eval.report.load import load
+from lminf_eval.report.sample_store import Evidence
 
 
 def record(case, setting, tokens=1, **sides):

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lminf_eval.results.statistics import (
+from lminf_eval.report.paired_bootstrap import (
     LINKS,
     Comparison,
     bootstrap_interval,

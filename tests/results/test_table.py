@@ -5,10 +5,10 @@ import math
 import pytest
 
 from lminf_eval.errors import UsageError
-from lminf_eval.results.evidence import Evidence
-from lminf_eval.results.load import load
-from lminf_eval.results.table import arrange, choose
-from lminf_eval.results.wording import legend, show
+from lminf_eval.report.captions import legend, show
+from lminf_eval.report.load import load
+from lminf_eval.report.pivot import arrange, choose
+from lminf_eval.report.sample_store import Evidence
 
 
 @pytest.fixture

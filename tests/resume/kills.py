@@ -18,7 +18,7 @@ from pathlib import Path
 
 from lm_eval.api.instance import Instance
 
-from lminf_eval.adapter import LMInfinite
+from lminf_eval.harness.lm import LMInfinite
 
 TEXTS = [" ".join(f"there are {17 * i % (n + 3)} of {n}" for i in range(6 + n % 3)) for n in range(12)]
 

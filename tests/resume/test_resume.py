@@ -3,11 +3,11 @@
 import pytest
 from lm_eval.api.instance import Instance
 
-from lminf_eval.adapter import LMInfinite
-from lminf_eval.engine import Engine, ScoreRequest
+from lminf_eval.harness.lm import LMInfinite
+from lminf_eval.inference.engine import Engine, ScoreRequest
 from lminf_eval.resume import checkpoint
 from lminf_eval.resume.checkpoint import Checkpoints
-from lminf_eval.resume.stop import STOPPED, Stop
+from lminf_eval.resume.shutdown import STOPPED, Stop
 
 TEXTS = ["the grass is green", "the grass is green and the sky is blue", "here we go, there and back again " * 20]
 KIND = {"loglikelihood": 0, "loglikelihood_rolling": 1, "generate_until": 2}
@@ -99,8 +99,8 @@ OTHER = ScoreRequest([(5 * i) % 97 for i in range(200)], 1)
 @pytest.fixture
 def engine(tiny_model, tmp_path):
     """`engine(stop after so many chunks, ...)`: an engine that keeps checkpoints in one folder."""
-    from lminf_eval.selfcheck import lambda_model
-    from lminf_eval.spec import LambdaSpec
+    from lminf_eval.methods.spec import LambdaSpec
+    from lminf_eval.models.equivalence_check import lambda_model
 
     streaming = lambda_model(tiny_model(), LambdaSpec(n_local=24, n_global=3))
     forward = streaming.hidden
@@ -143,7 +143,7 @@ def test_a_stopped_document_goes_on_where_it_was(engine, tmp_path):
 
 
 def test_checkpoints_come_every_so_many_tokens(engine, tmp_path, monkeypatch):
-    monkeypatch.setattr("lminf_eval.engine.EVERY", 64)
+    monkeypatch.setattr("lminf_eval.inference.engine.EVERY", 64)
     undisturbed = values(engine(), [OTHER])
     scoring = engine()
     saved = []

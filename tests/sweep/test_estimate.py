@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from lminf_eval.sweep.estimate import estimate
-from lminf_eval.sweep.grid import cells
+from lminf_eval.sweep.config import cells
+from lminf_eval.sweep.cost import estimate
 
 PAPER = Path(__file__).parents[2] / "configs" / "paper_table.yaml"
 
@@ -71,7 +71,7 @@ def test_plan_of_the_paper_s_table_needs_no_torch_and_no_network(tmp_path):
         "def refuse(*args, **kwargs): raise SystemExit('the network was asked for')\n"
         "socket.socket.connect = socket.getaddrinfo = refuse\n"
         "sys.modules['torch'] = None\n"
-        "from lminf_eval.cli import app; app()"
+        "from lminf_eval.cli.app import app; app()"
     )
     words = ["sweep", "plan", str(PAPER), "--output", str(tmp_path / "out")]
     environment = {**os.environ, "HF_HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}

@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from lminf_eval.errors import UsageError
-from lminf_eval.sweep.folder import CellFolder
-from lminf_eval.sweep.grid import cells
+from lminf_eval.sweep.cell import CellFolder
+from lminf_eval.sweep.config import cells
 
 SWEEP = {"models": [{"pretrained": "models/tiny"}], "methods": [{"attention": "full"}], "tasks": ["passkey_4k"]}
 
@@ -94,7 +94,7 @@ def test_only_one_process_has_a_cell_and_its_child_holds_it_on(folder):
     """The lock outlives a runner that is killed for as long as its lm-eval goes on."""
     code = (
         "import os, subprocess, sys; from pathlib import Path\n"
-        "from lminf_eval.sweep.folder import CellFolder; from lminf_eval.sweep.grid import cells\n"
+        "from lminf_eval.sweep.cell import CellFolder; from lminf_eval.sweep.config import cells\n"
         f"folder = CellFolder(Path(sys.argv[1]), cells({SWEEP})[0])\n"
         "with folder.locked() as lock:\n"
         "    silent = {'stdout': subprocess.DEVNULL, 'stderr': subprocess.DEVNULL}  # else the test waits for its end\n"

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from lminf_eval.errors import UsageError
-from lminf_eval.sweep.grid import cells, read
+from lminf_eval.sweep.config import cells, read
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SMALLEST = {
@@ -146,18 +146,18 @@ def test_the_sweeps_that_ship():
 
 
 def test_the_demo_s_own_sweep_is_the_demo_s():
-    from lminf_eval import demo
+    from lminf_eval.demo import run
 
     found = read(CONFIGS / "demo.yaml")
     samples = {}
     for cell in found:
         samples |= cell.settings["samples"]
-    assert {task: tuple(numbers) for task, numbers in samples.items()} == demo.WHOLE.documents
-    methods = [dict(pair.split("=") for pair in method.model_args.split(",")) for method in demo.METHODS]
+    assert {task: tuple(numbers) for task, numbers in samples.items()} == run.WHOLE.documents
+    methods = [dict(pair.split("=") for pair in method.model_args.split(",")) for method in run.METHODS]
     models = ("pretrained", "dtype")
     ours = [{n: str(value) for n, value in cell.model_args.items() if n not in models} for cell in found[::3]]
     assert ours == methods
-    assert {cell.model for cell in found} == {demo.NAME}
+    assert {cell.model for cell in found} == {run.NAME}
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,10 @@ import yaml
 
 from lminf_eval.errors import UsageError
 from lminf_eval.sweep import slurm
+from lminf_eval.sweep.cell import CellFolder
 from lminf_eval.sweep.commands import submit
-from lminf_eval.sweep.folder import CellFolder
-from lminf_eval.sweep.grid import Resources, cells, read
-from lminf_eval.sweep.run import command
+from lminf_eval.sweep.config import Resources, cells, read
+from lminf_eval.sweep.runner import command
 
 SWEEP = {
     "models": [{"pretrained": "small"}, {"pretrained": "large", "resources": {"gpus": 4, "time": "1-00:00:00"}}],

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from lminf_eval.attention import banded
+from lminf_eval.attention import sliding_window
+from lminf_eval.bench.benchmark_model import Subject
 from lminf_eval.bench.record import Job, Record
-from lminf_eval.bench.subject import Subject
+from lminf_eval.bench.roofline import Ceilings, Work, full_pairs, lambda_pairs
 from lminf_eval.bench.timing import Stopwatch, Told, in_turn, synchronise
-from lminf_eval.bench.work import Ceilings, Work, full_pairs, lambda_pairs
 
 WINDOWS = 8  # of a text that is long enough to tell
 
@@ -103,9 +103,9 @@ def _band(subject: Subject, n_local: int, chunk: int, sinks: int):
     @torch.inference_mode()
     def attend() -> None:
         for _ in range(size.layers):
-            out, lse = banded.band(q, k, v, n_local, scale)
+            out, lse = sliding_window.band(q, k, v, n_local, scale)
             if sinks:
-                banded.add_far(out, lse, q, k_far, v_far, sinks, scale)
+                sliding_window.add_far(out, lse, q, k_far, v_far, sinks, scale)
 
     return attend
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from lminf_eval.bench.record import Record
+from lminf_eval.bench.roofline import Ceilings, Work
 from lminf_eval.bench.timing import Told, in_turn
-from lminf_eval.bench.work import Ceilings, Work
-from lminf_eval.linear import product
+from lminf_eval.models.onednn_linear import product
 
 RUNS = 5
 

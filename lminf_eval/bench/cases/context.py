@@ -8,11 +8,11 @@ from functools import partial
 
 import torch
 
-from lminf_eval.bench.children import START_SECONDS, child
+from lminf_eval.bench.benchmark_model import Subject
 from lminf_eval.bench.record import Job, Record
-from lminf_eval.bench.subject import Subject
+from lminf_eval.bench.roofline import Ceilings, Work, lambda_pairs
 from lminf_eval.bench.timing import Told
-from lminf_eval.bench.work import Ceilings, Work, lambda_pairs
+from lminf_eval.bench.workers.start import START_SECONDS, child
 
 SIDES = {
     "2 processes": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
@@ -43,7 +43,7 @@ def run(subject: Subject, setting: dict, told: Told) -> Record:
             if side in skipped:
                 continue
             told(f"{side}, run {number} of {runs}")
-            found, why = child(f"context on {side}", launcher, "lminf_eval.bench.share", task)
+            found, why = child(f"context on {side}", launcher, "lminf_eval.bench.workers.context_parallel", task)
             if found is None:
                 skipped[side] = why
                 values.pop(side)

@@ -8,13 +8,13 @@ from functools import partial
 import torch
 from transformers import PreTrainedModel
 
-from lminf_eval.bench.cases.states import lambda_state, plain_bytes, plain_state
+from lminf_eval.bench.baselines import rivals
+from lminf_eval.bench.benchmark_model import Subject
+from lminf_eval.bench.prefilled_caches import lambda_state, plain_bytes, plain_state
 from lminf_eval.bench.record import Job, Record
-from lminf_eval.bench.rivals import rivals
-from lminf_eval.bench.subject import Subject
+from lminf_eval.bench.roofline import Ceilings, Work, lambda_keys
 from lminf_eval.bench.timing import Told, in_turn
-from lminf_eval.bench.work import Ceilings, Work, lambda_keys
-from lminf_eval.modules import CACHE_NAMES, takes
+from lminf_eval.models.modules import CACHE_NAMES, takes
 
 STEPS = 16  # tokens decoded in one run
 

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 
+from lminf_eval.bench.benchmark_model import Subject
 from lminf_eval.bench.cases.prefill import texts
-from lminf_eval.bench.cases.states import lambda_state, plain_bytes, plain_state
-from lminf_eval.bench.children import START_SECONDS, child
+from lminf_eval.bench.prefilled_caches import lambda_state, plain_bytes, plain_state
 from lminf_eval.bench.record import Job, Record
-from lminf_eval.bench.subject import Subject
+from lminf_eval.bench.roofline import Ceilings
 from lminf_eval.bench.timing import Told
-from lminf_eval.bench.work import Ceilings
+from lminf_eval.bench.workers.start import START_SECONDS, child
 
 
 def jobs(subject: Subject, ceilings: Ceilings) -> Iterator[Job]:
@@ -44,7 +44,7 @@ def peak(subject: Subject, setting: dict, told: Told) -> Record:
             continue
         told(side)
         task = {"options": asdict(subject.options), "side": side, **setting}
-        found, why = child(f"memory of {side}", [], "lminf_eval.bench.peak", task)
+        found, why = child(f"memory of {side}", [], "lminf_eval.bench.workers.peak_memory", task)
         if found is None:
             skipped[side] = why
         else:

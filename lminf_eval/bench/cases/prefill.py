@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
+from lminf_eval.bench.baselines import rivals
+from lminf_eval.bench.benchmark_model import Subject
 from lminf_eval.bench.record import Job, Record
-from lminf_eval.bench.rivals import rivals
-from lminf_eval.bench.subject import Subject
+from lminf_eval.bench.roofline import Ceilings, full_pairs, lambda_pairs
 from lminf_eval.bench.timing import Told, in_turn
-from lminf_eval.bench.work import Ceilings, full_pairs, lambda_pairs
 
 
 def jobs(subject: Subject, ceilings: Ceilings) -> Iterator[Job]:

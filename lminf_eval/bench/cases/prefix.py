@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
+from lminf_eval.bench.benchmark_model import Subject
 from lminf_eval.bench.cases.short import request_set
 from lminf_eval.bench.record import Job, Record
-from lminf_eval.bench.subject import Subject
+from lminf_eval.bench.roofline import Ceilings
 from lminf_eval.bench.timing import Told, in_turn
-from lminf_eval.bench.work import Ceilings
 
 KIND = "multiple-choice"
 

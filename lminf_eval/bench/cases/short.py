@@ -8,10 +8,10 @@ from functools import partial
 
 from lm_eval.api.instance import Instance
 
+from lminf_eval.bench.benchmark_model import Request, Subject
 from lminf_eval.bench.record import Job, Record
-from lminf_eval.bench.subject import Request, Subject
+from lminf_eval.bench.roofline import Ceilings, full_pairs
 from lminf_eval.bench.timing import Told, in_turn
-from lminf_eval.bench.work import Ceilings, full_pairs
 
 SETS = ("lambada-like", "multiple-choice", "generation")
 QUESTIONS, CHOICES = 32, 4

@@ -1,0 +1,153 @@
+"""A bench as tables for a terminal."""
+
+from __future__ import annotations
+
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lminf_eval.bench.options import CASES
+from lminf_eval.bench.record import Record
+from lminf_eval.bench.roofline import Ceilings
+
+LEGEND = (
+    "median (lowest–highest) of runs in turn · a / b: what a costs over what b costs, by pairs of runs; above 1 where "
+    "b is better · %: the least time that the counted operations or bytes need on this machine, over the time taken"
+)
+
+
+def show(console: Console, about: dict[str, Any], records: list[Record], ceilings: Ceilings) -> None:
+    """Print a table for each case, with what was left out and why."""
+    machine, model, versions = about["machine"], about["model"], about["versions"]
+    where = f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads of {machine['cores']} cores"
+    console.print(Text(f"{model['name']}, {model['dtype']}, {model['device']}", style="bold"))
+    console.print(Text(f"{where}; " + ", ".join(f"{name} {version}" for name, version in versions.items())))
+    console.print(
+        Text(
+            f"ceilings: {ceilings.flops_per_s / 1e9:,.0f} GFLOP/s (matrix product), "
+            f"{ceilings.bytes_per_s / 1e9:,.1f} GB/s (copy)"
+        )
+    )
+    for case, meaning in CASES.items():
+        if any(record.case == case for record in records):
+            console.print()
+            console.print(Text(f"{case}: {meaning}", style="bold"))
+        groups: dict[tuple, list[Record]] = {}
+        for record in records:
+            if record.case == case:
+                groups.setdefault((record.unit, tuple(record.setting), _part(record)), []).append(record)
+        for group in groups.values():
+            console.print(_table(group, ceilings))
+        for line in _left_out([record for record in records if record.case == case]):
+            console.print(Text(line))
+    console.print()
+    console.print(Text(LEGEND, style="dim"))
+
+
+def _table(records: list[Record], ceilings: Ceilings) -> Table:
+    table = Table(box=None, pad_edge=False)
+    sides = list(dict.fromkeys(side for record in records for side in record.values))
+    counted = any(record.work and record.unit == "s" for record in records)
+    facts = list(dict.fromkeys(name for record in records for name in record.facts))
+    for name in records[0].setting:
+        table.add_column(Text(name), justify="right", no_wrap=True)
+    for i, side in enumerate(sides):
+        table.add_column(Text(f"{side} ({_unit(records[0])})"), justify="right")
+        if counted:
+            table.add_column("%", justify="right")
+        if i:
+            table.add_column(Text(f"{side} / {sides[0]}"), justify="right", style="bold")
+    if counted:
+        table.add_column("operations, bytes of the first", justify="right")
+    for name in facts:
+        table.add_column(Text(name), justify="right")
+    for record in records:
+        reached = record.reached(ceilings) if counted else {}
+        ratios = record.ratios()
+        cells = [f"{value:,}" if isinstance(value, int) else str(value) for value in record.setting.values()]
+        for i, side in enumerate(sides):
+            cells.append(_values(record, side))
+            if counted:
+                cells.append(f"{reached[side]:.0%}" if side in reached else "")
+            if i:
+                cells.append(_ratio(ratios[side]) if side in ratios else "")
+        if counted:
+            first = next(iter(record.work.values()), None)
+            cells.append(f"{first.flops:.3g}, {first.bytes:.3g}" if first else "")
+        cells += [_fact(record.facts.get(name, "")) for name in facts]
+        table.add_row(*map(Text, cells))
+    return table
+
+
+def _left_out(records: list[Record]) -> list[str]:
+    """A line for each side and reason, with the settings it holds for where it does not hold for all."""
+    where: dict[tuple[str, str], list[str]] = {}
+    for record in records:
+        for side, why in record.skipped.items():
+            where.setdefault((side, why), []).append(_setting(record))
+    return [
+        f"left out: {side}{'' if len(settings) == len(records) else ' at ' + '; '.join(settings)}: {why}"
+        for (side, why), settings in where.items()
+    ]
+
+
+def _part(record: Record) -> str:
+    return str(record.setting.get("part", ""))
+
+
+def _unit(record: Record) -> str:
+    if record.unit == "B":
+        return "MB"
+    if record.rated:
+        return "GFLOP/s"
+    return {"prefill": "tokens/s", "decode": "ms a token"}.get(record.case, "s")
+
+
+def shown(record: Record, side: str) -> list[float]:
+    """The values of a side in the unit they are read in (see `_unit`)."""
+    values = record.values[side]
+    if record.unit == "B":
+        return [value / 1e6 for value in values]
+    if record.rated:
+        return [record.work[side].flops / value / 1e9 for value in values]
+    if record.case == "prefill":
+        return [record.tokens / value for value in values]
+    if record.case == "decode":
+        return [1e3 * value / record.tokens for value in values]
+    return values
+
+
+def in_words(record: Record) -> str:
+    """The medians of a record, in a line."""
+    found = [f"{side} {number(median(shown(record, side)))} {_unit(record)}" for side in record.values]
+    return ", ".join([*found, *(f"{side} left out" for side in record.skipped)])
+
+
+def _values(record: Record, side: str) -> str:
+    if side not in record.values:
+        return ""
+    values = shown(record, side)
+    middle = number(median(values))
+    return middle if len(values) == 1 else f"{middle} ({number(min(values))}–{number(max(values))})"
+
+
+def _ratio(ratio: dict[str, float]) -> str:
+    if ratio["low"] == ratio["high"]:
+        return f"{ratio['median']:.2f}"
+    return f"{ratio['median']:.2f} ({ratio['low']:.2f}–{ratio['high']:.2f})"
+
+
+def _setting(record: Record) -> str:
+    return ", ".join(f"{name}={value}" for name, value in record.setting.items())
+
+
+def _fact(value: float | str) -> str:
+    return f"{value:,}" if isinstance(value, int) else number(value) if isinstance(value, float) else value
+
+
+def number(value: float) -> str:
+    """Three digits that count."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

@@ -1,0 +1,49 @@
+"""Caches that stand at a context of any length, made in the time of a window."""
+
+from __future__ import annotations
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from lminf_eval.bench.benchmark_model import Subject
+from lminf_eval.cache.window_cache import LambdaCache
+from lminf_eval.harness.lm import LMInfinite
+
+
+def lambda_state(subject: Subject, lm: LMInfinite, context: int, rows: int, room: int) -> LambdaCache:
+    """The cache of `rows` equal sequences after `context` tokens, with room for more.
+
+    What fell out of the window is nowhere in it. So only the last tokens, one or two windows of them, are run; then the
+    sequence is said to be longer by a whole number of windows, which leaves each key in its slot and at its distance.
+    """
+    window, model = lm.spec.n_local, lm.streaming
+    turns = max(0, context // window - 1)
+    held = context - turns * window
+    cache = model.new_cache(1, context + room)
+    ids_1N = subject.tokens(1, held).to(subject.device)
+    for chunk in ids_1N.split(min(window, 1024), 1) if held else ():
+        model.hidden(chunk, cache)
+    cache.lengths = [n + turns * window for n in cache.lengths]
+    cache.origins = [n + turns * window for n in cache.origins]
+    return model.stack([cache] * rows) if rows > 1 and held else cache if held else model.new_cache(rows, room)
+
+
+@torch.inference_mode()
+def plain_state(
+    subject: Subject, model: PreTrainedModel, context: int, rows: int, device: torch.device | str
+) -> DynamicCache:
+    """transformers' own cache of `rows` sequences after `context` tokens: keys and values are drawn at random, since
+    what they are changes no time. On the device "meta" it has shapes alone."""
+    size, cache = subject.size, DynamicCache(config=model.config)
+    if context:
+        for layer in range(size.layers):
+            shape = rows, size.kv_heads, context, size.head_dim
+            keys, values = (torch.randn(shape, dtype=model.dtype, device=device) for _ in range(2))
+            cache.update(keys, values, layer)
+    return cache
+
+
+def plain_bytes(cache: DynamicCache) -> int:
+    """Bytes in the keys and values of transformers' own cache."""
+    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values) if tensor is not None]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -1,0 +1,118 @@
+"""The file of a bench: everything measured so far, rewritten after each measurement."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lminf_eval.bench import FORMAT
+from lminf_eval.bench.benchmark_model import Subject
+from lminf_eval.bench.cases.ceilings import ceilings
+from lminf_eval.bench.options import Options, model_name
+from lminf_eval.bench.record import Record
+from lminf_eval.errors import UsageError
+
+PACKAGES = ("lminf-eval", "torch", "transformers", "lm-eval")
+
+
+def about(options: Options, subject: Subject, command: list[str]) -> dict[str, Any]:
+    """What the measurements depend on: the command, versions, machine and model."""
+    cuda = subject.device.type == "cuda"
+    return {
+        "command": command,
+        "options": json.loads(json.dumps(asdict(options))),
+        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}},
+        "machine": {
+            "system": f"{platform.system()} {platform.machine()}",
+            "cpu": _cpu(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+            "gpu": torch.cuda.get_device_name(subject.device) if cuda else "",
+            "cuda": torch.version.cuda or "",
+        },
+        "model": {
+            "name": model_name(options),
+            "family": subject.config.model_type,
+            "device": str(subject.device),
+            **asdict(subject.size),
+        },
+    }
+
+
+class BenchFile:
+    """The file at `path`, and the records in it.
+
+    A bench that did not finish goes on; one that did is measured anew.
+
+    Raises:
+        UsageError: if there is something else there, or it can't be written.
+    """
+
+    def __init__(self, path: Path, about: dict[str, Any]):
+        self.path, self.about = path, about
+        self.records: list[Record] = []
+        self.found = 0  # records of an earlier process
+        if path.exists():
+            self._take(_read(path))
+        self._partial = path.with_name(path.name + ".partial")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._partial.touch()
+            self._partial.unlink()
+        except OSError as error:
+            raise UsageError(f"output {path}: {error.strerror}") from None
+
+    def _take(self, earlier: dict[str, Any]) -> None:
+        """Keep the records of an unfinished bench of the same."""
+        for part, mine in self.about.items():
+            theirs = earlier.get(part)
+            if part == "command" or theirs == mine:
+                continue
+            name = next((key for key in mine if not isinstance(theirs, dict) or theirs.get(key) != mine[key]), part)
+            before = theirs.get(name) if isinstance(theirs, dict) else theirs
+            raise UsageError(
+                f"output {self.path} holds another bench ({part} {name}: {before}, now {mine.get(name)}): "
+                "name another file, or delete it"
+            )
+        if not earlier["finished"]:
+            self.records = [Record.from_json(raw) for raw in earlier["records"]]
+            self.found = len(self.records)
+
+    def write(self, finished: bool) -> None:
+        """Everything so far, renamed into place; the first record is that of the ceilings."""
+        reached = ceilings(self.records[0])
+        content = {
+            "format": FORMAT,
+            "finished": finished,
+            **self.about,
+            "records": [record.to_json(reached) for record in self.records],
+        }
+        self._partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        os.replace(self._partial, self.path)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise UsageError(f"output {path} exists and is no bench: name another file")
+    return found
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()

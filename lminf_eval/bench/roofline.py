@@ -1,0 +1,102 @@
+"""Operations and bytes by formula, and the least time that a machine needs for them.
+
+Every formula counts what the method needs at the least, not what some program happens to do: a multiplication and an
+addition are two operations; a key that a query sees costs 4 D of them in each head (its logit and its share of the
+output); a weight is read once a pass. Norms, rotations and softmax are left out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from lminf_eval.config.model_shape import ModelShape
+
+
+@dataclass(frozen=True)
+class Work:
+    """Floating-point operations, and bytes read and written."""
+
+    flops: float = 0.0
+    bytes: float = 0.0
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the machine reaches: operations a second of a large matrix product, bytes a second of a large copy."""
+
+    flops_per_s: float
+    bytes_per_s: float
+
+    def floor(self, work: Work) -> float:
+        """Seconds that `work` takes at the least: its operations or its bytes, whichever is longer."""
+        return max(work.flops / self.flops_per_s, work.bytes / self.bytes_per_s)
+
+
+@dataclass(frozen=True)
+class Size:
+    """The numbers of a model that its work is counted from. `linear`: weights in its linear layers, the head's too."""
+
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    linear: int
+    parameters: int
+    dtype: str
+    itemsize: int
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Size:
+        shape = ModelShape.of(model.config)
+        return cls(
+            len(shape.layers),
+            shape.heads,
+            shape.kv_heads,
+            shape.head_dim,
+            model.config.get_text_config().vocab_size,
+            sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear)),
+            sum(parameter.numel() for parameter in model.parameters()),
+            str(model.dtype).removeprefix("torch."),
+            model.dtype.itemsize,
+        )
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of one position's keys and values, over all layers."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * self.itemsize
+
+    def attention(self, pairs: float) -> float:
+        """Operations of all layers' attention where `pairs` queries and keys meet in each."""
+        return 4.0 * self.head_dim * self.heads * self.layers * pairs
+
+    def scoring(self, tokens: int, pairs: float) -> Work:
+        """A text of `tokens`, each scored: linear layers and attention; weights read once, keys and values written."""
+        flops = 2.0 * self.linear * tokens + self.attention(pairs)
+        return Work(flops, float(self.linear * self.itemsize + tokens * self.kv_bytes))
+
+    def decoding(self, rows: int, keys: int) -> Work:
+        """One token more in each of `rows` sequences, each seeing `keys`: weights and those keys and values read."""
+        flops = rows * (2.0 * self.linear + self.attention(keys))
+        return Work(flops, float(self.linear * self.itemsize + rows * keys * self.kv_bytes))
+
+
+def full_pairs(tokens: int) -> int:
+    """Pairs of a query and a key it sees in causal attention: 1 + 2 + … + tokens."""
+    return tokens * (tokens + 1) // 2
+
+
+def lambda_pairs(tokens: int, n_local: int, sinks: int) -> int:
+    """The same in Λ-attention: min(i + 1, n_local) keys near position i, and the starting tokens that are far."""
+    near = full_pairs(min(tokens, n_local)) + max(0, tokens - n_local) * n_local
+    beyond = max(0, tokens - n_local)
+    growing = min(beyond, sinks)  # query n_local sees one far token, the next two, until all are
+    return near + full_pairs(growing) + (beyond - growing) * sinks
+
+
+def lambda_keys(position: int, n_local: int, sinks: int) -> int:
+    """Keys that the query at `position` sees in Λ-attention, its own included."""
+    return min(position + 1, n_local) + min(max(0, position + 1 - n_local), sinks)

@@ -1,0 +1,1 @@
+"""What methods keep of a sequence: its starting tokens and window, or all keys."""

@@ -1,0 +1,1 @@
+"""The command line: the app, and a file for each command."""

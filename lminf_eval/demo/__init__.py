@@ -1,0 +1,1 @@
+"""The demo: a real model inside and beyond its training length."""

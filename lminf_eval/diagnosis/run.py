@@ -1,0 +1,134 @@
+"""`lminf diagnose`: LM-Infinite's three out-of-distribution factors, measured on a model under `full` and `lambda`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM
+
+from lminf_eval.diagnosis.figures import figures
+from lminf_eval.diagnosis.measure import measure, specs
+from lminf_eval.diagnosis.tables import Tables, tables
+from lminf_eval.errors import UsageError
+from lminf_eval.harness import model_args
+from lminf_eval.methods.spec import LambdaSpec
+from lminf_eval.models.families import registry
+from lminf_eval.models.loading import read_config, read_weights
+from lminf_eval.report.escape import plain, shorten
+from lminf_eval.tasks.tokenizer import load_tokenizer
+
+_PANELS = 4
+_LEAST = 32  # tokens of a range that what lies beyond is compared with
+
+
+def diagnose(
+    pretrained: str,
+    length: int = 16384,
+    layers: str = "",
+    n_local: int | None = None,
+    text: Path | None = None,
+    output: Path = Path("lminf-diagnosis"),
+    dtype: str = "auto",
+    device: str | None = None,
+) -> None:
+    """Measure the first `length` tokens of a text; write figures (PNG, SVG) and numbers (CSV) to the folder `output`.
+
+    Args:
+        layers: indices with commas between; four, evenly spaced from the first to the last, by default.
+        text: a file in UTF-8; the reference manual that every CPython carries by default.
+
+    Raises:
+        UsageError: for bad input, or a model that Λ-attention can't run; before any weight is read.
+    """
+    model_args.check(pretrained, 1, True, None, {"dtype": dtype})
+    device = model_args.find_device(device)
+    config = read_config(pretrained, {})
+    registry.check(config)
+    spec, why = LambdaSpec.parse({} if n_local is None else {"n_local": n_local}).resolve(config)
+    if spec.n_local < _LEAST:
+        raise UsageError(f"n_local={spec.n_local} ({why}): must be {_LEAST} or more, to tell a range by; see --n-local")
+    if length <= spec.n_local:
+        raise UsageError(f"length={length}: must be more than n_local={spec.n_local} ({why}); see --length, --n-local")
+    chosen = choose_layers(layers, config.get_text_config().num_hidden_layers)
+    ids_N = torch.tensor(load_tokenizer(pretrained=pretrained).encode(_read(text))[:length])
+    if len(ids_N) < length:
+        raise UsageError(f"length={length}: the text has {len(ids_N)} tokens; pass a longer one with --text")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"output {output}: {error.strerror}") from None
+
+    model = read_weights(AutoModelForCausalLM, pretrained, dtype=dtype).to(device).eval()
+    measures = {}
+    with tqdm(total=2 * length, unit="token") as bar:
+        for method, how in specs(spec, length).items():
+            bar.set_description(method)
+            measures[method] = measure(model, how, spec.n_local, ids_N, chosen, bar)
+    found = tables(measures, spec.n_local, spec.n_global, length)
+    name = shorten(plain(Path(pretrained).resolve().name if Path(pretrained).is_dir() else pretrained), 40)
+    try:
+        write(found, output)
+        for plot in figures(found, name, spec.n_local, spec.n_global):
+            plot.write(output)
+    except OSError as error:
+        raise UsageError(f"{error.filename}: {error.strerror}") from None
+    print(in_words(found, spec.n_local, spec.n_global, length))
+    print(f"figures (PNG, SVG) and numbers (CSV): {plain(str(output))}")
+
+
+def choose_layers(given: str, count: int) -> list[int]:
+    """The indices in `given`, ascending and once each, of a model of `count` layers.
+
+    Raises:
+        UsageError: for what is no index.
+    """
+    if not given.strip():
+        return sorted(set(np.linspace(0, count - 1, _PANELS).round().astype(int).tolist()))
+    chosen = set()
+    for part in given.split(","):
+        if not part.strip().isdecimal() or int(part) >= count:
+            raise UsageError(
+                f"layers={given}: {part.strip()!r} is no layer; they are 0 to {count - 1}, as in 0,{count - 1}"
+            )
+        chosen.add(int(part))
+    return sorted(chosen)
+
+
+def write(found: Tables, folder: Path) -> None:
+    """The tables as CSV: logits, entropy, hidden-states, summary."""
+    named = {"logits": found.logits, "entropy": found.entropy, "hidden-states": found.states, "summary": found.summary}
+    for name, table in named.items():
+        table.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g", lineterminator="\n")
+
+
+def in_words(found: Tables, n_local: int, n_global: int, length: int) -> str:
+    """What is seen, a line for each method: the means over the layers of `Tables.summary`, which defines them."""
+    layers = ", ".join(map(str, found.summary["layer"].unique()))
+    lines = [
+        f"within n_local={n_local} → beyond, in {length} tokens, mean over layers {layers}:",
+        f"  {'':<6}  {'highest logit':<15}  {'out of range':<12}  {'entropy (nats)':<15}  drift of hidden states",
+    ]
+    for method, mean in found.summary.groupby("method").mean().iterrows():
+        logit, entropy = (f"{mean[f'{x}_within']:.2f} → {mean[f'{x}_beyond']:.2f}" for x in ("highest", "entropy"))
+        lines.append(f"  {method:<6}  {logit:<15}  {mean['logits_outside']:<12.2%}  {entropy:<15}  {mean['drift']:.2f}")
+    full = found.summary[found.summary["method"] == "full"].set_index("layer")["first_tokens"]
+    lines.append(
+        f"hidden states of the first {n_global} tokens: up to {full.max():.1f} times as far from the middle as the "
+        f"others' (layer {full.idxmax()})"
+    )
+    return "\n".join(lines)
+
+
+def _read(text: Path | None) -> str:
+    if text is None:
+        return "\n".join(topics.values())
+    try:
+        return text.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"text {text}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"text {text}: it is not UTF-8 at byte {error.start}") from None

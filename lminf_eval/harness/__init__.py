@@ -1,0 +1,1 @@
+"""lm-eval on one side, tokens on the other."""

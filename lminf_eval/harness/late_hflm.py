@@ -1,0 +1,333 @@
+"""An HFLM that reads its weights when they are first needed, and refuses what it can from the config before that."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import sys
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from lm_eval.models.huggingface import HFLM
+from safetensors import SafetensorError
+from transformers import GenerationConfig
+
+from lminf_eval.attention.kernels import primitive
+from lminf_eval.config.model_shape import ModelShape
+from lminf_eval.config.rope_scaling import apply_rope
+from lminf_eval.errors import UsageError, first_line
+from lminf_eval.harness.answer_cache import identify
+from lminf_eval.harness.model_args import identity
+from lminf_eval.inference.sampling import Decoding
+from lminf_eval.methods.spec import LambdaSpec, trained_length
+from lminf_eval.models.families import registry
+from lminf_eval.models.loading import CheckedAuto
+from lminf_eval.models.modules import check_structure, device_of
+from lminf_eval.models.peft_adapters import base_of, check_adapter
+from lminf_eval.parallel.ranks import Ranks
+from lminf_eval.parallel.strategy import Way
+from lminf_eval.resume.journal import ANSWERS, HOW, Journal
+from lminf_eval.tasks.chunked_tokenization import fingerprint_tokenizer
+from lminf_eval.utils.allocator import keep_freed_memory
+
+logger = logging.getLogger(f"lm_eval.{__name__}")  # lm-eval shows the loggers below its own name
+
+UNBOUNDED = sys.maxsize  # a context length that no input reaches
+
+
+class LateHFLM(HFLM):
+    """HFLM's own steps of loading, each told apart from the next: config, tokenizer, and at the first request weights.
+
+    Attributes:
+        spec, way, ranks: what is asked for, how a group of ranks runs it, and where this process stands among them; all
+            three are set before `construct`.
+
+    Raises:
+        UsageError: for a config or tokenizer that can't be read, and an architecture that can't be run, in `construct`;
+            for weights that can't be read, at the first use of `model`.
+    """
+
+    spec: LambdaSpec
+    way: Way
+    ranks: Ranks
+    n_local_from = ""
+    _unread: dict[str, Any] | None = None  # the arguments the weights will be loaded with
+    _constructed = _closed = False
+    _streaming: Any = None
+    shares_model = False  # whether a user, who passed the model object, calls it between our requests
+    journal: Journal | None = None
+    _given: Mapping[str, Any] = {}  # the user's arguments
+    _longest = 0  # tokens of context that a request took since results were last written
+    _written = False  # whether lm-eval is writing results
+
+    def construct(self, pretrained: str | transformers.PreTrainedModel, **kwargs: Any) -> None:
+        """HFLM's construction, as if there were this process alone, and no weight read."""
+        with alone():
+            super().__init__(pretrained, **kwargs)
+        self._constructed = True
+
+    @property
+    def unread(self) -> bool:
+        """Whether the weights are still to be read."""
+        return isinstance(self._model, _Unread)
+
+    @property
+    def max_length(self) -> int | None:
+        """Tokens of context: what the user set, else without bound.
+
+        lm-eval writes it into the results, after it has asked for `get_model_info`. It is then the smallest value that
+        would have cut no input, or None if there was no input.
+        """
+        if self._written and not self._max_length:
+            return self._longest or None
+        return self._max_length or UNBOUNDED
+
+    def begin(self) -> None:
+        """Say that requests come in: if results were written since the last ones, these are for other results."""
+        self._longest, self._written = 0 if self._written else self._longest, False
+
+    def asked(self, *tokens: int) -> None:
+        """Say how many tokens of context requests take."""
+        self._longest = max(self._longest, *tokens, 0)
+
+    def get_model_info(self) -> dict:
+        """Return what lm-eval writes into the results of the model; the weights need not be read."""
+        self._written = True
+        info = super().get_model_info()
+        unknown = {"model_num_parameters": -1, "model_dtype": self._dtype()} if self.unread else {}
+        return info | unknown  # if all answers came from a cache, nobody counted
+
+    def set_cache_hook(self, cache_hook: Any) -> None:
+        """Take lm-eval's database of answers (`--use_cache`), and let it serve only this model's and method's."""
+        if cache_hook.dbdict is not None:
+            identify(cache_hook.dbdict, self._answers_identity())
+        super().set_cache_hook(cache_hook)
+
+    def _answers_identity(self) -> dict[str, Any]:
+        """What, besides a request's text, changes an answer. Nobody can tell a model object from a changed one."""
+        who = {"object": secrets.token_hex(16)}
+        if self.shares_model:
+            logger.warning("use_cache: answers of a model object are not found again; pass a directory or a hub name")
+        else:
+            who = identity(self.pretrained, self.config, self._given)
+        spec = self.spec.model_dump(exclude=HOW)
+        tokens = fingerprint_tokenizer(self.tokenizer)
+        return who | {"answers": ANSWERS, "spec": spec, "tokens": tokens, "seed": torch.initial_seed()}
+
+    def _get_config(self, pretrained: str, **kwargs: Any) -> None:
+        try:
+            super()._get_config(pretrained, **kwargs)
+        except (OSError, ValueError) as error:
+            where = "" if Path(pretrained).is_dir() else "there is no directory of this name, and from the hub "
+            raise UsageError(
+                f"pretrained={pretrained}: {where}its config can't be read: {first_line(error)}"
+            ) from error
+        self.inspect(self._config)
+        check_structure(self._config, self.spec.attention, bool(kwargs.get("trust_remote_code")))
+
+    def inspect(self, config: transformers.PretrainedConfig) -> None:
+        """Refuse what can't be run, and settle n_local."""
+        if getattr(config, "is_encoder_decoder", False):
+            raise UsageError(f"the family {config.model_type!r} is an encoder-decoder; only causal LMs can be run")
+        registry.check(config, self.spec.attention)
+        if self.spec.attention != "full":
+            self.spec, self.n_local_from = self.spec.resolve(config)
+        self.way.check(config, self.spec)
+        self.trained_length, _ = trained_length(config)
+        apply_rope(config, self.spec)
+
+    def _create_tokenizer(self, pretrained, tokenizer, **kwargs: Any) -> None:
+        try:
+            super()._create_tokenizer(pretrained, tokenizer, **kwargs)
+        except (OSError, ValueError, ImportError) as error:
+            name = tokenizer if isinstance(tokenizer, str) else pretrained
+            raise UsageError(f"tokenizer={name}: it can't be read: {first_line(error)}") from error
+        if not self.tokenizer.encode("The quick brown fox.", add_special_tokens=False):
+            raise UsageError(
+                f"tokenizer={self.tokenizer.name_or_path}: it encodes text to nothing (no vocabulary?); "
+                "pass tokenizer=<a directory or hub name with a working one>"
+            )
+
+    def _create_model(self, pretrained: str, **kwargs: Any) -> None:
+        if kwargs.get("peft"):
+            check_adapter(kwargs["peft"], kwargs.get("revision"))
+        if self.spec.rope:
+            kwargs["config"] = self._config
+        if self.way.reads_on_host:
+            kwargs["device_map"] = "cpu"  # HFLM then leaves the model where transformers puts it by default
+        self._unread = {"pretrained": pretrained, **kwargs}
+        self._model = _Unread()
+
+    @property
+    def streaming(self):
+        """The model as the engine takes it: patched to Λ-attention and checked, or as it is for `full`.
+
+        A model that its user shares stays so until the next requests are answered.
+        """
+        if self._streaming is not None:
+            self._streaming.apply()
+            return self._streaming
+        model = base_of(self.model, self.peft)
+        self._streaming = self.way.prepare(model, self.spec)
+        if device_of(model.get_input_embeddings()).type == "cpu":
+            keep_freed_memory()
+        name = type(model).__name__ if self.shares_model else self.pretrained
+        logger.info("Running %s with %s", name, self.describe())
+        return self._streaming
+
+    @contextlib.contextmanager
+    def restored(self, streaming: Any) -> Iterator[None]:
+        """After it, a model that its user shares is itself again."""
+        try:
+            yield
+        finally:
+            if self.shares_model:
+                streaming.restore()
+
+    def close(self) -> None:
+        """Give the model back as it was, and answer no more requests. Closing again changes nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._streaming is not None:
+            self._streaming.restore()
+        self._streaming = self._model = None
+        if self.journal is not None:
+            self.journal.close()
+
+    def __enter__(self) -> LateHFLM:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def describe(self) -> str:
+        """The attention in one line, for the log."""
+        if self.spec.attention == "full":
+            return f"attention=full, chunk_size={self.spec.chunk_size}"
+        return (
+            f"attention={self.spec.attention}, n_local={self.spec.n_local} ({self.n_local_from}), "
+            f"n_global={self.spec.sinks}, chunk_size={self.spec.chunk_size}, primitive={self.attention_primitive()}"
+        )
+
+    def attention_primitive(self) -> str:
+        if self.spec.attention == "full" or self.unread:
+            return ""
+        head = ModelShape.of(self.config).head_dim
+        where = device_of(self._model.get_input_embeddings())
+        return primitive(torch.empty(1, 1, 1, head, dtype=self._model.dtype, device=where))
+
+    @property
+    def model(self):
+        """The transformers model; its weights are read at the first call after construction.
+
+        Raises:
+            UsageError: after `close`.
+        """
+        if self._closed:
+            raise UsageError("the model is closed; make another LMInfinite")
+        if self._constructed and self.unread:
+            destination = self._model.destination
+            logger.info("Loading the weights of %s", self._unread["pretrained"])
+            try:
+                self._model = self.way.load(self._read, self._dtype(), self.device)
+            except UsageError:
+                raise
+            except (OSError, ValueError, ImportError, SafetensorError) as error:
+                line = f"pretrained={self.pretrained}: its weights can't be read: {first_line(error)}"
+                raise UsageError(line) from error
+            if destination is not None and not self.way.reads_on_host:
+                self._model.to(destination)
+        return super().model
+
+    @cached_property
+    def decoding(self) -> Decoding:
+        """The model's rules of picking tokens, known before its weights are read."""
+        own = None if self.unread else getattr(self.model, "generation_config", None)
+        if own is None:
+            own = read_generation_config(self.config, **self._unread) if self._unread else GenerationConfig()
+        return Decoding(self.config, own)
+
+    def _read(self) -> transformers.PreTrainedModel:
+        auto, self.AUTO_MODEL_CLASS = self.AUTO_MODEL_CLASS, CheckedAuto(self.AUTO_MODEL_CLASS)
+        try:
+            super()._create_model(**self._unread)
+        finally:
+            self.AUTO_MODEL_CLASS = auto
+        self._model.eval()
+        self._model.tie_weights()
+        return self._model
+
+    def _dtype(self) -> torch.dtype:
+        """The weights' dtype: what was asked for, else what the config says."""
+        wanted = self._unread["dtype"]
+        wanted = getattr(torch, wanted, None) if isinstance(wanted, str) else wanted  # torch has no "auto"
+        return wanted or self.config.dtype or self.config.get_text_config().dtype or torch.float32
+
+    def _get_accelerate_args(self, *args: Any, **kwargs: Any) -> dict:
+        """HFLM's, and where ranks share a node, each has its own of the CUDA devices that layers are spread over."""
+        found, ranks = super()._get_accelerate_args(*args, **kwargs), self.ranks
+        if found.get("max_memory"):
+            found["max_memory"] = {
+                where: most
+                for where, most in found["max_memory"].items()
+                if not isinstance(where, int) or where % ranks.local_world == ranks.local_rank
+            }
+        elif found.get("device_map") == "auto":  # no CUDA device: it would take that for no memory at all
+            found["max_memory"] = None
+        return found
+
+
+def read_generation_config(
+    config: transformers.PretrainedConfig, pretrained: str, gguf_file: str | None = None, **kwargs: Any
+) -> GenerationConfig:
+    """Read a model's generation config as `from_pretrained` does with the same arguments, without the weights.
+
+    Raises:
+        UsageError: if it has an impossible value.
+    """
+    if gguf_file:
+        return GenerationConfig.from_model_config(config)
+    names = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
+    where = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+    try:
+        try:
+            return GenerationConfig.from_pretrained(pretrained, **where)
+        except OSError:  # there is none: older models have its values in their config
+            where |= {"config_file_name": "config.json", "_from_model_config": True}
+            return GenerationConfig.from_pretrained(pretrained, **where)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UsageError(f"pretrained={pretrained}: its generation_config.json: {first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Inside, HFLM and accelerate see no launcher: they would split requests and take devices their own way."""
+    names = "RANK", "LOCAL_RANK", "WORLD_SIZE", "ACCELERATE_USE_DEEPSPEED"
+    hidden = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
+class _Unread(torch.nn.Module):
+    """Stands where HFLM expects its model, until the weights are read."""
+
+    def __init__(self):
+        super().__init__()
+        self.destination: Any = None
+
+    def to(self, device: Any) -> _Unread:
+        """Remember where HFLM wants the model."""
+        self.destination = device
+        return self
+
+    def tie_weights(self) -> None:
+        """Nothing to tie yet."""

@@ -1,0 +1,1 @@
+"""Tokens through a model: scoring and generation, each shared prefix computed once."""

@@ -1,0 +1,1 @@
+"""A transformers model whose attention is taken over from outside, and verified."""

@@ -1,0 +1,337 @@
+"""The check at load that makes every unknown family safe: if the method hides nothing, what runs must be the model.
+
+For Λ, two tiny passes compare, layer by layer, the queries and keys that the model rotates itself with those that we
+rotate for it; so a layer without positions is found, and a family whose keys exist only rotated is refused. Then logits
+are compared: with the model's own forward below n_local, and beyond it whole against chunks. For `full`, the chunks and
+a batch of two are compared with the model's own forward. All this on a few tokens that cross every window: the method's
+n_local and each layer's own sliding window are made short for it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from lminf_eval.attention.kernels import attend
+from lminf_eval.errors import UsageError, first_line, out_of_memory
+from lminf_eval.methods.spec import LambdaSpec
+from lminf_eval.models.families import FAMILIES
+from lminf_eval.models.families.registry import unsupported
+from lminf_eval.models.full_model import FullModel
+from lminf_eval.models.modules import (
+    attention_layers,
+    decoder_of,
+    device_of,
+    find_rotary,
+    rotary_module,
+    short_windows,
+    takes,
+)
+from lminf_eval.models.patching import IMPLEMENTATION, LambdaModel
+from lminf_eval.models.rope import held
+
+logger = logging.getLogger(f"lm_eval.{__name__}")  # lm-eval shows the loggers below its own name
+
+# Relative error allowed: of a rotation done by the same function on the same numbers, and of whole-model logits that
+# another attention kernel computed. A wrong convention is off by tenths.
+_ROTATION = {torch.float64: 1e-5, torch.float32: 1e-4}
+_LOGITS = {torch.float64: 1e-4, torch.float32: 1e-3}
+_HALF_ROTATION, _HALF_LOGITS, _HALF_SHIFT = 2e-2, 1e-1, 2.5e-1
+_TOKENS, _SHIFT = 64, 64  # tokens of the check; how far the same tokens are moved on
+_PLAIN = 2**15  # of the vocabulary, from which they are drawn
+_LOCAL, _GLOBAL, _OWN = 20, 4, 8  # n_local and n_global during the check, and each layer's own window, at most
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # as configs call their number
+_SCALED = "llama_4_scaling_beta"  # of rope_parameters: queries are scaled by their position, on purpose
+
+
+def lambda_model(
+    model: PreTrainedModel,
+    spec: LambdaSpec,
+    make: Callable[..., LambdaModel] = LambdaModel,
+    expected: torch.Tensor | None = None,
+) -> LambdaModel:
+    """Patch `model` to Λ-attention by `make(model, spec)`, and check it.
+
+    `spec` is resolved against the model's config if its n_local is open. `expected` are the model's `own_logits` from
+    before, if it can no longer tell them: each of several ranks holds a part.
+
+    Raises:
+        UsageError: if the patched model would not be the same model; `model` is then as it was.
+    """
+    if spec.n_local is None:
+        spec, _ = spec.resolve(model.config)
+    if any(hasattr(layer, "lminf") for layer in attention_layers(model)):
+        raise UsageError("the model is a Λ model already; `restore()` that one first")
+    with _refusing(model.config):
+        own = model.config.model_type in FAMILIES
+        rotary = next(iter(find_rotary(model)), None) if own else rotary_module(model)
+        expected = own_logits(model, spec) if expected is None else expected.to(model.device)
+        ids = _ids(model)
+        with torch.inference_mode(), held(rotary, spec.n_local):
+            recorded = None if own else _record(model, ids)
+        patched = make(model, spec)
+        try:
+            windows = {spec.n_local} if own else _compare_layers(patched, recorded, ids)
+            _compare_logits(patched, expected, ids)
+        except BaseException:
+            patched.restore()
+            raise
+    if spec.n_local not in windows:
+        logger.warning(
+            "%r: all layers slide as trained, over %s tokens, whatever n_local is: this is the model as it is",
+            model.config.model_type,
+            max(windows),
+        )
+    return patched
+
+
+def full_model(model: PreTrainedModel, expected: torch.Tensor | None = None) -> FullModel:
+    """Return `model` for `attention=full`, its chunks and batches checked against its own forward.
+
+    `expected` are the model's `own_logits` from before, as for `lambda_model`.
+
+    Raises:
+        UsageError: if chunks or batches would change what the model says; `model` is then as it was.
+    """
+    with _refusing(model.config, "full"):
+        expected = own_logits(model, None) if expected is None else expected.to(model.device)
+        full = FullModel(model)
+        try:
+            with short_windows(model, _OWN):
+                _compare_with_own(full, expected, _ids(model))
+        except BaseException:
+            full.restore()
+            raise
+    return full
+
+
+@contextmanager
+def _refusing(config: PretrainedConfig, attention: str = "lambda") -> Iterator[None]:
+    """Whatever goes wrong inside is the family's, unless it is memory."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, UsageError) or out_of_memory(error):
+            raise
+        raise UsageError(unsupported(config, f"{type(error).__name__}: {first_line(error)}", attention)) from error
+
+
+@torch.no_grad()  # not inference_mode: some weights are made by the first pass, and their user may train them
+def own_logits(model: PreTrainedModel, spec: LambdaSpec | None) -> torch.Tensor:
+    """Return [T, V]: what the unpatched model's own forward says of the check's T tokens, its windows made short.
+
+    With a resolved `spec` its frequencies are those that Λ will use, and the same tokens further on must give the same.
+
+    Raises:
+        UsageError: if the logits are not finite numbers, or depend on absolute positions.
+    """
+    ids = _ids(model)
+    length = ids.shape[1] if spec is None or spec.n_local is None else spec.n_local
+    shifted = spec is not None and spec.attention != "full" and _takes_positions(model)
+    with held(next(iter(find_rotary(model)), None), length), short_windows(model, _OWN):
+        logits = model(input_ids=ids, use_cache=False).logits[0]
+        if not logits.isfinite().all():
+            line = "the model's own logits are not finite numbers; check its weights and dtype"
+            raise UsageError(f"{model.config.model_type!r}: {line}")
+        if shifted:
+            at_1L = torch.arange(_SHIFT, _SHIFT + ids.shape[1], device=ids.device)[None]
+            moved = model(input_ids=ids, position_ids=at_1L, use_cache=False).logits[0]
+            why = "its logits depend on absolute positions: the same tokens further on differ by"
+            # In half precision cosines are rounded by position too, and an expert may change with them.
+            _require(model, moved, logits, why, None if logits.dtype in _LOGITS else _HALF_SHIFT)
+    return logits
+
+
+def _takes_positions(model: PreTrainedModel) -> bool:
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    own = model.config.model_type in FAMILIES
+    return not own and _SCALED not in rope and takes(model, "position_ids") is not None
+
+
+def _ids(model: PreTrainedModel) -> torch.Tensor:
+    """[1, T]: plain tokens; a model for images and text sees a placeholder for an image otherwise."""
+    text, generator = model.config.get_text_config(), torch.Generator().manual_seed(0)
+    length = min(_TOKENS, getattr(text, "max_position_embeddings", None) or _TOKENS)
+    special = {value for name, value in vars(model.config).items() if name.endswith(("_token_id", "_token_index"))}
+    plain = torch.tensor([token for token in range(min(text.vocab_size, _PLAIN)) if token not in special])
+    ids = plain[torch.randint(len(plain), (1, length), generator=generator)]
+    return ids.to(device_of(model.get_input_embeddings()))
+
+
+class _Recorder:
+    """Stands in for a LambdaModel: keeps each layer's rotated queries and keys, and what it answered."""
+
+    def __init__(self):
+        self.layers = {}
+
+    def attend(self, module: nn.Module, q, k, v, scale, options):
+        out, _ = attend(q, k, v, scale, causal=True)
+        self.layers[module.layer_idx] = q, k, out
+        return out
+
+
+def _record(model: PreTrainedModel, ids: torch.Tensor) -> dict:
+    implementation, recorder = model.config._attn_implementation, _Recorder()
+    layers = attention_layers(model)
+    for layer in layers:
+        layer.lminf = recorder
+    model.set_attn_implementation(IMPLEMENTATION)
+    try:
+        decoder_of(model)(input_ids=ids, use_cache=False)
+    finally:
+        model.set_attn_implementation(implementation)
+        for layer in layers:
+            del layer.lminf
+    return recorder.layers
+
+
+def _compare_layers(patched: LambdaModel, recorded: dict, ids: torch.Tensor) -> set[int]:
+    """Find which layers rotate, and refuse the family if some layer does neither what we do nor nothing.
+
+    Returns:
+        The windows that the model's layers have.
+    """
+    positions = torch.arange(ids.shape[1])[None]
+    seen, windows = set(), set()
+
+    def attend_and_compare(module, q, k, v, scale, options):
+        expected_q, expected_k, out = recorded[module.layer_idx]
+        limit = _ROTATION.get(q.dtype, _HALF_ROTATION)
+        seen.add(module.layer_idx)
+        windows.add(patched._reach(module, options)[0])
+        for rotated in (patched.rotated[module.layer_idx], False):
+            patched.rotated[module.layer_idx] = rotated
+            found = [patched._turn(module, x, positions, "near") for x in (q, k)]
+            if max(relative_error(found[0], expected_q), relative_error(found[1], expected_k)) < limit:
+                return out
+        raise UsageError(
+            unsupported(patched.model.config, f"layer {module.layer_idx} changes queries or keys after rotating them")
+        )
+
+    patched.attend = attend_and_compare
+    try:
+        with torch.inference_mode():
+            patched.decoder(input_ids=ids, use_cache=False)
+    finally:
+        del patched.attend
+        patched._shared = {}
+    if seen != {layer.layer_idx for layer in patched.layers}:
+        raise UsageError(
+            unsupported(patched.model.config, "some of its attention layers can't be reached from outside")
+        )
+    return windows
+
+
+def _compare_logits(patched: LambdaModel, expected: torch.Tensor, ids: torch.Tensor) -> None:
+    """Chunks and single tokens against the model's own below n_local, and beyond it against one whole chunk."""
+    model, spec = patched.model, patched.spec
+    n = min(spec.n_local, _LOCAL, ids.shape[1])
+    patched.spec = spec.model_copy(update={"n_local": n, "n_global": min(spec.n_global, _GLOBAL, n - 1), "top_k": 0})
+    try:
+        with short_windows(model, _OWN):
+            chunked = _logits(patched, ids, {n // 2, n - 1, n, 2 * n + 3, ids.shape[1] - 1})
+            whole = _logits(patched, ids, set())
+    finally:
+        patched.spec = spec
+    rough = patched.slopes is not None and patched.family.rounds_bias
+    limit = _HALF_LOGITS if rough else None
+    _require(model, chunked[:n], expected[:n], "its patched logits differ from its own below n_local by", limit)
+    _require(model, chunked, whole, "its logits in chunks differ from those in one piece by")
+
+
+def _compare_with_own(full: FullModel, expected: torch.Tensor, ids: torch.Tensor) -> None:
+    """Chunks, single tokens, and batches of two against the model's own forward; finds out what the model takes."""
+    T = ids.shape[1]
+    try:
+        _compare_chunks(full, expected, ids)
+    except UsageError:
+        if not full.gives_positions:
+            raise
+        full.gives_positions = False  # RoBERTa counts positions from two on, and does so only if none are given
+        _compare_chunks(full, expected, ids)
+    try:
+        _compare_batch(full, expected, ids, (T // 3, T // 2))
+    except UsageError:
+        full.pads = False  # absolute positions, most often: a batch is then of one length
+        _compare_batch(full, expected, ids, (T // 2, T // 2))
+
+
+def _compare_chunks(full: FullModel, expected: torch.Tensor, ids: torch.Tensor) -> None:
+    T, why = ids.shape[1], "its logits in chunks differ from those of its own forward by"
+    _require(full.model, _logits(full, ids, {T // 3, 2 * T // 3, T - 2, T - 1}), expected, why, attention="full")
+
+
+def _compare_batch(full: FullModel, expected: torch.Tensor, ids: torch.Tensor, lengths: tuple[int, int]) -> None:
+    caches = []
+    for n in lengths:
+        caches.append(full.new_cache(1, ids.shape[1]))
+        full.hidden(ids[:, :n], caches[-1])
+    batch = full.stack([cache.rows([0]) for cache in caches])
+    output = full.hidden(torch.cat([ids[:, n : n + 1] for n in lengths]), batch)
+    found = full.logits(output, output.last_hidden_state[:, -1])
+    why = "its logits in a batch differ from those of its own forward by"
+    _require(full.model, found, expected[list(lengths)], why, attention="full")
+
+
+def _logits(runner: LambdaModel | FullModel, ids: torch.Tensor, cuts: set[int]) -> torch.Tensor:
+    """[T, V]: the tokens passed in chunks that end at `cuts`, so that the cache is part of the check."""
+    ends = sorted({cut for cut in cuts if 0 < cut < ids.shape[1]} | {ids.shape[1]})
+    cache, found = runner.new_cache(1, ids.shape[1]), []
+    for start, end in zip([0, *ends], ends, strict=False):
+        output = runner.hidden(ids[:, start:end], cache)
+        found.append(runner.logits(output, output.last_hidden_state[0]))
+    return torch.cat(found)
+
+
+def _require(
+    model: PreTrainedModel,
+    found: torch.Tensor,
+    expected: torch.Tensor,
+    why: str,
+    limit: float | None = None,
+    attention: str = "lambda",
+) -> None:
+    """Refuse the model if logits lie further apart than rounding explains."""
+    quantised = _quantisation(model)
+    limit = limit or (_HALF_LOGITS if quantised else _LOGITS.get(expected.dtype, _HALF_LOGITS))
+    error = _logits_error(found, expected, model.config.get_text_config())
+    if not error < limit:  # NaN must not pass
+        note = f" ({quantised} weights may differ by {limit:.0%})" if quantised else ""
+        raise UsageError(unsupported(model.config, f"{why} {error:.1%}{note}", attention))
+
+
+def _quantisation(model: PreTrainedModel) -> str:
+    """The name of the model's quantisation, "" for none. It rounds a chunk's activations by the chunk's own range."""
+    config = getattr(model.config, "quantization_config", None)
+    if config:
+        method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
+        return str(getattr(method, "value", method) or "quantised")
+    if any(".quantized." in type(module).__module__ for module in model.modules()):
+        return "quantised"
+    weights = (getattr(module, "weight", None) for module in model.modules() if isinstance(module, nn.Linear))
+    kinds = {type(weight.data).__name__ for weight in weights if isinstance(weight, torch.Tensor)}
+    return ", ".join(sorted(kinds - {"Tensor", "Parameter"}))
+
+
+def _logits_error(found: torch.Tensor, expected: torch.Tensor, text: PretrainedConfig) -> float:
+    """`relative_error`; of experts in half precision, the least that three tokens in four stay below.
+
+    There another rounding may choose another expert for a token, whose logits are then other ones altogether.
+    """
+    parts = text, getattr(text, "ffn_config", None)  # DBRX's
+    experts = any(getattr(part, name, None) not in (None, 0, 1) for part in parts for name in _EXPERTS)
+    if not experts or expected.dtype in _LOGITS:
+        return relative_error(found, expected)
+    errors = [relative_error(one, other) for one, other in zip(found, expected, strict=True)]
+    return float(torch.tensor(errors).quantile(0.75))  # NaN where any is
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """In the Frobenius norm; NaN where either has one."""
+    found, expected = found.double(), expected.double()
+    return float((found - expected).norm() / expected.norm().clamp(min=1e-30))

@@ -1,0 +1,207 @@
+"""The model as it is, behind the same face as a Λ model: transformers' own attention and growing cache."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.functional import pad
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, cache_utils
+
+from lminf_eval.models.modules import CACHE_NAMES, decoder_of, find_rotary, head_logits, takes
+from lminf_eval.models.onednn_linear import Linears
+from lminf_eval.models.rope import Frequencies, follows_length
+
+_BY_TOKEN = ("keys", "values", "indexer_keys")  # a cache layer's tensors [B, …, tokens, D]; others are states [B, …]
+_WHOLE = {  # a layer that slides would forget what a copy of some rows still needs: it keeps everything instead
+    "DynamicSlidingWindowLayer": "DynamicLayer",
+    "LinearAttentionAndSlidingWindowAttentionLayer": "LinearAttentionAndFullAttentionLayer",
+}
+
+
+def new_layers(config: PretrainedConfig) -> DynamicCache:
+    """Return transformers' own cache for a model: keys and values, and recurrent states in the layers that have any."""
+    layers = DynamicCache(config=config)
+    for i, layer in enumerate(layers.layers):
+        if whole := _WHOLE.get(type(layer).__name__):
+            layers.layers[i] = getattr(cache_utils, whole)()
+    return layers
+
+
+@dataclass
+class FullCache:
+    """Keys, values and recurrent states of B sequences, as long as they are.
+
+    Sequences of unequal length are padded on the left; `mask` [B, S] is False there, and None where nothing is padded.
+    """
+
+    capacity: int  # tokens the longest sequence will have
+    layers: DynamicCache
+    lengths: list[int]
+    mask: torch.Tensor | None = None
+    readmit_from: list[int] | None = None  # nothing is ever hidden here: not used
+
+    @torch.inference_mode()
+    def rows(self, index: list[int]) -> FullCache:
+        """Return a copy with these rows alone."""
+        layers = _mapped(lambda name, x: x[index], self.layers)
+        mask = None if self.mask is None else self.mask[index]
+        return FullCache(self.capacity, layers, [self.lengths[i] for i in index], mask)
+
+    def narrow(self, n: int) -> FullCache:
+        """Return a copy with the first n rows."""
+        return self.rows(list(range(n)))
+
+    def expand(self, n: int) -> FullCache:
+        """Return a copy with n times the one row of this cache."""
+        return self.rows([0] * n)
+
+    @classmethod
+    @torch.inference_mode()
+    def stack(cls, caches: list[FullCache]) -> FullCache:
+        """Return one cache whose rows are those of `caches`, of one row each."""
+        lengths = [cache.lengths[0] for cache in caches]
+        longest = max(lengths)
+
+        def joined(name: str, *parts: torch.Tensor) -> torch.Tensor:
+            if name not in _BY_TOKEN:
+                return torch.cat(parts)
+            padded = [pad(part, (0, 0, longest - n, 0)) for part, n in zip(parts, lengths, strict=True)]
+            return torch.cat(padded)
+
+        layers = _mapped(joined, *(cache.layers for cache in caches))
+        mask = torch.arange(longest)[None] >= longest - torch.tensor(lengths)[:, None]
+        return cls(max(cache.capacity for cache in caches), layers, lengths, None if mask.all() else mask)
+
+    def saved_states(self) -> dict[int, Any]:
+        """Return copies of the layers that write over their own state, for `rollback`."""
+        kinds = (cache_utils.DynamicLayer, getattr(cache_utils, "DynamicIndexedLayer", cache_utils.DynamicLayer))
+        layers = {i: layer for i, layer in enumerate(self.layers.layers) if type(layer) not in kinds}
+        return {
+            i: _mapped_layer(lambda name, x: x if name in _BY_TOKEN else x.clone(), layer)
+            for i, layer in layers.items()
+        }
+
+    def rollback(self, seen: int, states: dict[int, Any]) -> None:
+        """Make every layer what it was after `seen` tokens; `states` are `saved_states` of then."""
+        for i, layer in enumerate(self.layers.layers):
+            if i in states:
+                self.layers.layers[i] = states[i]
+                continue
+            for name in _BY_TOKEN:
+                if getattr(layer, name, None) is not None:
+                    setattr(layer, name, getattr(layer, name)[..., :seen, :])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held in keys, values and states, over all layers."""
+        sizes: list[int] = []
+        _mapped(lambda name, x: sizes.append(x.numel() * x.element_size()) or x, self.layers)
+        return sum(sizes)
+
+
+def _mapped(function: Callable[..., torch.Tensor], first: DynamicCache, *others: DynamicCache) -> DynamicCache:
+    """Return a cache like `first`, each tensor `function(its name, first's, *others')`."""
+    made = copy.copy(first)
+    made.layers = [
+        _mapped_layer(function, *layers)
+        for layers in zip(first.layers, *(other.layers for other in others), strict=True)
+    ]
+    return made
+
+
+def _mapped_layer(function: Callable[..., torch.Tensor], first: Any, *others: Any) -> Any:
+    made = copy.copy(first)
+    for name, value in vars(first).items():
+        parts = [vars(other)[name] for other in others]
+        if isinstance(value, torch.Tensor):
+            setattr(made, name, function(name, value, *parts))
+        elif isinstance(value, dict):  # states by number, and what is known of each
+            states = {
+                key: function(name, x, *(part[key] for part in parts)) if isinstance(x, torch.Tensor) else x
+                for key, x in value.items()
+            }
+            setattr(made, name, states)
+    return made
+
+
+class FullModel:
+    """A causal LM with its own attention (`attention=full`); the same methods as `LambdaModel`.
+
+    Attributes:
+        by_length: whether its rotary frequencies follow the length of the sequence (dynamic NTK, LongRoPE). Then they
+            are those of a cache's capacity from its first chunk on, as if the whole sequence passed at once, and
+            sequences of unequal length can share neither a batch nor a prefix.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.model, self.decoder = model, decoder_of(model)
+        self.by_length = any(follows_length(module) for module in find_rotary(model))
+        self.reach = sys.maxsize  # tokens before it that a token sees
+        self.readmits = False
+        self.pads = True  # whether sequences of unequal length can share a batch; the check at load finds out
+        self.gives_positions = takes(self.decoder, "position_ids") is not None  # the check at load may say no
+        self._cache_name = takes(self.decoder, *CACHE_NAMES)
+        self.active = False
+        self.apply()
+
+    def apply(self) -> None:
+        """Take hold of frequencies and linear layers. Calling it again changes nothing, until `restore`."""
+        if self.active:
+            return
+        self.active, self._length = True, 1
+        self._held = [Frequencies(module, 1) for module in find_rotary(self.model) if follows_length(module)]
+        self._linears = Linears(self.model)
+
+    def new_cache(self, batch: int, capacity: int) -> FullCache:
+        """State for `batch` sequences of `capacity` tokens; it grows as they do."""
+        return FullCache(capacity, new_layers(self.model.config), [0] * batch)
+
+    stack = staticmethod(FullCache.stack)
+
+    def restore(self) -> PreTrainedModel:
+        """Give back the model as it was: its frequencies follow each forward pass again."""
+        if not self.active:
+            return self.model
+        self.active = False
+        self._linears.restore()
+        for frequencies in self._held:
+            frequencies.restore()
+        return self.model
+
+    @torch.inference_mode()
+    def hidden(self, ids_BL: torch.Tensor, cache: FullCache, keep: bool = True):
+        """The decoder's output for the next L tokens of each row; `last_hidden_state` is [B, L, hidden]."""
+        B, L = ids_BL.shape
+        if cache.capacity != self._length:
+            self._length = cache.capacity
+            for frequencies in self._held:
+                frequencies.settle(cache.capacity)
+        options, seen, mask = {}, max(cache.lengths), cache.mask
+        states = cache.saved_states() if L > 1 else {}  # one token alone is never tried again
+        if cache.mask is not None:
+            cache.mask = torch.cat([cache.mask, torch.ones(B, L, dtype=torch.bool)], 1)
+            options["attention_mask"] = cache.mask.to(ids_BL.device)
+        if self.gives_positions:
+            options["position_ids"] = (torch.tensor(cache.lengths)[:, None] + torch.arange(L)).to(ids_BL.device)
+        if keep or seen:
+            options |= {self._cache_name: cache.layers, "use_cache": True}
+        else:
+            options["use_cache"] = False
+        try:
+            output = self.decoder(input_ids=ids_BL, return_dict=True, **options)
+        except BaseException:  # out of memory, most often: the engine tries again in smaller chunks
+            cache.rollback(seen, states)
+            cache.mask = mask
+            raise
+        cache.lengths = [n + L for n in cache.lengths]
+        return output
+
+    @torch.inference_mode()
+    def logits(self, output, hidden_TC: torch.Tensor) -> torch.Tensor:
+        """[T, V]: the model's own head on T chosen hidden states."""
+        return head_logits(self.model, self.decoder, output, hidden_TC)

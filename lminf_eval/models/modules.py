@@ -1,0 +1,165 @@
+"""The parts of a transformers model that evaluation reaches from outside: decoder, attention, rotary modules, head.
+
+Shapes: T chosen positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from lminf_eval.errors import BUILDING, UsageError
+from lminf_eval.models.families import FAMILIES
+from lminf_eval.models.families.registry import unsupported
+from lminf_eval.models.rope import set_forward
+
+CACHE_NAMES = ("cache", "past_key_values")  # of a decoder's argument and output: transformers 5.24 renamed it
+_WINDOWS = ("sliding_window", "attention_chunk_size")  # what configs and attention modules call a layer's own window
+
+
+def decoder_of(model: PreTrainedModel) -> nn.Module:
+    """Return the module between the embeddings and the head.
+
+    It is not always `base_model`: OPT's head reads `model.decoder`, and a model for images and text has a text part.
+    Nor is it always `get_decoder()`: ModernBERT calls its last linear layer so, and Llama 4 finds only itself.
+    """
+    found = [model.get_decoder(), model.base_model, getattr(model, "model", None)]
+    return next((one for one in found if isinstance(one, PreTrainedModel) and one is not model), model)
+
+
+def check_structure(config: PretrainedConfig, attention: str, trust_remote_code: bool = False) -> None:
+    """Refuse, before any weight is read, a model that lacks the parts which `attention` takes over.
+
+    Raises:
+        UsageError: naming the family and the reason.
+    """
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
+    except BUILDING:
+        return  # some can be built only with their weights; what is wrong is said when these are read
+    if attention == "full":
+        if takes(decoder_of(model), *CACHE_NAMES) is None:
+            raise UsageError(unsupported(config, "its state is not a cache that chunks could go on from", attention))
+    else:
+        attention_layers(model)
+        if config.model_type not in FAMILIES:
+            rotary_module(model)
+
+
+def takes(module: nn.Module, *names: str) -> str | None:
+    """Return the first of `names` that the module's forward has as an argument, or None."""
+    arguments = inspect.signature(type(module).forward).parameters
+    return next((name for name in names if name in arguments), None)
+
+
+def attention_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """Return the model's attention modules, in order.
+
+    Raises:
+        UsageError: if there are none whose queries and keys can be read before rotation.
+    """
+    own = model.config.model_type in FAMILIES
+    found = [
+        module
+        for module in decoder_of(model).modules()
+        if hasattr(module, "layer_idx")
+        and "Attention" in type(module).__name__
+        and (own or hasattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb"))
+    ]
+    # DBRX wraps its attention in a block of a like name; only the innermost computes attention.
+    layers = [module for module in found if not any(part in found for part in list(module.modules())[1:])]
+    if not layers:
+        raise UsageError(unsupported(model.config, "its attention has no apply_rotary_pos_emb to take over"))
+    return layers
+
+
+def find_rotary(model: PreTrainedModel) -> list[nn.Module]:
+    """Return the decoder's modules that turn positions into (cos, sin)."""
+    named = decoder_of(model).named_modules()
+    return [module for name, module in named if name.rpartition(".")[2].startswith("rotary_emb")]
+
+
+def rotary_module(model: PreTrainedModel) -> nn.Module:
+    """Return the one module that turns positions into (cos, sin).
+
+    Raises:
+        UsageError: if there is none, or more than one.
+    """
+    found = find_rotary(model)
+    if len(found) != 1:
+        raise UsageError(unsupported(model.config, f"it has {len(found)} rotary_emb modules where one is expected"))
+    return found[0]
+
+
+def layer_type(module: nn.Module, config: Any) -> str | None:
+    """Return what a family calls the kind of an attention layer ("full_attention", …), or None if it has no name."""
+    for name in ("layer_type", "attention_type"):
+        if isinstance(getattr(module, name, None), str):
+            return getattr(module, name)
+    types = getattr(config, "layer_types", None)
+    return types[module.layer_idx] if types and module.layer_idx < len(types) else None
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Return where a module computes. accelerate may keep an offloaded module's weights elsewhere, or nowhere yet."""
+    for part in module.modules():
+        device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return next(module.parameters()).device
+
+
+def head_logits(model: PreTrainedModel, decoder: nn.Module, output: Any, hidden_TC: torch.Tensor) -> torch.Tensor:
+    """Return [T, V]: the model's own forward, its decoder standing still and answering with the given hidden states.
+
+    So whatever a family does between the decoder and its logits (scaling, soft-capping) happens as it always does.
+    """
+    caches = {field.name: None for field in fields(output) if field.name in CACHE_NAMES}
+    answer = replace(output, last_hidden_state=hidden_TC[None], **caches)
+    ids_1T = torch.zeros(1, len(hidden_TC), dtype=torch.long, device=device_of(model.get_input_embeddings()))
+    with replaced_forward(decoder, lambda *args, **kwargs: answer):
+        return model(input_ids=ids_1T, use_cache=False).logits[0]  # Gemma 4 looks its tokens up, too
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
+    """Within it, the module's forward is `forward`."""
+    before = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        set_forward(module, before)
+
+
+@contextmanager
+def short_windows(model: PreTrainedModel, most: int) -> Iterator[None]:
+    """Within it, each sliding window of the model is `most` tokens or its own size, whichever is less.
+
+    So a few tokens cross every window, and a check at load need not be as long as the window.
+    """
+    owners = {id(owner): owner for owner in [model.config, model.config.get_text_config(), *model.modules()]}
+    owners |= {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}
+    wide = [
+        (owner, name, vars(owner)[name])
+        for owner in owners.values()
+        for name in _WINDOWS
+        if type(vars(owner).get(name)) is int and vars(owner)[name] > most
+    ]
+    for owner, name, _ in wide:
+        setattr(owner, name, most)
+    try:
+        yield
+    finally:
+        for owner, name, window in wide:
+            setattr(owner, name, window)

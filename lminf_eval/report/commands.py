@@ -1,0 +1,117 @@
+"""`lminf table` and `lminf report`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from lminf_eval.errors import UsageError
+from lminf_eval.report import escape, export, formats
+from lminf_eval.report.figures.plots import plots
+from lminf_eval.report.html_page import page
+from lminf_eval.report.load import load
+from lminf_eval.report.pivot import arrange, choose
+from lminf_eval.report.sample_store import Evidence
+
+WRITERS = {
+    "markdown": formats.markdown,
+    "csv": formats.comma_separated,
+    "latex": formats.latex,
+    "html": formats.html,
+}
+WIDEST = 400  # characters a line where the output is no terminal and nothing needs to wrap
+
+
+def table(
+    paths: Sequence[Path],
+    rows: str = "model,method",
+    columns: str = "length",
+    metric: str = "",
+    baseline: str = "",
+    form: str = "terminal",
+    export_to: Path | None = None,
+    trained_length: int | None = None,
+) -> None:
+    """Print the results in `paths` as a table (see `table.arrange`); `export_to` gets every result, unarranged.
+
+    `rows`, `columns` and `metric` are names with commas between, `form` is "terminal" or one of `WRITERS`. What could
+    not be read is told on standard error.
+
+    Raises:
+        UsageError: for a path, name or format that does not exist.
+    """
+    if form != "terminal" and form not in WRITERS:
+        raise UsageError(f"format {form}: one of terminal, {', '.join(WRITERS)}")
+    if export_to:
+        export.check(export_to)
+    collection = load(paths, trained_length)
+    if collection.results.empty:
+        raise UsageError(f"{', '.join(map(str, paths))}: a bench, and no lm-eval result; `lminf report` draws benches")
+    evidence = Evidence(collection)
+    chosen = choose(collection.results, _names(metric))
+    arranged = arrange(evidence, chosen, _names(rows), _names(columns), baseline)
+    if form == "terminal":
+        console = Console()
+        formats.terminal(arranged, console if console.is_terminal else Console(width=WIDEST))
+    else:
+        sys.stdout.write(WRITERS[form](arranged))
+    if export_to:
+        try:
+            export.write(collection.results, export_to)
+        except OSError as error:
+            raise UsageError(f"{export_to}: {error.strerror}") from None
+    _complain(evidence)
+
+
+def report(
+    paths: Sequence[Path],
+    output: Path = Path("report.html"),
+    baseline: str = "",
+    figures: Path | None = None,
+    trained_length: int | None = None,
+) -> None:
+    """Write the page of all results in `paths` to `output`, and its figures as PNG and SVG into the folder `figures`.
+
+    Where `paths` hold benches alone (`lminf bench`), there are figures and no page.
+
+    The methods are compared with `baseline`, or without one named with the model as it is where that was run.
+
+    Raises:
+        UsageError: for a path or a baseline that does not exist, or an output that cannot be written to.
+    """
+    evidence = Evidence(load(paths, trained_length))
+    results = evidence.collection.results
+    if results.empty and not figures:
+        raise UsageError(
+            f"{', '.join(map(str, paths))}: a bench, and no lm-eval result to write a page of; see --figures"
+        )
+    if baseline and len(results):
+        arrange(evidence, choose(evidence.collection.results), baseline=baseline)  # says so where there is none
+    drawn = plots(evidence)
+    try:
+        if figures:
+            figures.mkdir(parents=True, exist_ok=True)
+            for plot in drawn:
+                plot.write(figures)
+        if len(results):
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.write_text(page(evidence, drawn, baseline or "full"), encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{error.filename}: {error.strerror}") from None
+    print(f"{output if len(results) else figures}: {len(results)} results, {len(drawn)} figures")
+    _complain(evidence)
+
+
+def _complain(evidence: Evidence) -> None:
+    collection = evidence.collection
+    for problem in [*collection.problems, *evidence.problems]:
+        print(escape.plain(f"left out: {problem.file}: {problem.reason}"), file=sys.stderr)
+    for note in collection.notes:
+        print(escape.plain(note), file=sys.stderr)
+
+
+def _names(given: str) -> list[str]:
+    return [name.strip() for name in given.split(",") if name.strip()]

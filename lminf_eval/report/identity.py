@@ -1,0 +1,43 @@
+"""Which results are the same measurement, so that a newer one replaces an older one.
+
+Everything that changes an answer tells two results apart. How and when a run was done (device, batch size, parallelism,
+releases) does not.
+"""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from lminf_eval.report.run_metadata import METHOD_SETTINGS
+
+OF_THE_RUN = ("model_path", "backend", "attention", *METHOD_SETTINGS, "other", "dtype", "weights")
+OF_THE_TASK = ("length", "task", "n_shot", "task_settings", "task_version", "n", "limit", "subset")
+HOW_ASKED = ("prompt", "generation", "seeds")
+IDENTITY = (*OF_THE_RUN, *OF_THE_TASK, *HOW_ASKED, "metric", "filter")
+
+
+def newest(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """Return `rows` without the older of those that measure the same, and a note for each file that lost some."""
+    rows = rows.sort_values("date", kind="stable")
+    replaced = _keys(rows).duplicated(keep="last")
+    notes = [
+        f"{count} result{'s' if count > 1 else ''} of {file} replaced by newer ones of the same measurement"
+        for file, count in rows.loc[replaced, "file"].value_counts(sort=False).items()
+    ]
+    kept = rows[~replaced].sort_values(["model", "backend", "method", "family", "length", "metric"], kind="stable")
+    return kept.reset_index(drop=True), notes
+
+
+def _keys(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the columns that identify a measurement.
+
+    `limit` counts only if the number of documents is unknown. A run without a network does not know the commit of its
+    weights: it is taken for the only one that the others know.
+    """
+    keys = rows[list(IDENTITY)].copy()
+    keys["limit"] = keys["limit"].where(keys["n"].isna(), "")
+    known = keys.assign(weights=keys["weights"].where(keys["weights"] != ""))
+    same = known.groupby([name for name in IDENTITY if name != "weights"], dropna=False)["weights"]
+    only = same.transform("first").where(same.transform("nunique") == 1, "")
+    keys["weights"] = keys["weights"].where(keys["weights"] != "", only)
+    return keys

@@ -1,0 +1,1 @@
+"""What the task definitions call: data, documents, tokenizers, metrics."""
