@@ -52,13 +52,16 @@ class TerminationConsensus:
         return self._peers.store.check([_KEY])
 
     def propose(self, status: int, line: str, spokesman: int | None = None) -> Termination:
-        """End the run: every rank is to leave with `status`. Unless it is empty, write `line` to standard error.
+        """End the run, and write to standard error why, if this proposal is the one agreed on.
 
         Args:
-            spokesman: the rank that writes a line that all ranks find by themselves, if the store can't settle which.
+            status: the exit status of every rank.
+            line: why the run ends; empty if nobody has to be told.
+            spokesman: for a line that every rank would propose, the rank that writes it if the store, which otherwise
+                decides, can't be reached.
 
         Returns:
-            What is agreed, which is another rank's proposal if that one was first.
+            The termination that is agreed on: another rank's if that one was first.
         """
         mine = Termination(status=status, line=line, by=self._rank)
         try:
