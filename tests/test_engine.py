@@ -15,7 +15,7 @@ from lminf_eval.methods.spec import LambdaSpec
 from lminf_eval.models.equivalence_check import lambda_model
 from lminf_eval.models.full_model import FullModel
 from lminf_eval.models.rope import Rotary
-from lminf_eval.parallel.tensor_parallel import AgreeInStep
+from lminf_eval.parallel.lockstep import SyncedSamplingEngine
 
 SPECS = [
     LambdaSpec(attention=attention, n_local=n_local, n_global=n_global)
@@ -266,7 +266,7 @@ def test_a_sampler_that_finds_no_number_to_go_by_ends_its_answer_alone(patched, 
 def test_ranks_in_step_follow_the_first_ones_token_or_end(said, answer, patched, monkeypatch):
     monkeypatch.setattr(torch.distributed, "broadcast", lambda token, source: token.fill_(said))
     requests = [GenerateRequest([5, 6], 3, NEVER), GenerateRequest([5, 6], 3, NEVER, lambda device: most_likely)]
-    found = dict(AgreeInStep(patched(SHARED[0]), 50, 2).generate(requests))
+    found = dict(SyncedSamplingEngine(patched(SHARED[0]), 50, 2).generate(requests))
     assert found == {0: answer, 1: answer}
 
 

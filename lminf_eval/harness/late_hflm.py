@@ -31,7 +31,7 @@ from lminf_eval.models.loading import CheckedAuto
 from lminf_eval.models.modules import check_structure, device_of
 from lminf_eval.models.peft_adapters import base_of, check_adapter
 from lminf_eval.parallel.ranks import Ranks
-from lminf_eval.parallel.strategy import Way
+from lminf_eval.parallel.strategy import ParallelStrategy
 from lminf_eval.resume.journal import ANSWERS, HOW, Journal
 from lminf_eval.tasks.chunked_tokenization import fingerprint_tokenizer
 from lminf_eval.utils.allocator import keep_freed_memory
@@ -45,8 +45,8 @@ class LateHFLM(HFLM):
     """HFLM's own steps of loading, each told apart from the next: config, tokenizer, and at the first request weights.
 
     Attributes:
-        spec, way, ranks: what is asked for, how a group of ranks runs it, and where this process stands among them; all
-            three are set before `construct`.
+        spec, strategy, ranks: what is asked for, how a group of ranks runs it, and where this process stands among
+            them; all three are set before `construct`.
 
     Raises:
         UsageError: for a config or tokenizer that can't be read, and an architecture that can't be run, in `construct`;
@@ -54,7 +54,7 @@ class LateHFLM(HFLM):
     """
 
     spec: LambdaSpec
-    way: Way
+    strategy: ParallelStrategy
     ranks: Ranks
     n_local_from = ""
     _unread: dict[str, Any] | None = None  # the arguments the weights will be loaded with
@@ -138,7 +138,7 @@ class LateHFLM(HFLM):
         registry.check(config, self.spec.attention)
         if self.spec.attention != "full":
             self.spec, self.n_local_from = self.spec.resolve(config)
-        self.way.check(config, self.spec)
+        self.strategy.check(config, self.spec)
         self.trained_length, _ = trained_length(config)
         apply_rope(config, self.spec)
 
@@ -159,7 +159,7 @@ class LateHFLM(HFLM):
             check_adapter(kwargs["peft"], kwargs.get("revision"))
         if self.spec.rope:
             kwargs["config"] = self._config
-        if self.way.reads_on_host:
+        if self.strategy.reads_on_host:
             kwargs["device_map"] = "cpu"  # HFLM then leaves the model where transformers puts it by default
         self._unread = {"pretrained": pretrained, **kwargs}
         self._model = _Unread()
@@ -174,7 +174,7 @@ class LateHFLM(HFLM):
             self._streaming.apply()
             return self._streaming
         model = base_of(self.model, self.peft)
-        self._streaming = self.way.prepare(model, self.spec)
+        self._streaming = self.strategy.prepare(model, self.spec)
         if device_of(model.get_input_embeddings()).type == "cpu":
             keep_freed_memory()
         name = type(model).__name__ if self.shares_model else self.pretrained
@@ -236,13 +236,13 @@ class LateHFLM(HFLM):
             destination = self._model.destination
             logger.info("Loading the weights of %s", self._unread["pretrained"])
             try:
-                self._model = self.way.load(self._read, self._dtype(), self.device)
+                self._model = self.strategy.load(self._read, self._dtype(), self.device)
             except UsageError:
                 raise
             except (OSError, ValueError, ImportError, SafetensorError) as error:
                 line = f"pretrained={self.pretrained}: its weights can't be read: {first_line(error)}"
                 raise UsageError(line) from error
-            if destination is not None and not self.way.reads_on_host:
+            if destination is not None and not self.strategy.reads_on_host:
                 self._model.to(destination)
         return super().model
 
@@ -272,7 +272,7 @@ class LateHFLM(HFLM):
 
     def _get_accelerate_args(self, *args: Any, **kwargs: Any) -> dict:
         """HFLM's, and where ranks share a node, each has its own of the CUDA devices that layers are spread over."""
-        found, ranks = super()._get_accelerate_args(*args, **kwargs), self.ranks
+        found, ranks = super()._get_accelerate_args(*args, **kwargs), self.ranks.topology
         if found.get("max_memory"):
             found["max_memory"] = {
                 where: most

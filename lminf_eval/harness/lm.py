@@ -26,7 +26,7 @@ from lminf_eval.models.memory_estimate import parameters
 from lminf_eval.parallel import request_sharding
 from lminf_eval.parallel.ranks import Ranks
 from lminf_eval.parallel.request_sharding import Work
-from lminf_eval.parallel.strategy import choose
+from lminf_eval.parallel.strategy import choose_strategy
 from lminf_eval.resume.checkpoint import Checkpoints
 from lminf_eval.resume.journal import HOW, Journal
 from lminf_eval.tasks.chunked_tokenization import encode
@@ -63,10 +63,10 @@ class LMInfinite(LateHFLM):
         **kwargs: Any,
     ):
         self.ranks = Ranks()
-        with self.ranks.guard():
+        with self.ranks.lifecycle.guard():
             self._construct(pretrained, device, batch_size, prefix_sharing, journal, kwargs)
-        if self.ranks.rank:
-            with self.ranks.guard():
+        if self.ranks.topology.rank:
+            with self.ranks.lifecycle.guard():
                 request_sharding.serve(self.ranks, self._run, self._tokens)
 
     def _construct(self, pretrained, device, batch_size, prefix_sharing, journal, kwargs: dict[str, Any]) -> None:
@@ -82,8 +82,10 @@ class LMInfinite(LateHFLM):
             if self.spec.attention != "full" and kwargs.get(name) is not None:
                 raise UsageError(f"{name}={kwargs[name]}: goes with attention=full only")
         self.parallel, *sizes = (kwargs.pop(name, default) for name, default in PARALLEL.items())
-        self.way = choose(self.parallel, dict(zip(list(PARALLEL)[1:], sizes, strict=True)), self.ranks)
-        self.spec = self.way.settle(self.spec)
+        self.strategy = choose_strategy(
+            self.parallel, dict(zip(list(PARALLEL)[1:], sizes, strict=True)), self.ranks.topology
+        )
+        self.spec = self.strategy.settle(self.spec)
         if self.parallel == "layers":
             kwargs["parallelize"] = True
         self.prefix_sharing, self.prefix_states = prefix_sharing, kwargs.pop("prefix_states", HELD)
@@ -94,7 +96,7 @@ class LMInfinite(LateHFLM):
         self._chunk_size = 0  # what memory was found to suffice for, once known
         self.journal: Journal | None = None
         self._checkpoints: Checkpoints | None = None
-        device = self.ranks.device(find_device(device))
+        device = self.ranks.topology.device(find_device(device))
         self.construct(pretrained, device=device, batch_size=batch_size, **kwargs)
         if not isinstance(pretrained, str):
             if self.spec.rope:
@@ -108,10 +110,10 @@ class LMInfinite(LateHFLM):
     def _keep_journal(self, folder: str, who: dict[str, Any]) -> None:
         who["spec"] = self.spec.model_dump(exclude=HOW)
         self.journal = Journal(folder, who)
-        if self.ranks.size == 1:
+        if self.ranks.topology.group_size == 1:
             self._checkpoints = Checkpoints(self.journal.folder / "checkpoints", self.journal.salt)
-        self.ranks.kept = f"what was finished is in {folder}; the same command goes on from there"
-        self.ranks.stop.listen()
+        self.ranks.status.resume_hint = f"what was finished is in {folder}; the same command goes on from there"
+        self.ranks.lifecycle.shutdown.install_handlers()
 
     # ------------------------------------------------------------------ what lm-eval asks of a model
 
@@ -233,7 +235,7 @@ class LMInfinite(LateHFLM):
     def get_model_info(self) -> dict:
         """What lm-eval writes into the results beside the model's name, so that a run can be repeated."""
         info = super().get_model_info()
-        if not self.unread and self.way.reads_on_host:  # a rank has a part of it
+        if not self.unread and self.strategy.reads_on_host:  # a rank has a part of it
             info["model_num_parameters"] = parameters(self.config)
         return info | {
             "lminf": {
@@ -244,9 +246,9 @@ class LMInfinite(LateHFLM):
                 "trained_length": self.trained_length,
                 "prefix_sharing": self.prefix_sharing,
                 "parallel": self.parallel,
-                "ranks": self.ranks.world,
-                "tp_size": self.ranks.size if self.parallel in ("deepspeed", "zero3") else 1,
-                "cp_size": self.ranks.size if self.parallel == "context" else 1,
+                "ranks": self.ranks.topology.world,
+                "tp_size": self.ranks.topology.group_size if self.parallel in ("deepspeed", "zero3") else 1,
+                "cp_size": self.ranks.topology.group_size if self.parallel == "context" else 1,
                 "attention_primitive": self.attention_primitive(),
                 "tokens_computed": self._tokens["computed"],
                 "tokens_reused": self._tokens["reused"],
@@ -277,8 +279,8 @@ class LMInfinite(LateHFLM):
 
     def _run(self, what: str, works: list[Work], bar: Any) -> Iterator[tuple[int, Any]]:
         """This rank's part: each one's index and answer, kept in the journal first; as all ranks of a group do it."""
-        size, stop, streaming = self.batch_size_per_gpu, self.ranks.stop, self.streaming
-        engine = self.way.engine(
+        size, stop, streaming = self.batch_size_per_gpu, self.ranks.lifecycle.shutdown, self.streaming
+        engine = self.strategy.engine(
             streaming,
             self._chunk_size or self.spec.chunk_size,
             None if size == "auto" else int(size),
@@ -288,14 +290,14 @@ class LMInfinite(LateHFLM):
             self._checkpoints,
             self.prefix_states,
         )
-        engine.in_step = self.ranks.size > 1
+        engine.in_step = self.ranks.topology.group_size > 1
         request, answer = (
             (self._score_request, self._score) if what == "score" else (self._generate_request, self._text)
         )
         with stop.deferred(), self._autocast(), self.restored(streaming):
             for i, found in getattr(engine, what)([request(work) for work in works]):
                 result = answer(works[i], found)
-                if self.ranks.leads and self.journal is not None:
+                if self.ranks.topology.is_group_leader and self.journal is not None:
                     self.journal.add(works[i].key, result)
                 yield i, result
         self._chunk_size = engine.chunk_size
@@ -307,7 +309,7 @@ class LMInfinite(LateHFLM):
 
     def _score(self, work: Work, score: Score) -> list:
         broken = np.flatnonzero(np.isnan(score.log_probs))
-        if len(broken) and self.ranks.leads:
+        if len(broken) and self.ranks.topology.is_group_leader:
             first = work.options["scored_from"]
             logger.warning(
                 "NaN: %d of %d scored tokens, the first at position %d of a request of %d tokens, which scores %.60r",

@@ -23,7 +23,7 @@ from lminf_eval.inference.sampling import Sample
 from lminf_eval.inference.scoring_targets import asked_of, joined, split
 from lminf_eval.models.modules import device_of
 from lminf_eval.resume.checkpoint import EVERY, Checkpoints
-from lminf_eval.resume.shutdown import Stop
+from lminf_eval.resume.shutdown import ShutdownRequest
 
 logger = logging.getLogger(f"lm_eval.{__name__}")  # lm-eval shows the loggers below its own name
 
@@ -94,14 +94,14 @@ class Engine:
         batch_size: int | None = None,
         share: bool = True,
         bar: tqdm | None = None,
-        stop: Stop | None = None,
+        stop: ShutdownRequest | None = None,
         checkpoints: Checkpoints | None = None,
         held: int = HELD,
     ):
         self.model, self.chunk_size, self.batch_size, self.share = model, chunk_size, batch_size, share
         self.batch_tokens = chunk_size  # new ones, of all rows of a batch whose size is left to us
         self.bar = tqdm(disable=True) if bar is None else bar
-        self.stop, self.checkpoints, self.held = stop or Stop(), checkpoints, held
+        self.stop, self.checkpoints, self.held = stop or ShutdownRequest(), checkpoints, held
         self.device = device_of(model.model.get_input_embeddings())
         self.least = MIN_SHARED if self.device.type == "cpu" else MIN_SHARED_ON_GPU
         self._logits_at_once = _LOGITS_AT_ONCE
@@ -175,7 +175,7 @@ class Engine:
         low = first
         while low < longest:
             high = min(low + self.chunk_size, longest)
-            if keeping and low > saved and (self.stop.asked or low - saved >= EVERY) and not cache.middles:
+            if keeping and low > saved and (self.stop.requested or low - saved >= EVERY) and not cache.middles:
                 self.checkpoints.save(low, cache, results[0])
                 saved = low
             active = [row for row, node in enumerate(nodes) if len(node.tokens) > low]
@@ -363,8 +363,8 @@ class Engine:
 
         None where memory did not suffice: the cache is as before then, and `chunk_size` smaller.
         """
-        if self.stop.asked:
-            self.stop.leave()
+        if self.stop.requested:
+            self.stop.exit()
         with self._out_of_memory() as failed:
             return self.model.hidden(ids_BL.to(self.device), cache, keep)
         _let_go()

@@ -25,8 +25,8 @@ from lminf_eval.inference.engine import Engine
 from lminf_eval.methods.spec import LambdaSpec
 from lminf_eval.models.equivalence_check import lambda_model
 from lminf_eval.models.patching import LambdaModel
-from lminf_eval.parallel.halo_exchange import Exchange
-from lminf_eval.parallel.strategy import Way
+from lminf_eval.parallel.halo_exchange import HaloExchange
+from lminf_eval.parallel.strategy import ParallelStrategy
 
 SHARD = 128  # tokens a rank gets at least; shorter chunks pass through all ranks alike, and nothing is sent
 CHUNK = 2**16  # tokens a rank gets at most, by default: what it holds at once of a document
@@ -39,12 +39,12 @@ class ContextModel(LambdaModel):
     Between calls every rank holds the cache that one process would have.
 
     Attributes:
-        split: whether the last chunk was spread; `exchange.own` are then the tokens of it that this rank has.
+        split: whether the last chunk was spread; `exchange.local_slice` are then the tokens of it that this rank has.
     """
 
     def __init__(self, model: PreTrainedModel, spec: LambdaSpec, group: dist.ProcessGroup):
         super().__init__(model, spec)
-        self.exchange = Exchange(group)
+        self.exchange = HaloExchange(group)
         self.split = False
         self._sees_cache = self._renews = False
 
@@ -55,12 +55,12 @@ class ContextModel(LambdaModel):
         With `keep`, the last state of all is the chunk's last, on every rank.
         """
         start, L = cache.lengths[0], ids_BL.shape[1]
-        self.split = L // self.exchange.ranks >= SHARD
+        self.split = L // self.exchange.world >= SHARD
         if not self.split:
             return super().hidden(ids_BL, cache, keep)
-        self.exchange.cut(L)
+        self.exchange.shard(L)
         widest = max((layer.window for layer in cache.layers.values()), default=0)
-        own = self.exchange.own
+        own = self.exchange.local_slice
         self._sees_cache = own.start < widest  # some of this rank's tokens do
         self._renews = widest <= L  # nothing that is cached now stays in a window
         output = super().hidden(ids_BL[:, own], cache, keep, own.start)
@@ -68,7 +68,7 @@ class ContextModel(LambdaModel):
         if keep:
             if self._renews:
                 cache.origins = list(cache.lengths)
-            last_B1E = self.exchange.share(output.last_hidden_state[:, None], L - 1, L)[:, 0]
+            last_B1E = self.exchange.broadcast_range(output.last_hidden_state[:, None], L - 1, L)[:, 0]
             if own.stop < L:
                 output.last_hidden_state = torch.cat([output.last_hidden_state, last_B1E], 1)
         return output
@@ -79,8 +79,8 @@ class ContextModel(LambdaModel):
         """`attend_chunk` of this rank's shard of a chunk at position `start`, against a past that others filled in."""
         if not self.split:
             return attend_chunk(q_BHSD, k_BKSD, v_BKSD, layer, keep, start, origin, spec, window, sinks, turn, **how)
-        exchange, L = self.exchange, self.exchange.cuts[-1]
-        first = start + exchange.own.start
+        exchange, L = self.exchange, self.exchange.shard_offsets[-1]
+        first = start + exchange.local_slice.start
         near = origin if self._sees_cache else first  # so that angles stay below a shard's length and a window
         past = LayerCache.empty(k_BKSD, v_BKSD, window, sinks, self._cache.capacity)
         if start:
@@ -90,9 +90,9 @@ class ContextModel(LambdaModel):
                 past.write(k_old, v_old, start - k_old.shape[2])
         fresh = min(past.sinks - start, L)  # starting tokens that this chunk brings
         if fresh > 0:
-            heads = exchange.share(k_BKSD, 0, fresh), exchange.share(v_BKSD, 0, fresh)
+            heads = exchange.broadcast_range(k_BKSD, 0, fresh), exchange.broadcast_range(v_BKSD, 0, fresh)
             past.write_sinks(*heads, start)
-        k_new, v_new = exchange.before(k_BKSD, window), exchange.before(v_BKSD, window)
+        k_new, v_new = exchange.recv_previous(k_BKSD, window), exchange.recv_previous(v_BKSD, window)
         if n := k_new.shape[2]:
             at = torch.arange(first - n, first)
             past.write(turn(k_new, (at - near)[None], f"past {window}"), v_new, first - n)
@@ -102,7 +102,7 @@ class ContextModel(LambdaModel):
                 layer.write_sinks(*heads, start)
             end = start + L
             n = min(window, L)
-            k_kept, v_kept = exchange.share(k_BKSD, L - n, L), exchange.share(v_BKSD, L - n, L)
+            k_kept, v_kept = exchange.broadcast_range(k_BKSD, L - n, L), exchange.broadcast_range(v_BKSD, L - n, L)
             at = torch.arange(end - n, end) - (end if self._renews else origin)
             layer.write(turn(k_kept, at[None], f"kept {window}"), v_kept, end - n)
         return found
@@ -118,20 +118,20 @@ class ContextEngine(Engine):
 
     def __init__(self, model: ContextModel, chunk_size: int, *args, **kwargs):
         super().__init__(model, chunk_size, *args, **kwargs)
-        self.batch_tokens = min(chunk_size, _BATCH * model.exchange.ranks)
+        self.batch_tokens = min(chunk_size, _BATCH * model.exchange.world)
 
     def _log_probs(self, output, row: int, at_U: np.ndarray, token_U: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if not self.model.split:
             return super()._log_probs(output, row, at_U, token_U)
-        own = self.model.exchange.own
+        own = self.model.exchange.local_slice
         mine_U = (at_U >= own.start) & (at_U < own.stop)
         found_2U = np.zeros((2, len(at_U)))
         found_2U[:, mine_U] = super()._log_probs(output, row, at_U[mine_U] - own.start, token_U[mine_U])
-        found_2U = self.model.exchange.add(torch.from_numpy(found_2U).to(self.device)).cpu().numpy()
+        found_2U = self.model.exchange.all_reduce(torch.from_numpy(found_2U).to(self.device)).cpu().numpy()
         return found_2U[0], found_2U[1].astype(bool)
 
 
-class ContextParallel(Way):
+class ContextParallel(ParallelStrategy):
     """`parallel=context`: the ranks of a group share each long document."""
 
     engine = ContextEngine
@@ -140,7 +140,7 @@ class ContextParallel(Way):
         """A chunk is `CHUNK` tokens for each rank, most often a whole document, unless `chunk_size` says otherwise."""
         if "chunk_size" in spec.model_fields_set:
             return spec
-        return spec.model_copy(update={"chunk_size": CHUNK * self.ranks.size})
+        return spec.model_copy(update={"chunk_size": CHUNK * self.topology.group_size})
 
     def check(self, config: PretrainedConfig, spec: LambdaSpec) -> None:
         """Refuse attention that needs keys from anywhere."""
@@ -151,4 +151,4 @@ class ContextParallel(Way):
 
     def prepare(self, model: PreTrainedModel, spec: LambdaSpec) -> ContextModel:
         """The model on this rank, patched to Λ-attention and checked."""
-        return lambda_model(model, spec, partial(ContextModel, group=self.ranks.process_group))
+        return lambda_model(model, spec, partial(ContextModel, group=self.topology.process_group))

@@ -47,50 +47,52 @@ def answers(
 
     `tokens` becomes the whole run's count, of all groups. `share` and `held` are `prefix.forest`'s.
     """
-    if ranks.world == 1 or not works:
+    if ranks.topology.world == 1 or not works:
         yield from run(what, works, bar) if works else ()
         return
-    shares = split(works, ranks.groups, share, held)
-    with ranks.guard():
-        ranks.busy, ranks.call = True, ranks.call + 1
-        for group in range(ranks.groups):
-            if group or ranks.size > 1:
-                ranks.put(f"work/{ranks.call}/{group}", pack(what, [works[i] for i in shares[group]]))
+    shares = split(works, ranks.topology.groups, share, held)
+    with ranks.lifecycle.guard():
+        ranks.status.has_pending_requests, ranks.status.call = True, ranks.status.call + 1
+        for group in range(ranks.topology.groups):
+            if group or ranks.topology.group_size > 1:
+                ranks.mailbox.send(f"work/{ranks.status.call}/{group}", pack(what, [works[i] for i in shares[group]]))
         progress = Progress(ranks, what, len(shares[0]), bar)
         for i, answer in run(what, [works[i] for i in shares[0]], progress) if shares[0] else ():
             yield shares[0][i], answer
-        ranks.work, ranks.total = "waiting for the other ranks", 0
-        waiting = set(range(1, ranks.groups))
+        ranks.status.activity, ranks.status.total = "waiting for the other ranks", 0
+        waiting = set(range(1, ranks.topology.groups))
         while waiting:
-            for group in [group for group in sorted(waiting) if ranks.ready(f"answers/{ranks.call}/{group}")]:
-                found = json.loads(ranks.take(f"answers/{ranks.call}/{group}"))
+            for group in [
+                group for group in sorted(waiting) if ranks.mailbox.ready(f"answers/{ranks.status.call}/{group}")
+            ]:
+                found = json.loads(ranks.mailbox.receive(f"answers/{ranks.status.call}/{group}"))
                 tokens.update(found["tokens"])
                 progress.arrived[group] = found["announced"]
                 yield from zip(shares[group], found["answers"], strict=True)
                 waiting.discard(group)
             progress.refresh()
             time.sleep(0.05)
-        ranks.busy, ranks.work = False, "at rank 0's own work"
+        ranks.status.has_pending_requests, ranks.status.activity = False, "at rank 0's own work"
 
 
 def serve(ranks: Ranks, run: Run, tokens: Counter) -> NoReturn:
     """Every other rank's side: answer what comes, until rank 0 is done. The groups' first ranks send the answers."""
     for call in count(1):
-        ranks.work, ranks.total = "waiting for requests", 0
-        readers = ranks.size - (ranks.group == 0)
-        message = ranks.take(f"work/{call}/{ranks.group}", readers)
+        ranks.status.activity, ranks.status.total = "waiting for requests", 0
+        readers = ranks.topology.group_size - (ranks.topology.group == 0)
+        message = ranks.mailbox.receive(f"work/{call}/{ranks.topology.group}", readers)
         if not message:
-            ranks.leave()
+            ranks.lifecycle.exit()
         what, works = unpack(message)
-        ranks.call, before = call, Counter(tokens)
+        ranks.status.call, before = call, Counter(tokens)
         found: list[Any] = [None] * len(works)
         progress = Progress(ranks, what, len(works))
         for i, answer in run(what, works, progress) if works else ():
             found[i] = answer
-        if ranks.leads:
+        if ranks.topology.is_group_leader:
             more = {name: tokens[name] - before[name] for name in tokens}
             told = {"answers": found, "tokens": more, "announced": progress.announced}
-            ranks.put(f"answers/{call}/{ranks.group}", json.dumps(told).encode())
+            ranks.mailbox.send(f"answers/{call}/{ranks.topology.group}", json.dumps(told).encode())
 
 
 def pack(what: str, works: list[Work]) -> bytes:
@@ -124,22 +126,22 @@ class Progress:
         self._ranks, self._bar = ranks, bar
         self.announced = self._done = 0
         self.arrived: dict[int, int] = {}
-        ranks.work = f"{'scoring' if what == 'score' else 'generating for'} {requests} requests"
-        ranks.done = ranks.total = 0
-        ranks.watch.publish()
+        ranks.status.activity = f"{'scoring' if what == 'score' else 'generating for'} {requests} requests"
+        ranks.status.done = ranks.status.total = 0
+        ranks.peers.publish()
 
     def reset(self, total: float) -> None:
         """A round of `total` tokens begins."""
         self._done = self.announced
         self.announced += int(total)
-        self._ranks.total = self.announced
+        self._ranks.status.total = self.announced
         self.update(0)
-        self._ranks.watch.publish()
+        self._ranks.peers.publish()
 
     def update(self, n: float) -> None:
         """`n` more tokens are done."""
         self._done += int(n)
-        self._ranks.done = self._done
+        self._ranks.status.done = self._done
         self.refresh()
 
     def refresh(self) -> None:
@@ -147,8 +149,12 @@ class Progress:
         if self._bar is None:
             return
         ranks = self._ranks
-        told = {rank // ranks.size: record for rank, record in ranks.watch.records.items() if rank % ranks.size == 0}
-        told = {group: (r["done"], r["total"]) for group, r in told.items() if group and r["call"] == ranks.call}
+        told = {
+            rank // ranks.topology.group_size: record
+            for rank, record in ranks.peers.records.items()
+            if rank % ranks.topology.group_size == 0
+        }
+        told = {group: (r["done"], r["total"]) for group, r in told.items() if group and r["call"] == ranks.status.call}
         told |= {group: (n, n) for group, n in self.arrived.items()}
         self._bar.total = self.announced + sum(total for _, total in told.values())
         self._bar.update(self._done + sum(done for done, _ in told.values()) - self._bar.n)

@@ -1,7 +1,7 @@
-"""How one group of ranks runs one model: the seam that each kind of parallelism fills in a file of its own.
+"""How one group of ranks runs one model: the interface that each kind of parallelism implements in its own file.
 
-`parallel=none` and `parallel=layers` are `Way` itself. The others are subclasses, imported when they are asked for; the
-adapter and the engine know none of them.
+`parallel=none` and `parallel=layers` are `ParallelStrategy` itself. The others are subclasses, imported when they are
+chosen; the adapter and the engine know none of them.
 """
 
 from __future__ import annotations
@@ -16,42 +16,44 @@ from lminf_eval.errors import UsageError
 from lminf_eval.inference.engine import Engine
 from lminf_eval.methods.spec import LambdaSpec
 from lminf_eval.models.equivalence_check import full_model, lambda_model
-from lminf_eval.parallel.ranks import Ranks
+from lminf_eval.models.full_model import FullModel
+from lminf_eval.models.patching import LambdaModel
+from lminf_eval.parallel.topology import Topology
 
-WAYS = {
-    "none": "lminf_eval.parallel.strategy:Way",
-    "layers": "lminf_eval.parallel.strategy:Way",
+STRATEGIES = {
+    "none": "lminf_eval.parallel.strategy:ParallelStrategy",
+    "layers": "lminf_eval.parallel.strategy:ParallelStrategy",
     "deepspeed": "lminf_eval.parallel.tensor_parallel:TensorParallel",
-    "zero3": "lminf_eval.parallel.tensor_parallel:ZeRO3",
+    "zero3": "lminf_eval.parallel.zero3:ZeRO3",
     "context": "lminf_eval.parallel.context_parallel:ContextParallel",
 }
-_SIZES = {"deepspeed": "tp_size", "context": "cp_size"}  # what sets the ranks of a group; all of them by default
+_SIZE_ARGS = {"deepspeed": "tp_size", "context": "cp_size"}  # what sets the ranks of a group; by default, all ranks
 
 
-class Way:
-    """A model on one group of ranks. All ranks of the group run the same engine on the same requests, in step.
+class ParallelStrategy:
+    """A model on one group of ranks. All ranks of the group run the same engine on the same requests, in lockstep.
 
-    The adapter calls `settle` and `check` before anything is read, `load` when the first request comes, then `prepare`.
+    The adapter calls `settle` and `check` before it reads anything, `load` at the first request, then `prepare`.
 
     Attributes:
-        engine: the class that runs requests through what `prepare` returns; `Engine`, or a subclass of it.
-        reads_on_host: whether the weights are to be read into host memory, wherever they go from there.
-        ranks: `ranks.size` ranks are in the group, `ranks.process_group` is theirs (None where it is one), this is
-            number `ranks.rank % ranks.size` of them. `ranks.local_rank` is set, also where one process runs alone.
+        engine: the class that runs requests through what `prepare` returns: `Engine`, or a subclass of it.
+        reads_on_host: whether the weights must be read into host memory, wherever they go from there.
+        topology: `topology.group_size` ranks are in the group, `topology.process_group` is theirs (None for a group
+            of one), and this is number `topology.rank % topology.group_size` of them.
     """
 
     engine: type[Engine] = Engine
     reads_on_host = False
 
-    def __init__(self, ranks: Ranks):
-        self.ranks = ranks
+    def __init__(self, topology: Topology):
+        self.topology = topology
 
     def settle(self, spec: LambdaSpec) -> LambdaSpec:
-        """The spec, with what its user left open as this way has it best."""
+        """Return the spec, with this strategy's own defaults for what the user left open."""
         return spec
 
     def check(self, config: transformers.PretrainedConfig, spec: LambdaSpec) -> None:
-        """Refuse what can't be run on `ranks.size` ranks, from the config alone.
+        """Refuse what can't run on `topology.group_size` ranks, judging by the config alone.
 
         Raises:
             UsageError: naming the value and what would work.
@@ -60,11 +62,11 @@ class Way:
     def load(
         self, read: Callable[[], transformers.PreTrainedModel], dtype: torch.dtype, device: torch.device
     ) -> transformers.PreTrainedModel:
-        """The transformers model, in `dtype`. `read()` is lm-eval's own `from_pretrained`, on this rank's `device`."""
+        """Load the model in `dtype`. `read()` is lm-eval's own `from_pretrained`, on this rank's `device`."""
         return read()
 
-    def prepare(self, model: transformers.PreTrainedModel, spec: LambdaSpec):
-        """What the engine takes: the model patched to Λ-attention and checked, or as it is for `full`.
+    def prepare(self, model: transformers.PreTrainedModel, spec: LambdaSpec) -> LambdaModel | FullModel:
+        """Return what the engine takes: the model patched to Λ-attention and checked, or unchanged for `full`.
 
         Raises:
             UsageError: if what runs would not be the same model.
@@ -72,22 +74,29 @@ class Way:
         return full_model(model) if spec.attention == "full" else lambda_model(model, spec)
 
 
-def choose(parallel: str, sizes: dict[str, int | None], ranks: Ranks) -> Way:
-    """The way that `parallel=` names, its groups formed; `sizes` holds tp_size and cp_size.
+def choose_strategy(parallel: str, sizes: dict[str, int | None], topology: Topology) -> ParallelStrategy:
+    """Return the strategy that `parallel=` names, and create its groups; `sizes` holds tp_size and cp_size.
 
     Raises:
-        UsageError: for an unknown name, a size that goes with another way, or one that the ranks can't be divided by.
+        UsageError: for an unknown name, a size that belongs to another strategy, or one that does not divide the ranks.
     """
-    if parallel not in WAYS:
-        raise UsageError(f"parallel={parallel}: must be one of {', '.join(WAYS)}")
+    if parallel not in STRATEGIES:
+        raise UsageError(f"parallel={parallel}: must be one of {', '.join(STRATEGIES)}")
+    size_arg = _SIZE_ARGS.get(parallel, "")
     for name, size in sizes.items():
-        if size is not None and _SIZES.get(parallel) != name:
-            way = next(way for way, its in _SIZES.items() if its == name)
-            raise UsageError(f"{name}={size}: goes with parallel={way}, not with parallel={parallel}")
-        if size is not None and (type(size) is not int or not 1 <= size <= ranks.world):
-            there = f"{ranks.world}, the ranks of this run (torchrun --nproc_per_node starts more)"
-            raise UsageError(f"{name}={size}: must be a number from 1 to {there}")
-    wanted = sizes.get(_SIZES.get(parallel))
-    ranks.form(1 if parallel in ("none", "layers") else wanted or ranks.world)
-    module, name = WAYS[parallel if ranks.size > 1 or parallel == "zero3" else "none"].split(":")
-    return getattr(importlib.import_module(module), name)(ranks)
+        if size is not None:
+            _check_size(name, size, parallel, topology.world)
+    size = 1 if parallel in ("none", "layers") else sizes.get(size_arg) or topology.world
+    topology.create_groups(size)
+    module, name = STRATEGIES[parallel if size > 1 or parallel == "zero3" else "none"].split(":")
+    strategy: type[ParallelStrategy] = getattr(importlib.import_module(module), name)
+    return strategy(topology)
+
+
+def _check_size(name: str, size: object, parallel: str, world: int) -> None:
+    if _SIZE_ARGS.get(parallel) != name:
+        owner = next(strategy for strategy, argument in _SIZE_ARGS.items() if argument == name)
+        raise UsageError(f"{name}={size}: goes with parallel={owner}, not with parallel={parallel}")
+    if type(size) is not int or not 1 <= size <= world:
+        available = f"{world}, the ranks of this run (torchrun --nproc_per_node starts more)"
+        raise UsageError(f"{name}={size}: must be a number from 1 to {available}")

@@ -50,7 +50,7 @@ def answer(case: dict) -> dict:
     else:
         requests = [GenerateRequest(tokens, max_new, lambda new: False) for tokens, max_new in case["generate"]]
         answers = dict(engine.generate(requests))
-    return {"answers": [answers[i] for i in range(len(answers))], "sent": model.exchange.sent}
+    return {"answers": [answers[i] for i in range(len(answers))], "sent": model.exchange.bytes_sent}
 
 
 if __name__ == "__main__":

@@ -26,31 +26,32 @@ from lminf_eval.parallel.request_sharding import Work
 def main(who: int, deed: str, size: int = 1) -> None:
     ranks = Ranks()
     tokens = Counter()
-    with ranks.guard():
-        ranks.form(size)
+    with ranks.lifecycle.guard():
+        ranks.topology.create_groups(size)
         if deed == "refuse":
             raise UsageError("everyone=refuses: it is not allowed")
-    ranks.kept = "all is kept"
-    ranks.stop.listen()
+    ranks.status.resume_hint = "all is kept"
+    shutdown = ranks.lifecycle.shutdown
+    shutdown.install_handlers()
 
     def run(what, works, bar):
         bar.reset(10 * len(works))
-        with ranks.stop.deferred():
+        with shutdown.deferred():
             print("at work", file=sys.stderr, flush=True)
             for i, work in enumerate(works):
                 for _ in range(10):
-                    if ranks.stop.asked:
-                        print(f"rank {ranks.rank} leaves in order", file=sys.stderr, flush=True)
-                        ranks.stop.leave()
+                    if shutdown.requested:
+                        print(f"rank {ranks.topology.rank} leaves in order", file=sys.stderr, flush=True)
+                        shutdown.exit()
                     time.sleep(0.0 if deed == "hurry" else 0.1)
                     bar.update(1)
                 if i == 1:
-                    act(ranks, deed if ranks.rank == who else "nothing")
+                    act(ranks, deed if ranks.topology.rank == who else "nothing")
                 tokens["computed"] += 1
                 yield i, f"{what} {work.key}: {int(work.tokens.sum())}"
 
-    if ranks.rank:
-        with ranks.guard():
+    if ranks.topology.rank:
+        with ranks.lifecycle.guard():
             request_sharding.serve(ranks, run, tokens)
     for what in ("score", "generate"):
         works = [Work(f"{what}{i}", np.arange(i + 40), {}) for i in range(12)]
@@ -64,7 +65,7 @@ def act(ranks: Ranks, deed: str) -> None:
     if deed == "raise":
         raise RuntimeError("it went wrong\nat length")
     if deed == "wait":
-        dist.all_reduce(torch.ones(1), group=ranks.process_group)
+        dist.all_reduce(torch.ones(1), group=ranks.topology.process_group)
     if deed == "idle":
         time.sleep(60)
 

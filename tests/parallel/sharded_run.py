@@ -13,8 +13,9 @@ from transformers import CONFIG_MAPPING
 
 from lminf_eval.methods.spec import LambdaSpec
 from lminf_eval.parallel.ranks import Ranks
-from lminf_eval.parallel.strategy import Way
+from lminf_eval.parallel.strategy import ParallelStrategy
 from lminf_eval.parallel.tensor_parallel import UNSHARDED, TensorParallel
+from lminf_eval.parallel.topology import Topology
 
 MORE = ("falcon rw", "bloom 6 heads", "phi3 longrope")  # lines of FAMILIES beside the first of each family
 TOP_K = {"top_k": 3, "top_k_from_layer": 1, "top_k_distance": 8}
@@ -34,29 +35,30 @@ def main() -> None:
     tests = Path(__file__).parents[1]
     families, randomise = module(tests / "test_families.py"), module(tests / "conftest.py")._randomise
     ranks = Ranks()
-    with ranks.guard():
-        ranks.form(ranks.world)
+    topology = ranks.topology
+    with ranks.lifecycle.guard():
+        topology.create_groups(topology.world)
         known = [name for name in families.FAMILIES if name.split()[0] in CONFIG_MAPPING]
         first = {name.split()[0]: name for name in reversed(known)}
         names = sorted(name for family, name in first.items() if family not in UNSHARDED)
         cases = [(name, "lambda") for name in (*names, *MORE)] + [(name, kind) for name in VARIED for kind in OTHERS]
         for name, kind in cases:
-            told = compare(families, randomise, ranks, name, kind)
-            if ranks.rank == 0:
+            told = compare(families, randomise, topology, name, kind)
+            if topology.rank == 0:
                 print(json.dumps(told), flush=True)
-    if ranks.rank:
-        ranks.leave()
+    if topology.rank:
+        ranks.lifecycle.exit()
 
 
-def compare(families, randomise, ranks: Ranks, name: str, kind: str) -> list:
+def compare(families, randomise, topology: Topology, name: str, kind: str) -> list:
     n_local = {} if kind == "full" else {"n_local": families.W, "n_global": families.G}
-    spec, way = LambdaSpec(**n_local, **OTHERS.get(kind, {})), TensorParallel(ranks)
+    spec, strategy = LambdaSpec(**n_local, **OTHERS.get(kind, {})), TensorParallel(topology)
     ids = torch.randint(3, 97, (1, families.S), generator=torch.Generator().manual_seed(0))
     whole = families.build(randomise, name)
-    way.check(whole.config, spec)
-    results = [run(families, Way(ranks).prepare(whole, spec), ids, kind)]
-    part = way.load(lambda: families.build(randomise, name), torch.float32, torch.device("cpu"))
-    results.append(run(families, way.prepare(part, spec), ids, kind))
+    strategy.check(whole.config, spec)
+    results = [run(families, ParallelStrategy(topology).prepare(whole, spec), ids, kind)]
+    part = strategy.load(lambda: families.build(randomise, name), torch.float32, torch.device("cpu"))
+    results.append(run(families, strategy.prepare(part, spec), ids, kind))
     (expected, whole_heads), (found, own_heads) = results
     return [name.split()[0], kind, families.error(found, expected), whole_heads, own_heads]
 

@@ -18,7 +18,7 @@ from lminf_eval.methods.spec import LambdaSpec
 from lminf_eval.models.equivalence_check import lambda_model
 from lminf_eval.models.rope import Rotary
 from lminf_eval.parallel import context_parallel
-from lminf_eval.parallel.ranks import Ranks
+from lminf_eval.parallel.topology import Topology
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("context")]  # the processes are started once for all
 
@@ -243,12 +243,10 @@ def test_short_chunks_are_not_spread(answered):
 )
 def test_what_cannot_be_spread_is_refused(spec, line):
     with pytest.raises(UsageError, match=f"^lminf: {line}$"):
-        context_parallel.ContextParallel(Ranks()).check(None, spec)
+        context_parallel.ContextParallel(Topology()).check(None, spec)
 
 
 def test_a_chunk_is_most_often_a_whole_document():
-    ranks = Ranks()
-    ranks.size = 4
-    way = context_parallel.ContextParallel(ranks)
-    assert way.settle(LambdaSpec(n_local=16)) == LambdaSpec(n_local=16, chunk_size=4 * 65536)
-    assert way.settle(LambdaSpec(n_local=16, chunk_size=2048)).chunk_size == 2048
+    strategy = context_parallel.ContextParallel(Topology(group_size=4))
+    assert strategy.settle(LambdaSpec(n_local=16)) == LambdaSpec(n_local=16, chunk_size=4 * 65536)
+    assert strategy.settle(LambdaSpec(n_local=16, chunk_size=2048)).chunk_size == 2048

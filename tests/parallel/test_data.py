@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from lminf_eval.inference.prefix_tree import forest
+from lminf_eval.parallel.peers import RankStatus
 from lminf_eval.parallel.request_sharding import Progress, Work, pack, split, unpack
+from lminf_eval.parallel.topology import Topology
 
 
 def work(*parts: tuple[int, int], max_new: int | None = None) -> Work:
@@ -110,9 +112,12 @@ def test_a_message_holds_what_was_put_in():
 class Ranks:
     """As much of a rank as a Progress looks at."""
 
-    size, call = 2, 3
+    topology = Topology(group_size=2)
 
-    class watch:
+    def __init__(self):
+        self.status = RankStatus(call=3)
+
+    class peers:
         records: dict = {}  # noqa: RUF012
 
         @staticmethod
@@ -133,9 +138,9 @@ def test_the_bar_counts_the_tokens_of_all_groups():
     progress.reset(100)
     progress.update(30)
     assert (bar.n, bar.total) == (30, 100)
-    assert (ranks.work, ranks.done, ranks.total) == ("scoring 2 requests", 30, 100)
+    assert (ranks.status.activity, ranks.status.done, ranks.status.total) == ("scoring 2 requests", 30, 100)
     told = {"call": 3, "done": 5, "total": 50}
-    ranks.watch.records = {
+    ranks.peers.records = {
         1: told,  # of rank 0's own group
         2: told,
         3: told,  # the same tokens as rank 2

@@ -1,11 +1,10 @@
-"""DeepSpeed's two ways, without lm-eval: what is refused, what settings are made, and every family sharded for real."""
+"""DeepSpeed's two strategies without lm-eval: what is refused, which settings are made, every family really sharded."""
 
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,14 +13,16 @@ from transformers import CONFIG_MAPPING, AutoConfig, FalconConfig, LlamaConfig
 from lminf_eval.errors import UsageError
 from lminf_eval.methods.spec import LambdaSpec
 from lminf_eval.models.families.registry import TESTED
-from lminf_eval.parallel.tensor_parallel import UNSHARDED, TensorParallel, ZeRO3, settings
+from lminf_eval.parallel.tensor_parallel import UNSHARDED, TensorParallel
+from lminf_eval.parallel.topology import Topology
+from lminf_eval.parallel.zero3 import ZeRO3, settings
 
 SMOLLM2 = LlamaConfig(hidden_size=576, num_attention_heads=9, num_key_value_heads=3)
 
 
-def refusal(way, config, size, **spec):
+def refusal(strategy, config, size, **spec):
     with pytest.raises(UsageError) as refused:
-        way(SimpleNamespace(size=size)).check(config, LambdaSpec(**spec))
+        strategy(Topology(group_size=size)).check(config, LambdaSpec(**spec))
     return str(refused.value)
 
 
@@ -33,7 +34,7 @@ def test_heads_that_leave_a_remainder_are_refused_with_what_goes():
     assert refusal(TensorParallel, LlamaConfig(num_attention_heads=32, num_key_value_heads=8), 16).endswith(
         "1, 2, 4, 8"
     )
-    TensorParallel(SimpleNamespace(size=3)).check(SMOLLM2, LambdaSpec())
+    TensorParallel(Topology(group_size=3)).check(SMOLLM2, LambdaSpec())
 
 
 def test_one_key_value_head_is_not_divided():
@@ -44,24 +45,26 @@ def test_one_key_value_head_is_not_divided():
 def test_a_family_that_deepspeed_shards_wrongly_is_refused_by_name(family):
     said = refusal(TensorParallel, AutoConfig.for_model(family), 2)
     assert said.startswith(f"lminf: parallel=deepspeed: DeepSpeed can't shard the family '{family}'; ")
-    assert said.endswith("parallel=layers, zero3 and context go with it")
+    assert said.endswith("use parallel=layers, zero3 or context")
 
 
 def test_alibi_in_the_models_own_attention_and_quantised_weights_are_refused():
     bloom = AutoConfig.for_model("bloom", n_head=8)
-    assert "of 'bloom', DeepSpeed can't shard the model's own ALiBi" in refusal(
+    assert "DeepSpeed can't shard the ALiBi of 'bloom' under attention=full" in refusal(
         TensorParallel, bloom, 2, attention="full"
     )
-    TensorParallel(SimpleNamespace(size=2)).check(bloom, LambdaSpec())
+    TensorParallel(Topology(group_size=2)).check(bloom, LambdaSpec())
     quantised = LlamaConfig(quantization_config={"quant_method": "gptq", "bits": 4})
-    for way in (TensorParallel, ZeRO3):
-        assert "quantised weights" in refusal(way, quantised, 2)
+    for strategy in (TensorParallel, ZeRO3):
+        assert "quantised weights" in refusal(strategy, quantised, 2)
 
 
 def test_without_deepspeed_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    for way, name in ((TensorParallel, "deepspeed"), (ZeRO3, "zero3")):
-        assert refusal(way, LlamaConfig(), 2).startswith(f"lminf: parallel={name}: DeepSpeed is not installed; pip")
+    for strategy, name in ((TensorParallel, "deepspeed"), (ZeRO3, "zero3")):
+        assert refusal(strategy, LlamaConfig(), 2).startswith(
+            f"lminf: parallel={name}: DeepSpeed is not installed; pip"
+        )
 
 
 def test_settings_follow_the_dtype_and_a_file_of_the_users(monkeypatch, tmp_path):

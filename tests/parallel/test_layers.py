@@ -13,7 +13,7 @@ from lminf_eval.inference.engine import Engine, ScoreRequest
 from lminf_eval.methods.spec import LambdaSpec
 from lminf_eval.models.equivalence_check import lambda_model
 from lminf_eval.models.modules import device_of
-from lminf_eval.parallel.ranks import Ranks
+from lminf_eval.parallel.topology import Topology
 from lminf_eval.resume.checkpoint import Checkpoints
 
 TEXT = topics["exceptions"][:700]
@@ -100,31 +100,26 @@ def test_ranks_of_a_node_share_its_devices(tiny_llama, monkeypatch):
     everything = {"device_map": "auto", "max_memory": {0: 10, 1: 11, 2: 12, 3: 13, "cpu": 99}}
     monkeypatch.setattr(HFLM, "_get_accelerate_args", lambda self, **kwargs: dict(everything))
     assert model._get_accelerate_args() == everything
-    model.ranks.local_world, model.ranks.local_rank = 2, 1
+    model.ranks.topology.local_world, model.ranks.topology.local_rank = 2, 1
     assert model._get_accelerate_args()["max_memory"] == {1: 11, 3: 13, "cpu": 99}
 
 
 @pytest.mark.parametrize(("count", "visible", "device"), [(4, None, "cuda:2"), (1, "3", "cuda:0")])
 def test_each_rank_of_a_node_has_its_own_device(count, visible, device, monkeypatch):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     chosen = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    ranks = Ranks()
-    ranks.world = ranks.local_world = 4
-    ranks.local_rank = 2
-    assert ranks.device("cuda") == ranks.device("cuda:0") == device
-    assert ranks.device("cpu") == "cpu"
+    topology = Topology(world=4, local_rank=2, local_world=4)
+    assert topology.device("cuda") == topology.device("cuda:0") == device
+    assert topology.device("cpu") == "cpu"
     assert chosen[0] == int(device[-1])
 
 
 def test_more_ranks_than_devices_are_refused(monkeypatch):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    ranks = Ranks()
-    ranks.world, ranks.local_world, ranks.local_rank = 4, 4, 2
+    topology = Topology(world=4, local_rank=2, local_world=4)
     with pytest.raises(ValueError, match="4 ranks on a node of 2 CUDA devices: start one rank for each"):
-        ranks.device("cuda")
+        topology.device("cuda")

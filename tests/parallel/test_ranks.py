@@ -14,7 +14,9 @@ import pytest
 
 from lminf_eval.errors import UsageError
 from lminf_eval.parallel.ranks import Ranks
-from lminf_eval.parallel.strategy import choose
+from lminf_eval.parallel.strategy import choose_strategy
+from lminf_eval.parallel.termination import TerminationConsensus
+from lminf_eval.parallel.topology import Topology
 
 SCRIPT = Path(__file__).with_name("ranks_run.py")
 ANSWERS = [
@@ -80,14 +82,13 @@ def test_a_killed_rank_is_named_and_the_others_end(who):
 
 
 def test_where_the_store_is_gone_too_one_rank_tells_what_all_find_and_outlives_them(capsys):
-    watches = []
+    tables = []
     for rank in (1, 2):
-        ranks = Ranks()
-        ranks.rank, ranks.watch = rank, SimpleNamespace(lost=1.0, outlives=False, linger=lambda what: None)
-        assert ranks.end(1, "rank 0 ended", spokesman=1)["status"] == 1
-        watches.append(ranks.watch)
+        peers = SimpleNamespace(store_lost_at=1.0, outlives_peers=False, wait_for_peers=lambda event: None)
+        assert TerminationConsensus(rank, peers).propose(1, "rank 0 ended", spokesman=1)["status"] == 1
+        tables.append(peers)
     assert lines(capsys.readouterr().err) == ["lminf: rank 0 ended"]
-    assert [watch.outlives for watch in watches] == [True, False]
+    assert [peers.outlives_peers for peers in tables] == [True, False]
 
 
 @pytest.mark.slow
@@ -156,18 +157,20 @@ def test_one_process_is_rank_0_of_1_and_starts_nothing(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     ranks = Ranks()
-    assert (ranks.rank, ranks.world, ranks.leads, ranks.process_group) == (0, 1, True, None)
-    assert not hasattr(ranks, "store")
-    assert ranks.device("cuda") == "cuda"
+    topology = ranks.topology
+    assert (topology.rank, topology.world, topology.is_group_leader, topology.process_group) == (0, 1, True, None)
+    assert topology.store is None
+    assert not hasattr(ranks, "mailbox")
+    assert topology.device("cuda") == "cuda"
 
 
 def test_half_an_environment_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK", raising=False)
-    with pytest.raises(UsageError, match=r"WORLD_SIZE=2 is set, and RANK, .*is not; start the ranks with torchrun"):
+    with pytest.raises(UsageError, match=r"WORLD_SIZE=2 is set, but RANK, .*is not; start the ranks with torchrun"):
         Ranks()
     monkeypatch.setenv("WORLD_SIZE", "two")
-    with pytest.raises(UsageError, match="WORLD_SIZE=two: the launcher sets it to a number"):
+    with pytest.raises(UsageError, match="WORLD_SIZE=two: must be a number; the launcher sets it"):
         Ranks()
 
 
@@ -180,15 +183,12 @@ def test_half_an_environment_is_refused(monkeypatch):
         (("deepspeed", {"tp_size": 0}), "tp_size=0: must be a number from 1 to 6"),
         (("context", {"cp_size": 8}), "cp_size=8: must be a number from 1 to 6"),
         (("context", {"cp_size": "all"}), "cp_size=all: must be a number from 1 to 6"),
-        (("context", {"cp_size": 4}), "6 ranks can't be groups of 4: .* groups of one of 1, 2, 3, 6"),
+        (("context", {"cp_size": 4}), "cannot divide 6 ranks into groups of 4: .* group size among 1, 2, 3, 6"),
     ],
 )
-def test_impossible_ways_are_refused(args, told, monkeypatch):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    ranks = Ranks()
-    ranks.world = 6
+def test_impossible_strategies_are_refused(args, told):
     with pytest.raises(UsageError, match=told):
-        choose(*args, ranks)
+        choose_strategy(*args, Topology(world=6))
 
 
 def test_a_rank_that_waits_says_for_whom(monkeypatch, caplog):
@@ -199,9 +199,9 @@ def test_a_rank_that_waits_says_for_whom(monkeypatch, caplog):
     where = {"WORLD_SIZE": 3, "RANK": 0, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     for name, value in where.items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr("lminf_eval.parallel.ranks._PATIENCE", 0.1)
-    monkeypatch.setattr("lminf_eval.parallel.ranks.JOIN", 1)
-    with pytest.raises(UsageError, match=r"ranks \[1, 2\] did not come"):
+    monkeypatch.setattr("lminf_eval.parallel.rendezvous._PATIENCE", 0.1)
+    monkeypatch.setattr("lminf_eval.parallel.rendezvous.JOIN_TIMEOUT", 1)
+    with pytest.raises(UsageError, match=r"ranks \[1, 2\] did not join"):
         Ranks()
-    assert "rank 0 of 3 waits for ranks [1, 2], for 1 seconds at most" in caplog.text
+    assert "rank 0 of 3 is waiting for ranks [1, 2], for up to 1 seconds" in caplog.text
     assert "unset WORLD_SIZE" in caplog.text

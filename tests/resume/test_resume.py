@@ -7,7 +7,7 @@ from lminf_eval.harness.lm import LMInfinite
 from lminf_eval.inference.engine import Engine, ScoreRequest
 from lminf_eval.resume import checkpoint
 from lminf_eval.resume.checkpoint import Checkpoints
-from lminf_eval.resume.shutdown import STOPPED, Stop
+from lminf_eval.resume.shutdown import STOPPED, ShutdownRequest
 
 TEXTS = ["the grass is green", "the grass is green and the sky is blue", "here we go, there and back again " * 20]
 KIND = {"loglikelihood": 0, "loglikelihood_rolling": 1, "generate_until": 2}
@@ -106,13 +106,13 @@ def engine(tiny_model, tmp_path):
     forward = streaming.hidden
 
     def make(chunks: int | None = None, chunk_size: int = 32) -> Engine:
-        stop, left = Stop(), [chunks]
+        stop, left = ShutdownRequest(), [chunks]
 
         def hidden(*args):
             if left[0] is not None:
                 left[0] -= 1
                 if left[0] == 0:
-                    stop.asked = "SIGTERM"
+                    stop.requested = "SIGTERM"
             return forward(*args)
 
         streaming.hidden = hidden

@@ -8,9 +8,9 @@ import pytest
 
 FORKS = """
 import os, signal, time
-from lminf_eval.resume.stop import Stop
+from lminf_eval.resume.shutdown import ShutdownRequest
 
-Stop().listen()
+ShutdownRequest().install_handlers()
 deaths = 0
 for _ in range(100):
     pid = os.fork()
@@ -19,7 +19,7 @@ for _ in range(100):
         os._exit(0)
     os.kill(pid, signal.SIGTERM)  # most often before the child has run at all
     deaths += os.waitpid(pid, 0)[1] == signal.SIGTERM
-print(deaths, signal.getsignal(signal.SIGTERM).__self__.asked == "", signal.pthread_sigmask(signal.SIG_BLOCK, []))
+print(deaths, signal.getsignal(signal.SIGTERM).__self__.requested == "", signal.pthread_sigmask(signal.SIG_BLOCK, []))
 """
 
 
