@@ -121,7 +121,7 @@ def test_finished_rows_are_not_run_again(results, tmp_path, monkeypatch, capsys)
         results(method, words=run.command(method, tmp_path, SMALL))
     monkeypatch.setattr(run, "write_report", lambda output: f"a page in {output}")
     monkeypatch.setattr(run.subprocess, "Popen", lambda *args, **kwargs: pytest.fail("a finished row was run"))
-    run.run(tmp_path, tmp_path, Plan(SMALL.documents, SMALL.tokens, inside=300, metadata=SMALL.metadata), TWO)
+    run.measure_rows(tmp_path, tmp_path, Plan(SMALL.documents, SMALL.tokens, inside=300, metadata=SMALL.metadata), TWO)
     printed = capsys.readouterr().out
     assert "[1/2] full: already in" in printed
     assert "[2/2] lambda, n_local=32: already in" in printed
@@ -132,7 +132,7 @@ def test_finished_rows_are_not_run_again(results, tmp_path, monkeypatch, capsys)
 def test_an_output_that_cannot_be_made_is_told(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match=r"output .*file"):
-        run.run(tmp_path, tmp_path / "file", SMALL, TWO)
+        run.measure_rows(tmp_path, tmp_path / "file", SMALL, TWO)
 
 
 @pytest.mark.slow
@@ -170,7 +170,7 @@ sys.path.insert(0, sys.argv[3])
 from test_demo import SMALL, TWO
 from lminf_eval import demo
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it
-run.run(Path(sys.argv[1]), Path(sys.argv[2]), SMALL, TWO)
+run.measure_rows(Path(sys.argv[1]), Path(sys.argv[2]), SMALL, TWO)
 """
 
 
@@ -210,7 +210,7 @@ def test_without_the_report_extra_the_demo_says_so(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     for name in [name for name in sys.modules if name.startswith("lminf_eval.report")]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delattr(lminf_eval.report, "commands", raising=False)
+    monkeypatch.delattr(lminf_eval.report, "outputs", raising=False)
     assert "pip install 'lminf-eval[report]'" in run.write_report(tmp_path)
     assert not list(tmp_path.iterdir())
 

@@ -25,6 +25,7 @@ from lminf_eval.errors import UsageError
 from lminf_eval.harness.lm import LMInfinite
 from lminf_eval.models.families import registry
 from lminf_eval.models.loading import read_config, read_weights
+from lminf_eval.utils.formatting import format_bytes
 
 Request = tuple[None, list[int], list[int]]
 
@@ -112,7 +113,7 @@ class Subject:
     def lacking(self, needed: int) -> str:
         """Why what needs so many bytes is left out, or nothing where they are there."""
         free = available(self.device)
-        return "" if needed < 0.9 * free else f"needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+        return "" if needed < 0.9 * free else f"needs {format_bytes(needed)}, {format_bytes(free)} are free"
 
 
 def available(device: torch.device | str) -> int:

@@ -12,6 +12,7 @@ from rich.text import Text
 from lminf_eval.bench.options import CASES
 from lminf_eval.bench.record import Record
 from lminf_eval.bench.roofline import Ceilings
+from lminf_eval.utils.formatting import format_measurement
 
 LEGEND = (
     "median (lowest–highest) of runs in turn · a / b: what a costs over what b costs, by pairs of runs; above 1 where "
@@ -122,7 +123,7 @@ def shown(record: Record, side: str) -> list[float]:
 
 def in_words(record: Record) -> str:
     """The medians of a record, in a line."""
-    found = [f"{side} {number(median(shown(record, side)))} {_unit(record)}" for side in record.values]
+    found = [f"{side} {format_measurement(median(shown(record, side)))} {_unit(record)}" for side in record.values]
     return ", ".join([*found, *(f"{side} left out" for side in record.skipped)])
 
 
@@ -130,8 +131,12 @@ def _values(record: Record, side: str) -> str:
     if side not in record.values:
         return ""
     values = shown(record, side)
-    middle = number(median(values))
-    return middle if len(values) == 1 else f"{middle} ({number(min(values))}–{number(max(values))})"
+    middle = format_measurement(median(values))
+    return (
+        middle
+        if len(values) == 1
+        else f"{middle} ({format_measurement(min(values))}–{format_measurement(max(values))})"
+    )
 
 
 def _ratio(ratio: dict[str, float]) -> str:
@@ -145,9 +150,4 @@ def _setting(record: Record) -> str:
 
 
 def _fact(value: float | str) -> str:
-    return f"{value:,}" if isinstance(value, int) else number(value) if isinstance(value, float) else value
-
-
-def number(value: float) -> str:
-    """Three digits that count."""
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) else format_measurement(value) if isinstance(value, float) else value

@@ -18,6 +18,7 @@ from lminf_eval.bench.cases.ceilings import ceilings
 from lminf_eval.bench.options import Options, model_name
 from lminf_eval.bench.record import Record
 from lminf_eval.errors import UsageError
+from lminf_eval.utils.atomic_write import check_writable, write_text
 
 PACKAGES = ("lminf-eval", "torch", "transformers", "lm-eval")
 
@@ -62,11 +63,8 @@ class BenchFile:
         self.found = 0  # records of an earlier process
         if path.exists():
             self._take(_read(path))
-        self._partial = path.with_name(path.name + ".partial")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._partial.touch()
-            self._partial.unlink()
+            check_writable(path)
         except OSError as error:
             raise UsageError(f"output {path}: {error.strerror}") from None
 
@@ -95,8 +93,7 @@ class BenchFile:
             **self.about,
             "records": [record.to_json(reached) for record in self.records],
         }
-        self._partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(self._partial, self.path)
+        write_text(self.path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 def _read(path: Path) -> dict[str, Any]:

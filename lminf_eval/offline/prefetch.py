@@ -15,12 +15,14 @@ from rich.text import Text
 
 from lminf_eval import __version__
 from lminf_eval.errors import UsageError
+from lminf_eval.utils.atomic_write import write_text
+from lminf_eval.utils.formatting import format_bytes
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 _PATIENCE = 10  # seconds that the hub has to answer
 
 
-def prepare(config: Path, check: bool = False, output: Path | None = None) -> int:
+def prefetch(config: Path, check: bool = False, output: Path | None = None) -> int:
     """Fetch the models and data of a sweep's file or of lm-eval's own configuration file, and build every task.
 
     What was resolved is written as JSON to `output`, by default CONFIG.prepared.json: names, commits, sizes in bytes
@@ -64,7 +66,7 @@ def prepare(config: Path, check: bool = False, output: Path | None = None) -> in
         missing += [line for line in _changed(record) if not console.print(Text(f"missing  {line}", style="red"))]
     if not check and not missing:
         try:
-            record.write_text(json.dumps({"lminf_eval": __version__, "resolved": found}, indent=1) + "\n")
+            write_text(record, json.dumps({"lminf_eval": __version__, "resolved": found}, indent=1) + "\n")
         except OSError as error:
             raise UsageError(f"output {record}: it can't be written ({error.strerror})") from error
         console.print(Text(f"All is here; HF_HUB_OFFLINE=1 keeps a run from asking the hub. Written: {record}"))
@@ -94,7 +96,7 @@ def _summary(resolved: dict) -> str:
     parts = [resolved, *resolved.get("data", [])]
     size = sum(file["bytes"] for part in parts for file in part.get("files", []))
     commits = [part["commit"][:12] for part in parts if "commit" in part]
-    return "".join([*(f", {commit}" for commit in commits), f", {size / 1e6:.1f} MB" if size else ""])
+    return "".join([*(f", {commit}" for commit in commits), f", {format_bytes(size)}" if size else ""])
 
 
 def _changed(record: Path) -> list[str]:

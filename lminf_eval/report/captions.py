@@ -6,27 +6,18 @@ import math
 from typing import TYPE_CHECKING
 
 from lminf_eval.report.paired_bootstrap import FEWEST_DIFFERING, Comparison
+from lminf_eval.utils.formatting import format_metric
 
 if TYPE_CHECKING:
     from lminf_eval.report.pivot import Table
 
 
-def show(value: float) -> str:
-    """A number as the tables print it: four digits, three decimals of a small one (a loss), and a true minus sign."""
-    if math.isnan(value):
-        return "NaN"
-    if 0 < abs(value) < 0.001:
-        return f"{value:.1g}".replace("-", "−")
-    digits = 3 if abs(value) < 20 else 2 if abs(value) < 100 else 1 if abs(value) < 1000 else 0
-    return f"{value:.{digits}f}".replace("-", "−")
-
-
 def sentence(comparison: Comparison) -> str:
     """A difference with its interval and its evidence, such as "+0.400 [0.250, 0.550], 20 documents, …"."""
-    told = ("+" if comparison.estimate > 0 else "") + show(comparison.estimate)
+    told = ("+" if comparison.estimate > 0 else "") + format_metric(comparison.estimate)
     if math.isnan(comparison.low):
         return f"{told} (no interval: {'one document' if comparison.documents == 1 else 'no documents or errors'})"
-    told += f" [{show(comparison.low)}, {show(comparison.high)}], {comparison.how}"
+    told += f" [{format_metric(comparison.low)}, {format_metric(comparison.high)}], {comparison.how}"
     if comparison.documents:
         told += f" on {comparison.documents} documents"
     if comparison.unmatched:

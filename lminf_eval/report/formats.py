@@ -15,8 +15,9 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from lminf_eval.report import escape
-from lminf_eval.report.captions import legend, show
+from lminf_eval.report.captions import legend
 from lminf_eval.report.pivot import Cell, Column, Table
+from lminf_eval.utils.formatting import format_metric
 
 STYLES = {"best": "bold", "second": "underline", "": ""}
 
@@ -36,14 +37,14 @@ def environment() -> Environment:
 
 def number(cell: Cell) -> str:
     """The value, or how it diverged."""
-    return cell.result["diverged"] or show(cell.result["value"])
+    return cell.result["diverged"] or format_metric(cell.result["value"])
 
 
 def extra(cell: Cell, column: Column) -> str:
     """What follows the value: its standard error, its n where the column's differ, the dagger where only it has one."""
     told = ""
     if not math.isnan(cell.stderr) and not cell.result["diverged"]:
-        told += f" ±{show(cell.stderr)}"
+        told += f" ±{format_metric(cell.stderr)}"
     if math.isnan(column.n) and not math.isnan(cell.result["n"]):
         told += f" n={cell.result['n']:.0f}"
     return told + " †" if cell.result["past_trained"] and not column.past_trained else told
@@ -54,8 +55,10 @@ def versus(cell: Cell) -> str:
     if cell.versus is None:
         return ""
     sign = "×" if cell.ratio else ("+" if cell.versus.estimate > 0 else "")
-    interval = "" if math.isnan(cell.versus.low) else f" [{show(cell.versus.low)}, {show(cell.versus.high)}]"
-    return f"({sign}{show(cell.versus.estimate)}{interval})"
+    interval = (
+        "" if math.isnan(cell.versus.low) else f" [{format_metric(cell.versus.low)}, {format_metric(cell.versus.high)}]"
+    )
+    return f"({sign}{format_metric(cell.versus.estimate)}{interval})"
 
 
 def head(column: Column) -> str:

@@ -16,13 +16,13 @@ import pandas as pd
 from lminf_eval import __version__
 from lminf_eval.errors import UsageError
 from lminf_eval.report import escape, export, formats
-from lminf_eval.report.captions import show
 from lminf_eval.report.figures.figure import Plot
 from lminf_eval.report.figures.style import INK
 from lminf_eval.report.pivot import Table, arrange, choose
 from lminf_eval.report.repro_command import command_of
 from lminf_eval.report.run_metadata import compact, environment_line, ran, table, text
 from lminf_eval.report.sample_store import Evidence
+from lminf_eval.utils.formatting import format_metric
 from lminf_eval.utils.tokens import format_tokens
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -124,11 +124,11 @@ def _row(result: pd.Series, stderr: float) -> dict[str, Any]:
         "length": format_tokens(result["length"]),
         "tokens": "" if math.isnan(result["length"]) else f"{result['length']:.0f}",
         "metric": result["metric"] + ("" if result["filter"] == "none" else f" ({result['filter']})"),
-        "value": result["diverged"] or show(result["value"]),
+        "value": result["diverged"] or format_metric(result["value"]),
         "exact": repr(float(result["value"])),
         "diverged": result["diverged"],
         "past": result["past_trained"],
-        "stderr": "" if math.isnan(stderr) or result["diverged"] else show(stderr),
+        "stderr": "" if math.isnan(stderr) or result["diverged"] else format_metric(stderr),
         "n": "" if math.isnan(result["n"]) else f"{result['n']:.0f}",
         "run": result["run"],
     }

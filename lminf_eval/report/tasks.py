@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 from collections.abc import Callable
 from typing import Any
 
 from lminf_eval.report.run_metadata import compact, model_args, number, ran, table, text
-from lminf_eval.utils.tokens import UNITS
+from lminf_eval.utils.tokens import parse_tokens, split_length
 
-LENGTH_IN_NAME = re.compile(r"_(\d+)([km])$")
-LENGTH = re.compile(r"(\d+)([km]?)")
 SEEDS = ("random_seed", "numpy_seed", "torch_seed", "fewshot_seed")
 UNSET_LENGTH = {"babilong_qa": "0k"}  # by the start of a task's name: the length lm-eval runs it at by default
 
@@ -24,7 +21,7 @@ def describe_task(raw: dict[str, Any], task: str, measured: dict[str, Any]) -> d
     """Return the columns that every metric of one task shares. `length` is in tokens, NaN for tasks that have none."""
     return {
         "task": task,
-        "family": LENGTH_IN_NAME.sub("", task),
+        "family": split_length(task)[0],
         "length": length(raw, task),
         "task_version": text(table(raw.get("versions")).get(task)),
         "task_settings": _shared(raw, task, _settings),
@@ -90,17 +87,19 @@ def _length(raw: dict[str, Any], task: str) -> float:
 
 def length_in_name(task: str) -> float:
     """Return the tokens that "passkey_4k" tells; NaN for a name that tells none."""
-    named = LENGTH_IN_NAME.search(task)
-    return tokens(named[0][1:]) if named else math.nan
+    _, named = split_length(task)
+    return math.nan if named is None else float(named)
 
 
 def tokens(value: Any) -> float:
     """Return the tokens that 4096, "4096", "4k" or a list of one of them says; NaN for anything else."""
     if isinstance(value, list) and len(value) == 1:
         (value,) = value
-    said = LENGTH.fullmatch(value.lower()) if isinstance(value, str) else None
-    told = number(said[1]) * UNITS.get(said[2], 1) if said else number(value)
-    return told if 0 <= told < math.inf else math.nan
+    try:
+        count = float(parse_tokens(value, least=0)) if isinstance(value, str) else number(value)
+    except ValueError:
+        count = number(value)
+    return count if 0 <= count < math.inf else math.nan
 
 
 def documents(raw: dict[str, Any], task: str, measured: dict[str, Any]) -> float:

@@ -24,6 +24,7 @@ import yaml
 
 from lminf_eval.errors import UsageError
 from lminf_eval.sweep.config import Cell
+from lminf_eval.utils.atomic_write import move_into_place, write_text
 
 _MARKS = ("alias", "name", "sample_len", "sample_count")  # entries of a task's results that are no metrics
 
@@ -49,7 +50,7 @@ class CellFolder:
             for folder in (self.path, self.log.parent):
                 folder.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(self.attempt, ignore_errors=True)
-            _write(self.config, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+            write_text(self.config, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
         except OSError as error:
             raise UsageError(f"{self.path}: {error.strerror}; --output must be a folder that can be written") from error
 
@@ -87,19 +88,16 @@ class CellFolder:
             ValueError: if it isn't complete, saying what is wrong with it.
         """
         read_result(self.attempt, self.cell)
-        for file in self.attempt.rglob("*"):
-            _flush(file)
         if self.result.exists():  # a damaged one
             shutil.rmtree(self.path / "damaged", ignore_errors=True)
-            os.replace(self.result, self.path / "damaged")
-        os.replace(self.attempt, self.result)
-        _flush(self.path)
+            move_into_place(self.result, self.path / "damaged")
+        move_into_place(self.attempt, self.result, sync=True)
         self.failed.unlink(missing_ok=True)
 
     def fail(self, reason: str) -> None:
         """Note why the cell could not be done; on a full disk the note is left out."""
         with contextlib.suppress(OSError):
-            _write(self.failed, reason + "\n")
+            write_text(self.failed, reason + "\n")
 
     def state(self) -> tuple[str, str]:
         """("done", ""), ("running", ""), ("failed", reason), or ("missing", what is known)."""
@@ -160,17 +158,3 @@ def _take(lock: int, kind: int) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-def _write(file: Path, text: str) -> None:
-    partial = file.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, file)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

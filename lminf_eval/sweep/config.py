@@ -19,7 +19,7 @@ from lminf_eval.errors import UsageError
 from lminf_eval.harness.plugin import MODEL_NAME, task_folder
 from lminf_eval.methods.spec import LambdaSpec, closest
 from lminf_eval.resume.journal import HOW
-from lminf_eval.utils.tokens import parse_tokens
+from lminf_eval.utils.tokens import parse_tokens, split_length
 
 # lm-eval's own keys that a sweep fills in itself, and those that change how a run is done or shown, and no answer.
 _FILLED = {"config", "model_args", "output_path", "tasks"}
@@ -33,7 +33,6 @@ _COMMON = {
     *("pretrained", "tokenizer", "revision", "subfolder", "dtype", "add_bos_token", "max_length", "peft"),
     *("trust_remote_code", "device_map", "parallelize", "prefix_sharing", "attn_implementation", "use_fast_tokenizer"),
 }
-_LENGTH = re.compile(r"(.+)_(\d+)([km])")
 
 
 class Resources(BaseModel):
@@ -120,7 +119,7 @@ class Cell:
     def label(self) -> str:
         """The task's name, with the length where it has another one than its name says."""
         length = (self.settings.get("metadata") or {}).get("length")
-        return self.task if length is None else _LENGTH.sub(r"\1", self.task) + f"_{length}"
+        return self.task if length is None else f"{split_length(self.task)[0]}_{length}"
 
     @property
     def id(self) -> str:
@@ -250,7 +249,7 @@ def _check_args(args: Mapping[str, Any], backend: str) -> None:
 def _tasks(entries: Iterable[_Task], settings: Mapping[str, Any]) -> Iterator[tuple[str, int | None, dict, dict]]:
     """(lm-eval's name, length, lm-eval's keys for it, resources) of each task and length."""
     ours = _our_tasks()
-    families = {match[1] for name in ours if (match := _LENGTH.fullmatch(name))}
+    families = {split_length(name)[0] for name in ours}
     for entry in entries:
         own = _settings(entry.model_extra, f"tasks.{entry.task}.", set(_Task.model_fields))
         if entry.task in families:
@@ -274,7 +273,7 @@ def _tasks(entries: Iterable[_Task], settings: Mapping[str, Any]) -> Iterator[tu
 def _our_tasks() -> dict[str, int]:
     """Lengths in tokens of the tasks in our folder, by name, the shortest first."""
     stems = (file.stem for file in Path(task_folder()).glob("*/*.yaml"))
-    lengths = {stem: _tokens(match[2] + match[3]) for stem in stems if (match := _LENGTH.fullmatch(stem))}
+    lengths = {stem: length for stem in stems if (length := split_length(stem)[1]) is not None}
     return dict(sorted(lengths.items(), key=lambda item: item[1]))
 
 

@@ -18,7 +18,9 @@ def script() -> Path:
     return data_folder("slurm") / "sweep.sbatch"
 
 
-def submit(file: Path, output: Path, folders: list[CellFolder], cells: list[int], at_once: int | None) -> Iterator[str]:
+def submit(
+    file: Path, output: Path, folders: list[CellFolder], cells: list[int], max_concurrent: int | None
+) -> Iterator[str]:
     """Send the cells of these numbers, and say what was sent.
 
     The arrays read a copy of `file`, kept in `output`: editing it afterwards does not change what was submitted.
@@ -39,7 +41,7 @@ def submit(file: Path, output: Path, folders: list[CellFolder], cells: list[int]
     except OSError as error:
         raise UsageError(f"{output}: {error.strerror}; --output must be a folder that can be written") from error
     for resources, numbers in _by_resources(folders, cells).items():
-        words = [*sbatch_options(resources), *_array(numbers, at_once)]
+        words = [*sbatch_options(resources), *_array(numbers, max_concurrent)]
         words += [f"--job-name=lminf-{file.stem}", f"--output={logs.absolute()}/slurm-%A_%a.log"]
         command = ["sbatch", "--parsable", *words, str(script()), str(copy.absolute()), str(output.absolute())]
         done = subprocess.run(command, capture_output=True, text=True)
@@ -74,7 +76,7 @@ def _by_resources(folders: list[CellFolder], cells: list[int]) -> dict[Resources
     return groups
 
 
-def _array(numbers: list[int], at_once: int | None) -> list[str]:
+def _array(numbers: list[int], max_concurrent: int | None) -> list[str]:
     """--array=0-3,7%2"""
     ranges: list[list[int]] = []
     for number in numbers:
@@ -83,4 +85,4 @@ def _array(numbers: list[int], at_once: int | None) -> list[str]:
         else:
             ranges.append([number, number])
     said = ",".join(str(low) if low == high else f"{low}-{high}" for low, high in ranges)
-    return [f"--array={said}" + (f"%{at_once}" if at_once else "")]
+    return [f"--array={said}" + (f"%{max_concurrent}" if max_concurrent else "")]

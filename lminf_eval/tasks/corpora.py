@@ -6,9 +6,9 @@ documents; `data_files` in the metadata (see `localdata.read_texts`) takes the p
 
 import hashlib
 import logging
-import os
 import platform
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -24,6 +24,7 @@ from lminf_eval.errors import UsageError, first_line
 from lminf_eval.paths import cache_home
 from lminf_eval.tasks.data_files import read_rows, read_texts
 from lminf_eval.tasks.documents import Text, cut_documents
+from lminf_eval.utils.atomic_write import atomic_path
 
 logger = logging.getLogger(f"lm_eval.{__name__}")  # under lm-eval's own, which shows it
 
@@ -78,23 +79,27 @@ def pile_subset(name: str) -> Path:
 
 
 def _filter_pile(source: Path, folder: Path) -> None:
-    """Split the Pile's file into `folder`/NAME.parquet for each of `PILE_SETS`, which appear only when complete."""
+    """Split the Pile's file into `folder`/NAME.parquet for each of `PILE_SETS`, which appear only when complete.
+
+    The caller holds the folder's lock.
+    """
     logger.info("Reading %s once for %s", source, ", ".join(PILE_SETS))
     schema = pa.schema([("text", pa.large_string())])
-    partial = {name: folder / f"{name}.partial" for name in PILE_SETS}
-    writers = {name: pq.ParquetWriter(path, schema) for name, path in partial.items()}
     pending: dict[str, list[str]] = {name: [] for name in PILE_SETS}
-    for text, name in read_rows(source, "text"):
-        if text is not None and name in pending:
-            pending[name].append(text)
-            if len(pending[name]) == 256:
-                writers[name].write_table(pa.table({"text": pending[name]}, schema=schema))
-                pending[name].clear()
-    for name, writer in writers.items():
-        writer.write_table(pa.table({"text": pending[name]}, schema=schema))
-        writer.close()
-    for name, path in partial.items():
-        os.replace(path, folder / f"{name}.parquet")
+    with ExitStack() as files:
+        partial = {
+            name: files.enter_context(atomic_path(folder / f"{name}.parquet", exclusive=True)) for name in PILE_SETS
+        }
+        writers = {name: pq.ParquetWriter(path, schema) for name, path in partial.items()}
+        for text, name in read_rows(source, "text"):
+            if text is not None and name in pending:
+                pending[name].append(text)
+                if len(pending[name]) == 256:
+                    writers[name].write_table(pa.table({"text": pending[name]}, schema=schema))
+                    pending[name].clear()
+        for name, writer in writers.items():
+            writer.write_table(pa.table({"text": pending[name]}, schema=schema))
+            writer.close()
 
 
 def _local(metadata: dict[str, Any], pile_set: str | None = None) -> Iterator[Text] | None:

@@ -61,7 +61,7 @@ def test_what_does_not_fit_the_memory_is_left_out_by_name(subject, monkeypatch):
     for case in (prefill, decode):
         record = measured(list(case.jobs(subject, MACHINE))[-1])
         assert list(record.values) == ["lambda"]
-        assert list(record.skipped.values()) == ["needs 0.0 GB, 0.0 GB are free"]
+        assert list(record.skipped.values()) == ["needs 393 kB, 1 kB are free"]
 
 
 def test_decode(subject):

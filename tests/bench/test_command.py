@@ -8,7 +8,7 @@ import pytest
 from lminf_eval.bench import FORMAT, run
 from lminf_eval.bench.benchmark_model import Subject
 from lminf_eval.bench.cases import decode, prefill
-from lminf_eval.bench.run import bench
+from lminf_eval.bench.run import run_bench
 from lminf_eval.errors import UsageError
 
 
@@ -33,7 +33,7 @@ def read(file):
 
 def test_the_file_holds_everything(make_options, tmp_path, capsys):
     file = tmp_path / "new" / "bench.json"
-    assert bench(make_options(), file) == 0
+    assert run_bench(make_options(), file) == 0
     raw = read(file)
     assert raw["format"] == FORMAT
     assert raw["finished"] is True
@@ -72,7 +72,7 @@ def test_ctrl_c_leaves_what_was_measured_and_the_same_command_goes_on(make_optio
         return real(*args)
 
     monkeypatch.setattr(decode, "run", count)
-    assert bench(make_options(), file) == 130
+    assert run_bench(make_options(), file) == 130
     raw = read(file)
     assert not raw["finished"]
     assert [record["case"] for record in raw["records"]] == ["ceilings", "prefill", "prefill", "decode"]
@@ -80,7 +80,7 @@ def test_ctrl_c_leaves_what_was_measured_and_the_same_command_goes_on(make_optio
     assert "hf / lambda" in out  # what there is is shown
     assert f"stopped: {file} holds 3 of 6 measurements; the same command goes on" in err
     monkeypatch.setattr(prefill, "run", lambda *args: pytest.fail("it was measured before"))
-    assert bench(make_options(), file) == 0
+    assert run_bench(make_options(), file) == 0
     after = read(file)
     assert after["finished"]
     assert after["records"][:4] == raw["records"]
@@ -91,19 +91,19 @@ def test_ctrl_c_leaves_what_was_measured_and_the_same_command_goes_on(make_optio
 def test_a_finished_bench_is_measured_anew(make_options, tmp_path):
     file = tmp_path / "bench.json"
     options = make_options(cases="prefill", lengths="48")
-    assert bench(options, file) == 0
+    assert run_bench(options, file) == 0
     before = read(file)["records"][1]["values"]
-    assert bench(options, file) == 0
+    assert run_bench(options, file) == 0
     assert read(file)["records"][1]["values"] != before
 
 
 def test_another_bench_is_not_written_over(make_options, tmp_path, monkeypatch):
     file = tmp_path / "bench.json"
-    bench(make_options(cases="prefill", lengths="48"), file)
+    run_bench(make_options(cases="prefill", lengths="48"), file)
     before = file.read_bytes()
     monkeypatch.setattr(Subject, "model", property(lambda self: pytest.fail("weights were read")))
     with pytest.raises(UsageError, match=r"holds another bench \(options lengths: \[48\], now \[64\]\)"):
-        bench(make_options(cases="prefill", lengths="64"), file)
+        run_bench(make_options(cases="prefill", lengths="64"), file)
     assert file.read_bytes() == before
 
 
@@ -112,20 +112,20 @@ def test_nor_is_what_is_no_bench(make_options, tmp_path, content):
     file = tmp_path / "bench.json"
     file.write_text(content)
     with pytest.raises(UsageError, match=r"bench.json exists and is no bench: name another file"):
-        bench(make_options(), file)
+        run_bench(make_options(), file)
     assert file.read_text() == content
 
 
 def test_an_output_that_cannot_be_written(make_options, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match=r"output .*bench.json: (Not a directory|File exists)"):
-        bench(make_options(), tmp_path / "file" / "bench.json")
+        run_bench(make_options(), tmp_path / "file" / "bench.json")
 
 
 def test_weights_that_do_not_fit_are_refused_before_they_are_made(make_options, tmp_path, monkeypatch):
     monkeypatch.setattr("lminf_eval.bench.benchmark_model.available", lambda device: 1000)
-    with pytest.raises(UsageError, match=r"the weights: needs 0\.0 GB, 0\.0 GB are free"):
-        bench(make_options(), tmp_path / "bench.json")
+    with pytest.raises(UsageError, match=r"the weights: needs 427 kB, 1 kB are free"):
+        run_bench(make_options(), tmp_path / "bench.json")
 
 
 def test_a_model_that_cannot_be_run(make_options, tmp_path, tiny_llama):
@@ -133,12 +133,12 @@ def test_a_model_that_cannot_be_run(make_options, tmp_path, tiny_llama):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
     with pytest.raises(UsageError, match="mamba"):
-        bench(make_options(shape="", pretrained=str(folder)), tmp_path / "bench.json")
+        run_bench(make_options(shape="", pretrained=str(folder)), tmp_path / "bench.json")
 
 
 def test_weights_that_cannot_be_read(make_options, tmp_path, tiny_llama):
     folder = tiny_llama()
     (folder / "model.safetensors").write_bytes(b"cut off")
     with pytest.raises(UsageError, match="its weights can't be read"):
-        bench(make_options(shape="", pretrained=str(folder)), tmp_path / "bench.json")
+        run_bench(make_options(shape="", pretrained=str(folder)), tmp_path / "bench.json")
     assert not list(tmp_path.glob("bench.json*"))

@@ -23,7 +23,7 @@ def lminf(folder, *args):
 
 
 def test_every_case(tmp_path):
-    done = lminf(tmp_path, *TINY, "--runs", "2", "--vs", "--cases", "prefill,decode,short,attention,prefix")
+    done = lminf(tmp_path, *TINY, "--runs", "2", "--baselines", "--cases", "prefill,decode,short,attention,prefix")
     assert done.returncode == 0, done.stderr
     raw = json.loads((tmp_path / "lminf-bench.json").read_text())
     assert raw["finished"]

@@ -12,10 +12,10 @@ import pandas as pd
 import pytest
 
 from lminf_eval.errors import UsageError
-from lminf_eval.report.commands import report
 from lminf_eval.report.figures.plots import plots
 from lminf_eval.report.html_page import page
 from lminf_eval.report.load import load
+from lminf_eval.report.outputs import write_report
 from lminf_eval.report.pivot import arrange, choose
 from lminf_eval.report.repro_command import command_of
 from lminf_eval.report.sample_store import Evidence
@@ -168,15 +168,15 @@ def test_500_results_files_stay_small(lm_eval_files, make_passkeys, make_texts):
 
 
 def test_report_names_what_it_wrote(written, tmp_path, capsys):
-    report([written.folder], tmp_path / "new" / "report.html", figures=tmp_path / "figures")
+    write_report([written.folder], tmp_path / "new" / "report.html", figures=tmp_path / "figures")
     out, err = capsys.readouterr()
     assert out == f"{tmp_path / 'new' / 'report.html'}: 8 results, 2 figures\n"
     assert "left out: " in err
     assert len(list((tmp_path / "figures").glob("*.png"))) == 2
     with pytest.raises(UsageError, match="baseline nobody: the results have full, lambda"):
-        report([written.folder], baseline="nobody")
+        write_report([written.folder], baseline="nobody")
     with pytest.raises(UsageError, match=r"config\.json"):
-        report([written.folder], written.folder / "config.json" / "report.html")
+        write_report([written.folder], written.folder / "config.json" / "report.html")
 
 
 def test_several_that_answer_to_the_baseline_leave_the_page_without_one(lm_eval_files, make_passkeys):

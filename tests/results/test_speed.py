@@ -7,10 +7,10 @@ import pytest
 from lminf_eval.bench import FORMAT
 from lminf_eval.errors import UsageError
 from lminf_eval.report.benches import read_bench
-from lminf_eval.report.commands import report, table
 from lminf_eval.report.figures.plots import plots
 from lminf_eval.report.figures.style import FIRST_OF_ATTENTION
 from lminf_eval.report.load import load
+from lminf_eval.report.outputs import print_table, write_report
 from lminf_eval.report.sample_store import Evidence
 
 
@@ -70,19 +70,19 @@ def test_a_figure_for_each_kind(file):
 
 
 def test_a_bench_alone_gives_figures_and_no_page(file, tmp_path, capsys):
-    report([file], tmp_path / "report.html", figures=tmp_path / "figures")
+    write_report([file], tmp_path / "report.html", figures=tmp_path / "figures")
     assert len(list((tmp_path / "figures").glob("*.svg"))) == 4
     assert not (tmp_path / "report.html").exists()
     assert capsys.readouterr().out.strip().endswith("0 results, 4 figures")
     with pytest.raises(UsageError, match="a bench, and no lm-eval result"):
-        report([file], tmp_path / "report.html")
+        write_report([file], tmp_path / "report.html")
     with pytest.raises(UsageError, match="a bench, and no lm-eval result"):
-        table([file])
+        print_table([file])
 
 
 def test_beside_results_it_is_part_of_the_page(lm_eval_files, make_passkeys, file, tmp_path):
     lm_eval_files.write({"passkey_4k": make_passkeys([1] * 5)})
-    report([lm_eval_files.folder], tmp_path / "report.html")
+    write_report([lm_eval_files.folder], tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert page.count("<figure ") == 5
     assert "Time to decode a token" in page

@@ -5,10 +5,11 @@ import math
 import pytest
 
 from lminf_eval.errors import UsageError
-from lminf_eval.report.captions import legend, show
+from lminf_eval.report.captions import legend
 from lminf_eval.report.load import load
 from lminf_eval.report.pivot import arrange, choose
 from lminf_eval.report.sample_store import Evidence
+from lminf_eval.utils.formatting import format_metric
 
 
 @pytest.fixture
@@ -228,6 +229,7 @@ def test_samples_that_lack_documents_are_not_used_and_do_not_harm_the_others(lm_
 
 def test_numbers_keep_three_digits_and_a_true_minus():
     shown = [
-        show(value) for value in (0.12345, -0.5, 12.3456, 23.456, 123.46, 12345.6, -0.00042, 0, math.nan, math.inf)
+        format_metric(value)
+        for value in (0.12345, -0.5, 12.3456, 23.456, 123.46, 12345.6, -0.00042, 0, math.nan, math.inf)
     ]
     assert shown == ["0.123", "−0.500", "12.346", "23.46", "123.5", "12346", "−0.0004", "0.000", "NaN", "inf"]

@@ -9,8 +9,8 @@ import yaml
 from lminf_eval.errors import UsageError
 from lminf_eval.sweep import slurm
 from lminf_eval.sweep.cell import CellFolder
-from lminf_eval.sweep.commands import submit
 from lminf_eval.sweep.config import Resources, cells, read
+from lminf_eval.sweep.console import submit_cells
 from lminf_eval.sweep.runner import command
 
 SWEEP = {
@@ -50,7 +50,7 @@ def test_an_array_for_each_kind_of_resources(sweep, sbatch, tmp_path, capsys):
     notes = sbatch()
     output = tmp_path / "out"
     with CellFolder(output, read(sweep)[1]).locked():  # somebody works on the second cell: it isn't sent
-        submit(sweep, output, at_once=2)
+        submit_cells(sweep, output, max_concurrent=2)
     small, large = notes.read_text().splitlines()
     copy = output / "submitted" / "000-mine.yaml"
     assert small == (
@@ -68,13 +68,13 @@ def test_an_array_for_each_kind_of_resources(sweep, sbatch, tmp_path, capsys):
 def test_a_refusal_is_told(sweep, sbatch, tmp_path):
     sbatch(status=1)
     with pytest.raises(UsageError, match="sbatch refuses: no such partition"):
-        submit(sweep, tmp_path / "out")
+        submit_cells(sweep, tmp_path / "out")
 
 
 def test_without_a_slurm(sweep, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UsageError, match="sbatch: there is none on this machine"):
-        submit(sweep, tmp_path / "out")
+        submit_cells(sweep, tmp_path / "out")
 
 
 def test_the_script_is_a_whole_shell_script():

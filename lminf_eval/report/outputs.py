@@ -1,4 +1,4 @@
-"""`lminf table` and `lminf report`."""
+"""What `lminf table` and `lminf report` write: a table in one of five formats, or a page with its figures."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ WRITERS = {
 WIDEST = 400  # characters a line where the output is no terminal and nothing needs to wrap
 
 
-def table(
+def print_table(
     paths: Sequence[Path],
     rows: str = "model,method",
     columns: str = "length",
     metric: str = "",
     baseline: str = "",
-    form: str = "terminal",
+    format_name: str = "terminal",
     export_to: Path | None = None,
     trained_length: int | None = None,
 ) -> None:
-    """Print the results in `paths` as a table (see `table.arrange`); `export_to` gets every result, unarranged.
+    """Print the results in `paths` as a table (see `pivot.arrange`); write every result, one a line, to `export_to`.
 
-    `rows`, `columns` and `metric` are names with commas between, `form` is "terminal" or one of `WRITERS`. What could
-    not be read is told on standard error.
+    `rows`, `columns` and `metric` are comma-separated names, `format_name` is "terminal" or one of `WRITERS`. Files
+    that could not be read are listed on standard error.
 
     Raises:
         UsageError: for a path, name or format that does not exist.
     """
-    if form != "terminal" and form not in WRITERS:
-        raise UsageError(f"format {form}: one of terminal, {', '.join(WRITERS)}")
+    if format_name != "terminal" and format_name not in WRITERS:
+        raise UsageError(f"format {format_name}: one of terminal, {', '.join(WRITERS)}")
     if export_to:
         export.check(export_to)
     collection = load(paths, trained_length)
@@ -53,11 +53,11 @@ def table(
     evidence = Evidence(collection)
     chosen = choose(collection.results, _names(metric))
     arranged = arrange(evidence, chosen, _names(rows), _names(columns), baseline)
-    if form == "terminal":
+    if format_name == "terminal":
         console = Console()
         formats.terminal(arranged, console if console.is_terminal else Console(width=WIDEST))
     else:
-        sys.stdout.write(WRITERS[form](arranged))
+        sys.stdout.write(WRITERS[format_name](arranged))
     if export_to:
         try:
             export.write(collection.results, export_to)
@@ -66,7 +66,7 @@ def table(
     _complain(evidence)
 
 
-def report(
+def write_report(
     paths: Sequence[Path],
     output: Path = Path("report.html"),
     baseline: str = "",
