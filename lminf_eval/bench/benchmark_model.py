@@ -6,10 +6,12 @@ import copy
 import os
 from functools import cache, cached_property
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from lm_eval.models.huggingface import HFLM
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -30,6 +32,12 @@ from lminf_eval.utils.formatting import format_bytes
 Request = tuple[None, list[int], list[int]]
 
 
+def score_requests(lm: HFLM, requests: list[Request]) -> None:
+    """Score token requests through an lm-eval model, without its progress bar."""
+    # lm-eval's annotation asks for the texts, but its own rolling requests have None there, as ours do.
+    lm._loglikelihood_tokens(cast("list[Any]", requests), disable_tqdm=True)
+
+
 class Subject:
     """The model of a bench: what its config tells at once, its weights when `model` is first asked for.
 
@@ -40,7 +48,7 @@ class Subject:
     def __init__(self, options: Options):
         self.options, self.device = options, torch.device(options.device)
         self.config = (
-            read_config(options.pretrained, {}) if options.pretrained else LlamaConfig(**SHAPES[options.shape])
+            read_config(options.pretrained, {}) if options.pretrained else LlamaConfig.from_dict(SHAPES[options.shape])
         )
         registry.check(self.config)
         with torch.device("meta"):
@@ -58,13 +66,15 @@ class Subject:
             UsageError: if its weights can't be read.
         """
         options = self.options
-        how = {"dtype": _dtype(options, self.config)}
+        dtype = _dtype(options, self.config)
         if not options.pretrained:
             torch.manual_seed(0)  # processes that share a text must have the same weights
             with self.device:
-                model = AutoModelForCausalLM.from_config(self.config, **how)
+                model: PreTrainedModel = AutoModelForCausalLM.from_config(self.config, dtype=dtype)
         else:
-            model = read_weights(AutoModelForCausalLM, options.pretrained, **how).to(self.device)
+            model = read_weights(AutoModelForCausalLM, options.pretrained, dtype=dtype)
+            module: nn.Module = model  # transformers' own annotation of `to` takes no device
+            module.to(self.device)
         return model.eval().requires_grad_(False)
 
     @cached_property

@@ -16,7 +16,8 @@ def lambda_state(subject: Subject, lm: LMInfinite, context: int, rows: int, room
     What fell out of the window is nowhere in it. So only the last tokens, one or two windows of them, are run; then the
     sequence is said to be longer by a whole number of windows, which leaves each key in its slot and at its distance.
     """
-    window, model = lm.spec.n_local, lm.streaming
+    model, window = lm.streaming, lm.spec.n_local
+    assert window is not None  # a loaded model's spec is resolved
     turns = max(0, context // window - 1)
     held = context - turns * window
     cache = model.new_cache(1, context + room)
@@ -45,5 +46,5 @@ def plain_state(
 
 def plain_bytes(cache: DynamicCache) -> int:
     """Bytes in the keys and values of transformers' own cache."""
-    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values) if tensor is not None]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    found = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
+    return sum(tensor.numel() * tensor.element_size() for tensor in found if tensor is not None)

@@ -10,6 +10,8 @@ from typing import Any
 from lminf_eval.bench.roofline import Ceilings, Work
 from lminf_eval.bench.timing import Told
 
+Setting = Mapping[str, Any]  # what a measurement was made at, such as its length
+
 
 @dataclass(frozen=True)
 class Record:
@@ -25,14 +27,14 @@ class Record:
     """
 
     case: str
-    setting: dict[str, int | str]
+    setting: Setting
     values: dict[str, list[float]]
     unit: str = "s"
     tokens: int = 1
     work: dict[str, Work] = field(default_factory=dict)
-    skipped: dict[str, str] = field(default_factory=dict)
+    skipped: Mapping[str, str] = field(default_factory=dict)
     rated: bool = False
-    facts: dict[str, int | float | str] = field(default_factory=dict)
+    facts: Mapping[str, int | float | str] = field(default_factory=dict)
 
     @property
     def key(self) -> tuple:
@@ -87,9 +89,9 @@ class Job:
     """
 
     case: str
-    setting: dict[str, int | str]
+    setting: Setting
     seconds: float
-    run: Callable[[dict[str, int | str], Told], Record]
+    run: Callable[[Setting, Told], Record]
 
     @property
     def key(self) -> tuple:

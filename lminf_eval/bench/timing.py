@@ -52,7 +52,8 @@ class Stopwatch:
 
     def __init__(self, function: Callable, device: torch.device | str):
         self.function, self.cuda = function, torch.device(device).type == "cuda"
-        self._seconds, self._events = 0.0, []
+        self._seconds = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def __call__(self, *args, **kwargs):
         if self.cuda:

@@ -134,8 +134,8 @@ def _convert(gguf: Path, folder: Path) -> None:
     for name in ("quantization_config", "_pre_quantization_dtype"):
         if hasattr(model.config, name):
             delattr(model.config, name)
-    model.hf_quantizer = None
-    model.is_quantized = False
+    for name, value in (("hf_quantizer", None), ("is_quantized", False)):
+        setattr(model, name, value)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
     # transformers leaves the weights readable by their owner alone; a cache folder may be a group's.

@@ -49,10 +49,12 @@ def diagnose(
     config = read_config(pretrained, {})
     registry.check(config)
     spec, why = LambdaSpec.parse({} if n_local is None else {"n_local": n_local}).resolve(config)
-    if spec.n_local < _LEAST:
-        raise UsageError(f"n_local={spec.n_local} ({why}): must be {_LEAST} or more, to tell a range by; see --n-local")
-    if length <= spec.n_local:
-        raise UsageError(f"length={length}: must be more than n_local={spec.n_local} ({why}); see --length, --n-local")
+    window = spec.n_local
+    assert window is not None  # `resolve` has settled it
+    if window < _LEAST:
+        raise UsageError(f"n_local={window} ({why}): must be {_LEAST} or more, to tell a range by; see --n-local")
+    if length <= window:
+        raise UsageError(f"length={length}: must be more than n_local={window} ({why}); see --length, --n-local")
     chosen = choose_layers(layers, config.get_text_config().num_hidden_layers)
     ids_N = torch.tensor(load_tokenizer(pretrained=pretrained).encode(_read(text))[:length])
     if len(ids_N) < length:
@@ -62,21 +64,23 @@ def diagnose(
     except OSError as error:
         raise UsageError(f"output {output}: {error.strerror}") from None
 
-    model = read_weights(AutoModelForCausalLM, pretrained, dtype=dtype).to(device).eval()
+    model = read_weights(AutoModelForCausalLM, pretrained, dtype=dtype).eval()
+    module: torch.nn.Module = model  # transformers' own annotation of `to` takes no device
+    module.to(device)
     measures = {}
     with tqdm(total=2 * length, unit="token") as bar:
         for method, how in specs(spec, length).items():
             bar.set_description(method)
-            measures[method] = measure(model, how, spec.n_local, ids_N, chosen, bar)
-    found = tables(measures, spec.n_local, spec.n_global, length)
+            measures[method] = measure(model, how, window, ids_N, chosen, bar)
+    found = tables(measures, window, spec.n_global, length)
     name = shorten(plain(Path(pretrained).resolve().name if Path(pretrained).is_dir() else pretrained), 40)
     try:
         write(found, output)
-        for plot in figures(found, name, spec.n_local, spec.n_global):
+        for plot in figures(found, name, window, spec.n_global):
             plot.write(output)
     except OSError as error:
         raise UsageError(f"{error.filename}: {error.strerror}") from None
-    print(in_words(found, spec.n_local, spec.n_global, length))
+    print(in_words(found, window, spec.n_global, length))
     print(f"figures (PNG, SVG) and numbers (CSV): {plain(str(output))}")
 
 

@@ -143,9 +143,8 @@ def _snapshot(name: str, kind: str, revision: str | None, cache_dir, token, chos
     try:
         if constants.HF_HUB_OFFLINE or chosen is None:
             return Path(snapshot_download(name, local_files_only=True, **where))
-        names = [
-            file.rfilename for file in HfApi(token=token).repo_info(name, repo_type=kind, revision=revision).siblings
-        ]
+        info = HfApi(token=token).repo_info(name, repo_type=kind, revision=revision)
+        names = [file.rfilename for file in getattr(info, "siblings", None) or ()]
         patterns = [re.sub(r"([*?[])", r"[\1]", file) for file in chosen(names)]
         return Path(snapshot_download(name, allow_patterns=patterns, **where))
     except LocalEntryNotFoundError:

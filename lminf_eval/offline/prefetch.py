@@ -63,7 +63,10 @@ def prefetch(config: Path, check: bool = False, output: Path | None = None) -> i
             found.append(resolved)
             console.print(Text(f"ok       {item.kind} {item.name}{_summary(resolved)}"))
     if check and record.is_file():
-        missing += [line for line in _changed(record) if not console.print(Text(f"missing  {line}", style="red"))]
+        changed = _changed(record)
+        for line in changed:
+            console.print(Text(f"missing  {line}", style="red"))
+        missing += changed
     if not check and not missing:
         try:
             write_text(record, json.dumps({"lminf_eval": __version__, "resolved": found}, indent=1) + "\n")

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from lminf_eval.report.pivot import Table
 
 
-def sentence(comparison: Comparison) -> str:
+def format_comparison(comparison: Comparison) -> str:
     """A difference with its interval and its evidence, such as "+0.400 [0.250, 0.550], 20 documents, …"."""
     told = ("+" if comparison.estimate > 0 else "") + format_metric(comparison.estimate)
     if math.isnan(comparison.low):

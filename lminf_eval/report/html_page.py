@@ -18,10 +18,10 @@ from lminf_eval.errors import UsageError
 from lminf_eval.report import escape, export, formats
 from lminf_eval.report.figures.figure import Plot
 from lminf_eval.report.figures.style import INK
-from lminf_eval.report.pivot import Table, arrange, choose
+from lminf_eval.report.pivot import Table, pivot, select_metrics
 from lminf_eval.report.repro_command import command_of
 from lminf_eval.report.run_metadata import compact, environment_line, ran, table, text
-from lminf_eval.report.sample_store import Evidence
+from lminf_eval.report.sample_store import SampleStore
 from lminf_eval.utils.formatting import format_metric
 from lminf_eval.utils.tokens import format_tokens
 
@@ -30,12 +30,12 @@ MOST_ANSWERS = 300  # rows of passkey answers in one page, unless two for each r
 FILTERS = ("model", "method", "task", "length", "metric")
 
 
-def page(evidence: Evidence, plots: list[Plot], baseline: str = "") -> str:
-    """The whole page as HTML. `baseline` is as for `table.arrange`; a table that lacks it goes without."""
-    collection = evidence.collection
+def page(store: SampleStore, plots: list[Plot], baseline: str = "") -> str:
+    """The whole page as HTML. `baseline` is as for `pivot.pivot`; a table that lacks it goes without."""
+    collection = store.collection
     results = collection.results
-    tables = _tables(evidence, baseline)
-    rows = [_row(result, evidence.standard_error(result)) for _, result in results.iterrows()]
+    tables = _tables(store, baseline)
+    rows = [_row(result, store.standard_error(result)) for _, result in results.iterrows()]
     script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
     environments: dict[str, int] = {}
     return (
@@ -51,10 +51,10 @@ def page(evidence: Evidence, plots: list[Plot], baseline: str = "") -> str:
             figures=[(plot, inline_svg(plot, f"figure{i}")) for i, plot in enumerate(plots)],
             rows=rows,
             filters={name: _choices(rows, name) for name in FILTERS},
-            answers=_answers(evidence),
-            runs=[_run(evidence, name, environments) for name in collection.runs],
+            answers=_answers(store),
+            runs=[_run(store, name, environments) for name in collection.runs],
             environments=list(environments),
-            problems=[*collection.problems, *evidence.problems],
+            problems=[*collection.problems, *store.problems],
             notes=collection.notes,
             models=results["model_path"].nunique(),
             methods=results["method"].nunique(),
@@ -72,7 +72,10 @@ def inline_svg(plot: Plot, prefix: str) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\b(id="|href="#|url\(#)', rf"\1{prefix}-", svg)
-    width = float(re.search(r'viewBox="0 0 ([\d.]+) ', svg)[1])
+    box = re.search(r'viewBox="0 0 ([\d.]+) ', svg)
+    if box is None:
+        raise ValueError("matplotlib wrote an SVG without a viewBox")
+    width = float(box[1])
     size = f"min-width: {0.9 * width:.0f}px; max-width: {1.7 * width:.0f}px"
     label = escape.html(f"{plot.title}. {plot.caption}")
     svg = re.sub(r"^<svg [^>]*?(viewBox=\S+ \S+ \S+ \S+)[^>]*>", rf'<svg \1 role="img" style="{size}">', svg)
@@ -86,22 +89,22 @@ def data_url(content: str | bytes, kind: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def _tables(evidence: Evidence, baseline: str) -> list[Table]:
+def _tables(store: SampleStore, baseline: str) -> list[Table]:
     """A table for each family of tasks that has lengths, and one for all the tasks that have none."""
-    results = choose(evidence.collection.results)
+    results = select_metrics(store.collection.results)
     has_lengths = results.groupby("family")["length"].transform("count") > 0
     groups = [group for _, group in results[has_lengths].groupby("family")]
     groups += [results[~has_lengths]] if not has_lengths.all() else []
     several = results["model_path"].nunique() > 1
     rows = ("model", "method") if several else ("method",)
-    return [_compared(evidence, group, rows, baseline) for group in groups]
+    return [_compared(store, group, rows, baseline) for group in groups]
 
 
-def _compared(evidence: Evidence, results: pd.DataFrame, rows: Sequence[str], baseline: str) -> Table:
+def _compared(store: SampleStore, results: pd.DataFrame, rows: Sequence[str], baseline: str) -> Table:
     try:
-        return arrange(evidence, results, rows, baseline=baseline)
+        return pivot(store, results, rows, baseline=baseline)
     except UsageError:  # these tasks were not run with the baseline, or with several that answer to it
-        return arrange(evidence, results, rows)
+        return pivot(store, results, rows)
 
 
 def _with_downloads(table: Table, number: int) -> dict[str, Any]:
@@ -140,12 +143,12 @@ def _choices(rows: list[dict[str, Any]], name: str) -> list[str]:
     return list(dict.fromkeys(row[name] for row in sorted(rows, key=by) if row[name]))
 
 
-def _answers(evidence: Evidence) -> list[dict[str, Any]]:
+def _answers(store: SampleStore) -> list[dict[str, Any]]:
     """Passkey answers, one right and one wrong for each depth; thinned out evenly where they are many."""
-    results = evidence.collection.results
+    results = store.collection.results
     groups = []
     for _, result in results[results["metric"] == "acc"].iterrows():
-        samples = evidence.samples(result["run"], result["task"])
+        samples = store.samples(result["run"], result["task"])
         if samples is None or samples["key"].isna().all():
             continue
         planned = samples["depth_target"]
@@ -170,10 +173,10 @@ def _answer(result: pd.Series, sample: pd.Series) -> dict[str, Any]:
     }
 
 
-def _run(evidence: Evidence, name: str, environments: dict[str, int]) -> dict[str, Any]:
+def _run(store: SampleStore, name: str, environments: dict[str, int]) -> dict[str, Any]:
     """What the page tells of one run. Its environment is put into `environments`, once for all runs that share it."""
-    run = evidence.collection.runs[name]
-    results = evidence.collection.results
+    run = store.collection.runs[name]
+    results = store.collection.results
     first = results[results["run"] == name].iloc[0]
     config, environment = table(run.raw.get("config")), text(run.raw.get("pretty_env_info"))
     own = table(config.get("lminf"))

@@ -13,8 +13,8 @@ from lminf_eval.report import escape, export, formats
 from lminf_eval.report.figures.plots import plots
 from lminf_eval.report.html_page import page
 from lminf_eval.report.load import load
-from lminf_eval.report.pivot import arrange, choose
-from lminf_eval.report.sample_store import Evidence
+from lminf_eval.report.pivot import pivot, select_metrics
+from lminf_eval.report.sample_store import SampleStore
 
 WRITERS = {
     "markdown": formats.markdown,
@@ -35,7 +35,7 @@ def print_table(
     export_to: Path | None = None,
     trained_length: int | None = None,
 ) -> None:
-    """Print the results in `paths` as a table (see `pivot.arrange`); write every result, one a line, to `export_to`.
+    """Print the results in `paths` as a table (see `pivot.pivot`); write every result, one a line, to `export_to`.
 
     `rows`, `columns` and `metric` are comma-separated names, `format_name` is "terminal" or one of `WRITERS`. Files
     that could not be read are listed on standard error.
@@ -50,9 +50,9 @@ def print_table(
     collection = load(paths, trained_length)
     if collection.results.empty:
         raise UsageError(f"{', '.join(map(str, paths))}: a bench, and no lm-eval result; `lminf report` draws benches")
-    evidence = Evidence(collection)
-    chosen = choose(collection.results, _names(metric))
-    arranged = arrange(evidence, chosen, _names(rows), _names(columns), baseline)
+    store = SampleStore(collection)
+    chosen = select_metrics(collection.results, _names(metric))
+    arranged = pivot(store, chosen, _names(rows), _names(columns), baseline)
     if format_name == "terminal":
         console = Console()
         formats.terminal(arranged, console if console.is_terminal else Console(width=WIDEST))
@@ -63,7 +63,7 @@ def print_table(
             export.write(collection.results, export_to)
         except OSError as error:
             raise UsageError(f"{export_to}: {error.strerror}") from None
-    _complain(evidence)
+    _complain(store)
 
 
 def write_report(
@@ -82,15 +82,15 @@ def write_report(
     Raises:
         UsageError: for a path or a baseline that does not exist, or an output that cannot be written to.
     """
-    evidence = Evidence(load(paths, trained_length))
-    results = evidence.collection.results
+    store = SampleStore(load(paths, trained_length))
+    results = store.collection.results
     if results.empty and not figures:
         raise UsageError(
             f"{', '.join(map(str, paths))}: a bench, and no lm-eval result to write a page of; see --figures"
         )
     if baseline and len(results):
-        arrange(evidence, choose(evidence.collection.results), baseline=baseline)  # says so where there is none
-    drawn = plots(evidence)
+        pivot(store, select_metrics(store.collection.results), baseline=baseline)  # says so where there is none
+    drawn = plots(store)
     try:
         if figures:
             figures.mkdir(parents=True, exist_ok=True)
@@ -98,16 +98,16 @@ def write_report(
                 plot.write(figures)
         if len(results):
             output.parent.mkdir(parents=True, exist_ok=True)
-            output.write_text(page(evidence, drawn, baseline or "full"), encoding="utf-8")
+            output.write_text(page(store, drawn, baseline or "full"), encoding="utf-8")
     except OSError as error:
         raise UsageError(f"{error.filename}: {error.strerror}") from None
     print(f"{output if len(results) else figures}: {len(results)} results, {len(drawn)} figures")
-    _complain(evidence)
+    _complain(store)
 
 
-def _complain(evidence: Evidence) -> None:
-    collection = evidence.collection
-    for problem in [*collection.problems, *evidence.problems]:
+def _complain(store: SampleStore) -> None:
+    collection = store.collection
+    for problem in [*collection.problems, *store.problems]:
         print(escape.plain(f"left out: {problem.file}: {problem.reason}"), file=sys.stderr)
     for note in collection.notes:
         print(escape.plain(note), file=sys.stderr)

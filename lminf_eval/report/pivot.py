@@ -6,15 +6,16 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import pandas as pd
 
 from lminf_eval.errors import UsageError
-from lminf_eval.report.captions import sentence
+from lminf_eval.report.captions import format_comparison
 from lminf_eval.report.identity import HOW_ASKED, OF_THE_RUN, OF_THE_TASK
 from lminf_eval.report.paired_bootstrap import Comparison
 from lminf_eval.report.run_metadata import METHOD_SETTINGS, text
-from lminf_eval.report.sample_store import MEASURE, Evidence
+from lminf_eval.report.sample_store import MEASURE, SampleStore
 from lminf_eval.utils.tokens import format_tokens
 
 NOT_AXES = (
@@ -70,7 +71,7 @@ class Table:
     notes: list[str] = field(default_factory=list)
 
 
-def choose(results: pd.DataFrame, metrics: Sequence[str] = ()) -> pd.DataFrame:
+def select_metrics(results: pd.DataFrame, metrics: Sequence[str] = ()) -> pd.DataFrame:
     """The results of `metrics`, or without any named those of one metric for each family of tasks.
 
     Raises:
@@ -84,14 +85,14 @@ def choose(results: pd.DataFrame, metrics: Sequence[str] = ()) -> pd.DataFrame:
     return results[results["metric"].isin(metrics)]
 
 
-def arrange(
-    evidence: Evidence,
+def pivot(
+    store: SampleStore,
     results: pd.DataFrame,
     rows: Sequence[str] = ("model", "method"),
     columns: Sequence[str] = ("length",),
     baseline: str = "",
 ) -> Table:
-    """`results` (rows of `evidence`'s) as a table of `rows` by `columns`, which are names of recovered columns.
+    """`results` (rows of `store`'s) as a table of `rows` by `columns`, which are names of recovered columns.
 
     Results that would share a cell are told apart by whatever they differ in, added to the rows or the columns.
     `baseline` names a method, an attention or a backend: each cell gets its difference to, or for perplexities its
@@ -108,7 +109,7 @@ def arrange(
     at_row, at_column = ({key: i for i, key in enumerate(keys)} for keys in (row_keys, column_keys))
     places = zip(_keys(labels[row_names]), _keys(labels[column_names]), results.index, strict=True)
     cells = {
-        (at_row[row], at_column[column]): Cell(results.loc[at], evidence.standard_error(results.loc[at]))
+        (at_row[row], at_column[column]): Cell(results.loc[at], store.standard_error(results.loc[at]))
         for row, column, at in places
     }
     heads = [
@@ -116,22 +117,22 @@ def arrange(
         for i in range(len(column_keys))
     ]
     table = Table(row_names, row_keys, heads, cells)
-    _mark_best(table, evidence)
+    _mark_best(table, store)
     if baseline:
-        _against(table, evidence, baseline)
+        _against(table, store, baseline)
     return table
 
 
 def primary_metrics(results: pd.DataFrame) -> dict[str, str]:
     """The metric that stands for each family of tasks."""
-    chosen = {}
-    for family, metrics in results.groupby("family", sort=False)["metric"]:
-        present = set(metrics)
-        chosen[family] = next((metric for metric in PRIMARY if metric in present), metrics.iloc[0])
+    chosen: dict[str, str] = {}
+    for family, group in results.groupby("family", sort=False):
+        present = group["metric"].tolist()
+        chosen[str(family)] = next((metric for metric in PRIMARY if metric in present), present[0])
     return chosen
 
 
-def label_of(name: str) -> Callable[[object], str]:
+def label_of(name: str) -> Callable[[Any], str]:
     """The function that writes a value of column `name`."""
     return format_tokens if name == "length" else _plain_label
 
@@ -209,7 +210,7 @@ def _competitors(table: Table) -> list[list[Cell]]:
     return within or [cells for cells in by_measure.values() if len(cells) > 1]
 
 
-def _mark_best(table: Table, evidence: Evidence) -> None:
+def _mark_best(table: Table, store: SampleStore) -> None:
     for cells in _competitors(table):
         better_up = cells[0].result["higher_is_better"]
         if pd.isna(better_up):
@@ -220,10 +221,10 @@ def _mark_best(table: Table, evidence: Evidence) -> None:
         best, second = (cells[i] for i in ranked[:2])
         if not math.isfinite(best.result["value"]):
             continue
-        comparison = evidence.compare(best.result, second.result)
+        comparison = store.compare(best.result, second.result)
         if comparison.significant:
             best.mark, second.mark = "best", "second"
-        table.notes.append(f"{_contest(best.result, second.result)} = {sentence(comparison)}")
+        table.notes.append(f"{_contest(best.result, second.result)} = {format_comparison(comparison)}")
 
 
 def _contest(best: pd.Series, second: pd.Series) -> str:
@@ -245,7 +246,7 @@ def _written(name: str, result: pd.Series) -> str:
     return value if name in TELLING or not value else f"{name}={value}"
 
 
-def _against(table: Table, evidence: Evidence, baseline: str) -> None:
+def _against(table: Table, store: SampleStore, baseline: str) -> None:
     by_measure = defaultdict(list)
     for cell in table.cells.values():
         result = cell.result
@@ -262,5 +263,5 @@ def _against(table: Table, evidence: Evidence, baseline: str) -> None:
             several = ", ".join(sorted({one.result["method"] for one in found}))
             raise UsageError(f"baseline {baseline}: several results answer to that ({several}); give a whole method")
         if found and found[0] is not cell:
-            cell.versus = evidence.compare(cell.result, found[0].result, cell.ratio)
+            cell.versus = store.compare(cell.result, found[0].result, cell.ratio)
     table.baseline = baseline

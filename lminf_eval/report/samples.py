@@ -35,7 +35,7 @@ def sample_files(results_file: Path, raw: dict[str, Any]) -> dict[str, Path]:
     for task in raw["results"]:
         start = f"samples_{task}_"
         if date:
-            names = {f"{start}{date[0]}.jsonl"} & beside.keys()
+            names = sorted({f"{start}{date[0]}.jsonl"} & beside.keys())
         else:
             names = [name for name in beside if name.startswith(start) and DATE_IN_NAME.match(name, len(start))]
         if len(names) == 1:
@@ -71,9 +71,9 @@ def read_samples(file: Path) -> pd.DataFrame:
 def measured(samples: pd.DataFrame, metric: str, filter_name: str = "none") -> pd.DataFrame:
     """The columns total and weight of one metric (see `statistics`), indexed by document; empty where it has none."""
     chosen = samples[samples["filter"] == filter_name]
-    pairs = {document: _pair(metrics.get(metric)) for document, metrics in chosen["metrics"].items()}
-    pairs = {document: pair for document, pair in pairs.items() if pair}
-    return pd.DataFrame(pairs.values(), columns=["total", "weight"], index=list(pairs), dtype=float)
+    metrics = zip(chosen.index, chosen["metrics"], strict=True)
+    pairs = {document: pair for document, values in metrics if (pair := _pair(values.get(metric)))}
+    return pd.DataFrame(list(pairs.values()), columns=["total", "weight"], index=list(pairs), dtype=float)
 
 
 def _row(sample: dict[str, Any]) -> dict[str, Any]:

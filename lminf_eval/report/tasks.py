@@ -37,7 +37,8 @@ def describe_task(raw: dict[str, Any], task: str, measured: dict[str, Any]) -> d
 def members(raw: dict[str, Any], task: str) -> list[str]:
     """Return the tasks of a group, those of its groups included; of a task, itself alone."""
     found: dict[str, None] = {}
-    groups, seen, left = table(raw.get("group_subtasks")), set(), [task]
+    groups, left = table(raw.get("group_subtasks")), [task]
+    seen: set[str] = set()
     while left:
         name = left.pop(0)
         parts = groups.get(name)

@@ -243,18 +243,19 @@ def _check_args(args: Mapping[str, Any], backend: str) -> None:
     if args.keys() - own.keys() - _COMMON - HOW:
         from lminf_eval.harness.model_args import check_names
 
-        check_names(args)
+        check_names(dict(args))
 
 
 def _tasks(entries: Iterable[_Task], settings: Mapping[str, Any]) -> Iterator[tuple[str, int | None, dict, dict]]:
     """(lm-eval's name, length, lm-eval's keys for it, resources) of each task and length."""
     ours = _our_tasks()
     families = {split_length(name)[0] for name in ours}
+    lengths: list[int | None]
     for entry in entries:
-        own = _settings(entry.model_extra, f"tasks.{entry.task}.", set(_Task.model_fields))
+        own = _settings(entry.model_extra or {}, f"tasks.{entry.task}.", set(_Task.model_fields))
         if entry.task in families:
             names = [name for name in ours if name.startswith(f"{entry.task}_")]
-            lengths = [_tokens(length) for length in entry.lengths] if entry.lengths else [ours[n] for n in names]
+            lengths = [_tokens(length) for length in entry.lengths or ()] or [ours[name] for name in names]
         elif entry.lengths:
             raise UsageError(f"tasks.{entry.task}: it takes no lengths; {', '.join(sorted(families))} do")
         else:

@@ -88,7 +88,9 @@ def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
 _by_text: WeakValueDictionary[str, Pieces] = WeakValueDictionary()
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, text: str, with_specials: Callable[[str], Sequence[int]]) -> np.ndarray:
+def encode(
+    tokenizer: PreTrainedTokenizerBase, text: str, with_specials: Callable[[str], Sequence[int] | np.ndarray]
+) -> np.ndarray:
     """Token ids [n] as `with_specials` gives them, which adds special tokens before and after a text, or none."""
     if len(text) >= 2 * PIECE and tokenizer.is_fast:
         head = text[:PIECE]
@@ -110,6 +112,6 @@ def _joint(before: Tokens, after: Tokens, border: int) -> tuple[int, int] | None
         rows.append(
             [(token, *span) for token, span in zip(ids[low:high].tolist(), spans[low:high].tolist(), strict=True)]
         )
-    match = SequenceMatcher(None, *rows, autojunk=False).find_longest_match()
+    match = SequenceMatcher(None, rows[0], rows[1], autojunk=False).find_longest_match()
     middle = match.size // 2
     return (begins[0] + match.a + middle, begins[1] + match.b + middle) if match.size >= _AGREED else None

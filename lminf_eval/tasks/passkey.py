@@ -41,7 +41,7 @@ def build(**metadata: Any) -> dict[str, Dataset]:
     Raises:
         UsageError: a value is out of range, or the length is too short for the prompt without any filler.
     """
-    length = metadata.get("length")
+    length: Any = metadata.get("length")
     documents = metadata.get("documents", 20)
     depths = metadata.get("depths", documents)
     seed = metadata.get("seed", 0)

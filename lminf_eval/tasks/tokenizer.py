@@ -83,7 +83,7 @@ def load_tokenizer(**metadata: Any) -> TaskTokenizer:
         name = given or (pretrained if isinstance(pretrained, str) else getattr(pretrained, "name_or_path", None))
         if not name:
             raise UsageError(_MISSING)
-        options = {"revision": str(metadata.get("revision") or "main")}
+        options: dict[str, Any] = {"revision": str(metadata.get("revision") or "main")}
         options["trust_remote_code"] = bool(metadata.get("trust_remote_code", False))
         if not given and metadata.get("gguf_file") is not None:
             options["gguf_file"] = metadata["gguf_file"]

@@ -11,8 +11,8 @@ from rich.console import Console
 
 from lminf_eval.report import escape, export, formats
 from lminf_eval.report.load import load
-from lminf_eval.report.pivot import arrange, choose
-from lminf_eval.report.sample_store import Evidence
+from lminf_eval.report.pivot import pivot, select_metrics
+from lminf_eval.report.sample_store import SampleStore
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -32,8 +32,8 @@ HOSTILE = [
 
 
 def table_of(files, baseline=""):
-    evidence = Evidence(load([files.folder]))
-    return arrange(evidence, choose(evidence.collection.results), baseline=baseline)
+    store = SampleStore(load([files.folder]))
+    return pivot(store, select_metrics(store.collection.results), baseline=baseline)
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import pytest
 
 from lminf_eval.report.identity import IDENTITY
 from lminf_eval.report.load import load
-from lminf_eval.report.pivot import APART_IN_COLUMNS, APART_IN_ROWS, WHAT, arrange, choose
-from lminf_eval.report.sample_store import Evidence
+from lminf_eval.report.pivot import APART_IN_COLUMNS, APART_IN_ROWS, WHAT, pivot, select_metrics
+from lminf_eval.report.sample_store import SampleStore
 
 SAMPLED = {"configs__t__output_type": "generate_until", "config__gen_kwargs": {"do_sample": True, "temperature": 0.7}}
 GREEDY = {"configs__t__output_type": "generate_until", "config__gen_kwargs": {"do_sample": False}}
@@ -74,8 +74,8 @@ def test_what_changes_an_answer_makes_another_measurement_and_another_cell(measu
     seeds = {f"config__{seed}": 1 for seed in SEEDS}
     collection = measured({**seeds, **shared, **known}, {**seeds, **shared, **change})
     assert collection.notes == []
-    evidence = Evidence(collection)
-    assert len(arrange(evidence, choose(collection.results)).cells) == 2
+    store = SampleStore(collection)
+    assert len(pivot(store, select_metrics(collection.results)).cells) == 2
 
 
 @pytest.mark.parametrize(

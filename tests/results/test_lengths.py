@@ -7,9 +7,9 @@ import pytest
 
 from lminf_eval.report.figures.plots import plots
 from lminf_eval.report.load import load
-from lminf_eval.report.pivot import arrange, choose
+from lminf_eval.report.pivot import pivot, select_metrics
 from lminf_eval.report.repro_command import command_of
-from lminf_eval.report.sample_store import Evidence
+from lminf_eval.report.sample_store import SampleStore
 
 HITS = {4096: [1, 1, 1, 0], 8192: [1, 0], 16384: [0, 0]}
 
@@ -30,15 +30,15 @@ def test_each_length_of_ruler_has_its_own_value_documents_and_mark(lm_eval_files
 
 def test_the_table_of_ruler_has_a_column_for_each_length(lm_eval_files, make_ruler):
     lm_eval_files.write({"niah_single_1": make_ruler(HITS)}, "hf")
-    evidence = Evidence(load([lm_eval_files.folder]))
-    table = arrange(evidence, choose(evidence.collection.results))
+    store = SampleStore(load([lm_eval_files.folder]))
+    table = pivot(store, select_metrics(store.collection.results))
     assert [(column.group, column.label, column.n, column.past_trained) for column in table.columns] == [
         ("niah_single_1 score ↑", "4k", 4, False),
         ("niah_single_1 score ↑", "8k", 2, False),
         ("niah_single_1 score ↑", "16k", 2, True),
     ]
     assert table.cells[0, 0].stderr == pytest.approx(math.sqrt(0.75 * 0.25 / 4), rel=0.05)
-    assert evidence.problems == []
+    assert store.problems == []
 
 
 def test_the_mark_of_a_length_that_was_not_run_is_no_result(lm_eval_files, make_ruler):
@@ -86,8 +86,8 @@ def test_methods_are_compared_on_the_documents_of_each_length(lm_eval_files, mak
     for attention, hits in (("lambda", [1] * 8), ("full", [0] * 8)):
         documents = make_ruler({4096: [1] * 8, 8192: hits})
         lm_eval_files.write({"niah_single_1": documents}, args={"attention": attention})
-    evidence = Evidence(load([lm_eval_files.folder]))
-    table = arrange(evidence, choose(evidence.collection.results))
+    store = SampleStore(load([lm_eval_files.folder]))
+    table = pivot(store, select_metrics(store.collection.results))
     assert table.notes == [
         "niah_single_1 score 4k, org/model: full − lambda = 0.000 [0.000, 0.000], paired bootstrap on 8 documents; "
         "not significant (documents that differ: 0)",
@@ -97,7 +97,7 @@ def test_methods_are_compared_on_the_documents_of_each_length(lm_eval_files, mak
 
 def test_the_figure_shows_the_score_at_each_length(lm_eval_files, make_ruler):
     lm_eval_files.write({"niah_single_1": make_ruler(HITS)}, "hf")
-    (plot,) = plots(Evidence(load([lm_eval_files.folder])))
+    (plot,) = plots(SampleStore(load([lm_eval_files.folder])))
     line = plot.figure.axes[0].lines[0]
     assert (line.get_xdata().tolist(), line.get_ydata().tolist()) == ([4096, 8192, 16384], [0.75, 0.5, 0])
     assert plot.title == "Score against length: org/model, niah_single_1"
@@ -124,10 +124,10 @@ def test_each_run_of_babilong_has_the_length_its_metadata_tell(babilong, lm_eval
         4096: ("acc", 0.5, 2, False),
         16384: ("acc", 0.0, 2, True),
     }
-    evidence = Evidence(collection)
-    table = arrange(evidence, choose(collection.results))
+    store = SampleStore(collection)
+    table = pivot(store, select_metrics(collection.results))
     assert [column.label for column in table.columns] == ["0k", "4k", "16k"]
-    (plot,) = plots(evidence)
+    (plot,) = plots(store)
     assert plot.figure.axes[0].lines[0].get_xdata().tolist() == [0, 4096, 16384]
 
 

@@ -16,9 +16,9 @@ from lminf_eval.report.figures.plots import plots
 from lminf_eval.report.html_page import page
 from lminf_eval.report.load import load
 from lminf_eval.report.outputs import write_report
-from lminf_eval.report.pivot import arrange, choose
+from lminf_eval.report.pivot import pivot, select_metrics
 from lminf_eval.report.repro_command import command_of
-from lminf_eval.report.sample_store import Evidence
+from lminf_eval.report.sample_store import SampleStore
 
 VOID = {"meta", "br", "link", "input"}
 LARGEST = 5_000_000  # bytes, for 500 results
@@ -55,8 +55,8 @@ class Reader(HTMLParser):
 
 
 def page_of(files) -> str:
-    evidence = Evidence(load([files.folder]))
-    return page(evidence, plots(evidence), "full")
+    store = SampleStore(load([files.folder]))
+    return page(store, plots(store), "full")
 
 
 @pytest.fixture
@@ -210,8 +210,8 @@ def test_the_command_asks_for_what_the_file_records():
 
 
 def test_table_of_the_page_and_of_the_command_are_the_same(written):
-    evidence = Evidence(load([written.folder]))
-    table = arrange(evidence, choose(evidence.collection.results), baseline="full")
+    store = SampleStore(load([written.folder]))
+    table = pivot(store, select_metrics(store.collection.results), baseline="full")
     shown = {cell for row in Reader(page_of(written)).rows for cell in row}
     assert table.cells[1, 0].mark == "best"
     assert "1.000 ±0.000(+0.750 [0.550, 0.900])" in shown

@@ -11,7 +11,7 @@ from lminf_eval.report.figures.plots import plots
 from lminf_eval.report.figures.style import FIRST_OF_ATTENTION
 from lminf_eval.report.load import load
 from lminf_eval.report.outputs import print_table, write_report
-from lminf_eval.report.sample_store import Evidence
+from lminf_eval.report.sample_store import SampleStore
 
 
 def record(case, setting, tokens=1, **sides):
@@ -56,7 +56,7 @@ def test_values_are_a_tokens_or_bytes():
 
 
 def test_a_figure_for_each_kind(file):
-    drawn = {plot.name.rsplit("-org", 1)[0]: plot for plot in plots(Evidence(load([file])))}
+    drawn = {plot.name.rsplit("-org", 1)[0]: plot for plot in plots(SampleStore(load([file])))}
     assert set(drawn) == {"scoring-time", "decoding-time", "peak-memory", "key-value-memory"}
     method, full, hf = (FIRST_OF_ATTENTION[name].color for name in ("lambda", "full", "hf"))
     decoding = lines_of(drawn["decoding-time"])

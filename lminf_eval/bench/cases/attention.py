@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from lminf_eval.attention import sliding_window
 from lminf_eval.bench.benchmark_model import Subject
-from lminf_eval.bench.record import Job, Record
+from lminf_eval.bench.record import Job, Record, Setting
 from lminf_eval.bench.roofline import Ceilings, Work, full_pairs, lambda_pairs
 from lminf_eval.bench.timing import Stopwatch, Told, in_turn, synchronise
 
@@ -32,7 +32,7 @@ def jobs(subject: Subject, ceilings: Ceilings) -> Iterator[Job]:
         yield Job("attention", {"part": "the rest", **setting}, each * 1.5 * a_pass, partial(the_rest, subject))
 
 
-def attention(subject: Subject, setting: dict, told: Told) -> Record:
+def attention(subject: Subject, setting: Setting, told: Told) -> Record:
     """Seconds of all that the attention function does in a pass, rotations and cache included ("in the pass"); of the
     band and the starting tokens alone, a chunk in each layer ("alone"); of plain causal attention on blocks of n_local,
     one in each layer ("sdpa"). Work is unequal, so rates are compared."""
@@ -51,7 +51,7 @@ def attention(subject: Subject, setting: dict, told: Told) -> Record:
     return _record(subject, setting, told, passes, sides, work, lambda inside, whole: inside)
 
 
-def the_rest(subject: Subject, setting: dict, told: Told) -> Record:
+def the_rest(subject: Subject, setting: Setting, told: Told) -> Record:
     """Seconds of a pass without its attention function ("in the pass"), and of the model's linear layers alone, the
     head among them, on one chunk of random numbers. Work is unequal, so rates are compared."""
     passes, flops = _Passes(subject, setting), 2.0 * subject.size.linear
@@ -63,7 +63,7 @@ def the_rest(subject: Subject, setting: dict, told: Told) -> Record:
 class _Passes:
     """Scores a text through `--model lminf`, keeping (seconds in its attention function, seconds in all) of each."""
 
-    def __init__(self, subject: Subject, setting: dict):
+    def __init__(self, subject: Subject, setting: Setting):
         self.subject, self.lm = subject, subject.lambda_lm(setting["n_local"])
         self.chunk = min(self.lm.spec.chunk_size, setting["length"])
         self.requests = subject.rolling(setting["length"])
@@ -81,7 +81,7 @@ class _Passes:
         self.seconds.append((watch.seconds, total.seconds))
 
 
-def _record(subject: Subject, setting: dict, told: Told, passes: _Passes, sides, work, taken) -> Record:
+def _record(subject: Subject, setting: Setting, told: Told, passes: _Passes, sides, work, taken) -> Record:
     """The record of `sides`, of which the first is `taken(inside, whole)` of each pass."""
     runs = subject.options.runs
     values, skipped = in_turn(sides, runs, subject.device, told)

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from lminf_eval.bench.benchmark_model import Subject
-from lminf_eval.bench.record import Job, Record
+from lminf_eval.bench.record import Job, Record, Setting
 from lminf_eval.bench.roofline import Ceilings, Work, lambda_pairs
 from lminf_eval.bench.timing import Told
 from lminf_eval.bench.workers.start import START_SECONDS, child
@@ -31,13 +31,14 @@ def jobs(subject: Subject, ceilings: Ceilings) -> Iterator[Job]:
         yield Job("context", {"n_local": n_local, "length": length}, seconds, partial(run, subject))
 
 
-def run(subject: Subject, setting: dict, told: Told) -> Record:
+def run(subject: Subject, setting: Setting, told: Told) -> Record:
     """Seconds of one rolling request, without the start of the processes (see `bench/share.py`)."""
     runs = subject.options.runs
     if subject.device.type == "cuda" and torch.cuda.device_count() < 2:
         return Record("context", setting, {}, skipped=dict.fromkeys(SIDES, "it needs two CUDA devices"))
     task = {"options": asdict(subject.options), **setting}
-    values, skipped = {side: [] for side in SIDES}, {}
+    values: dict[str, list[float]] = {side: [] for side in SIDES}
+    skipped: dict[str, str] = {}
     for number in range(1, runs + 1):
         for side, launcher in SIDES.items():
             if side in skipped:

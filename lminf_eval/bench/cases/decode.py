@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from lminf_eval.bench.baselines import rivals
 from lminf_eval.bench.benchmark_model import Subject
 from lminf_eval.bench.prefilled_caches import lambda_state, plain_bytes, plain_state
-from lminf_eval.bench.record import Job, Record
+from lminf_eval.bench.record import Job, Record, Setting
 from lminf_eval.bench.roofline import Ceilings, Work, lambda_keys
 from lminf_eval.bench.timing import Told, in_turn
 from lminf_eval.models.modules import CACHE_NAMES, takes
@@ -36,7 +36,7 @@ def jobs(subject: Subject, ceilings: Ceilings) -> Iterator[Job]:
                 yield Job("decode", setting, seconds, partial(run, subject))
 
 
-def run(subject: Subject, setting: dict, told: Told) -> Record:
+def run(subject: Subject, setting: Setting, told: Told) -> Record:
     """Seconds of `STEPS` decoded tokens in each of `batch` sequences that have `context` tokens before."""
     n_local, context, rows = setting["n_local"], setting["context"], setting["batch"]
     options, size, lm = subject.options, subject.size, subject.lambda_lm(n_local)
@@ -46,10 +46,10 @@ def run(subject: Subject, setting: dict, told: Told) -> Record:
     calls: dict[str, Callable[[], object]] = {
         "lambda": partial(_decode_lambda, lm.streaming, ids_SB1, state, fresh=not context)
     }
-    facts = {}
+    facts: dict[str, int] = {}
     if context:
         facts["key-value bytes of lambda"] = state.nbytes
-    skipped = {}
+    skipped: dict[str, str] = {}
     if lacking := subject.lacking(_plain_bytes(subject, context, rows)):
         skipped["plain"] = lacking
     else:
@@ -78,11 +78,13 @@ def _plain(
     if context:
         facts["key-value bytes of plain"] = plain_bytes(cache)
 
+    cache_name = takes(model, *CACHE_NAMES) or CACHE_NAMES[0]
+
     @torch.inference_mode()
     def decode() -> None:
         state = cache if context else plain_state(subject, model, 0, rows, subject.device)
         for ids_B1 in ids_SB1:
-            model(input_ids=ids_B1, use_cache=True, **{takes(model, *CACHE_NAMES): state})
+            model(input_ids=ids_B1, use_cache=True, **{cache_name: state})
         if not any(state.is_sliding):
             state.crop(-STEPS)  # the next run begins where this one did
 

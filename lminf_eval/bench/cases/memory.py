@@ -9,7 +9,7 @@ from functools import partial
 from lminf_eval.bench.benchmark_model import Subject
 from lminf_eval.bench.cases.prefill import texts
 from lminf_eval.bench.prefilled_caches import lambda_state, plain_bytes, plain_state
-from lminf_eval.bench.record import Job, Record
+from lminf_eval.bench.record import Job, Record, Setting
 from lminf_eval.bench.roofline import Ceilings
 from lminf_eval.bench.timing import Told
 from lminf_eval.bench.workers.start import START_SECONDS, child
@@ -24,7 +24,7 @@ def jobs(subject: Subject, ceilings: Ceilings) -> Iterator[Job]:
         yield Job("memory", {"part": "peak", **setting}, scoring, partial(peak, subject))
 
 
-def keys_and_values(subject: Subject, setting: dict, told: Told) -> Record:
+def keys_and_values(subject: Subject, setting: Setting, told: Told) -> Record:
     """Bytes in the cache of one sequence, counted in the tensors themselves."""
     told("filling a cache")
     length, lm = setting["length"], subject.lambda_lm(setting["n_local"])
@@ -35,9 +35,10 @@ def keys_and_values(subject: Subject, setting: dict, told: Told) -> Record:
     return Record("memory", setting, values, "B")
 
 
-def peak(subject: Subject, setting: dict, told: Told) -> Record:
+def peak(subject: Subject, setting: Setting, told: Told) -> Record:
     """Bytes above what the process held with its weights read and a short request done, see `bench/peak.py`."""
-    values, skipped = {}, {}
+    values: dict[str, list[float]] = {}
+    skipped: dict[str, str] = {}
     for side in ("lambda", "hf"):
         if side == "hf" and (lacking := subject.lacking(subject.hf_bytes(setting["length"]))):
             skipped[side] = lacking

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
+from lm_eval.models.huggingface import HFLM
+
 from lminf_eval.bench.baselines import rivals
-from lminf_eval.bench.benchmark_model import Subject
-from lminf_eval.bench.record import Job, Record
+from lminf_eval.bench.benchmark_model import Subject, score_requests
+from lminf_eval.bench.record import Job, Record, Setting
 from lminf_eval.bench.roofline import Ceilings, full_pairs, lambda_pairs
 from lminf_eval.bench.timing import Told, in_turn
 
@@ -32,11 +34,12 @@ def hf_floor(subject: Subject, ceilings: Ceilings, length: int) -> float:
     return 0.0 if lacking else ceilings.floor(subject.size.scoring(length, full_pairs(length)))
 
 
-def run(subject: Subject, setting: dict, told: Told) -> Record:
+def run(subject: Subject, setting: Setting, told: Told) -> Record:
     """Seconds of one rolling request; the sides of `--vs` go through `--model hf` too."""
     options, size, n_local, length = subject.options, subject.size, setting["n_local"], setting["length"]
     lm = subject.lambda_lm(n_local)
-    sides, skipped = {"lambda": lm}, {}
+    sides: dict[str, HFLM] = {"lambda": lm}
+    skipped: dict[str, str] = {}
     if lacking := subject.lacking(subject.hf_bytes(length)):
         skipped["hf"] = lacking
     else:
@@ -48,9 +51,9 @@ def run(subject: Subject, setting: dict, told: Told) -> Record:
     short = subject.rolling(min(length, 256))
     for name, one in sides.items():
         told(f"{name}, warming up")
-        one._loglikelihood_tokens(short, disable_tqdm=True)
+        score_requests(one, short)
     requests = subject.rolling(length)
-    calls = {name: partial(one._loglikelihood_tokens, requests, disable_tqdm=True) for name, one in sides.items()}
+    calls = {name: partial(score_requests, one, requests) for name, one in sides.items()}
     values, failed = in_turn(calls, options.runs, subject.device, told, warm=False)
     windowed = size.scoring(length, lambda_pairs(length, n_local, lm.spec.sinks))
     work = dict.fromkeys(values, windowed) | {"hf": size.scoring(length, full_pairs(length))}

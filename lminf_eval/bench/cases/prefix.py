@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-from lminf_eval.bench.benchmark_model import Subject
+from lminf_eval.bench.benchmark_model import Subject, score_requests
 from lminf_eval.bench.cases.short import request_set
-from lminf_eval.bench.record import Job, Record
+from lminf_eval.bench.record import Job, Record, Setting
 from lminf_eval.bench.roofline import Ceilings
 from lminf_eval.bench.timing import Told, in_turn
 
@@ -24,7 +24,7 @@ def jobs(subject: Subject, ceilings: Ceilings) -> Iterator[Job]:
         yield Job("prefix", {"requests": KIND, "batch": batch}, seconds, partial(run, subject))
 
 
-def run(subject: Subject, setting: dict, told: Told) -> Record:
+def run(subject: Subject, setting: Setting, told: Told) -> Record:
     """Seconds of the same requests with `prefix_sharing` and without, and the tokens that each computed."""
     options, n_local = subject.options, subject.options.n_local[0]
     lm = subject.lambda_lm(n_local)
@@ -33,7 +33,7 @@ def run(subject: Subject, setting: dict, told: Told) -> Record:
 
     def score(name: str, shared: bool) -> None:
         lm.prefix_sharing, before = shared, lm._tokens["computed"]
-        lm._loglikelihood_tokens(requests, disable_tqdm=True)
+        score_requests(lm, requests)
         computed[f"tokens computed {name}"] = lm._tokens["computed"] - before
 
     sides = {name: partial(score, name, shared) for name, shared in (("shared", True), ("unshared", False))}

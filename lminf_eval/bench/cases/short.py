@@ -8,8 +8,8 @@ from functools import partial
 
 from lm_eval.api.instance import Instance
 
-from lminf_eval.bench.benchmark_model import Request, Subject
-from lminf_eval.bench.record import Job, Record
+from lminf_eval.bench.benchmark_model import Request, Subject, score_requests
+from lminf_eval.bench.record import Job, Record, Setting
 from lminf_eval.bench.roofline import Ceilings, full_pairs
 from lminf_eval.bench.timing import Told, in_turn
 
@@ -30,7 +30,7 @@ def jobs(subject: Subject, ceilings: Ceilings) -> Iterator[Job]:
             yield Job("short", {"requests": kind, "batch": batch}, seconds, partial(run, subject))
 
 
-def run(subject: Subject, setting: dict, told: Told) -> Record:
+def run(subject: Subject, setting: Setting, told: Told) -> Record:
     """Seconds of one set of requests through `--model lminf` and `--model hf` with the same batch size.
 
     Of "generation" no floor is told: prompts are bound by operations, and what follows by bytes.
@@ -44,7 +44,7 @@ def run(subject: Subject, setting: dict, told: Told) -> Record:
         asked = instances(subject, requests)
         calls = {name: partial(lm.generate_until, asked, disable_tqdm=True) for name, lm in sides.items()}
     else:
-        calls = {name: partial(lm._loglikelihood_tokens, requests, disable_tqdm=True) for name, lm in sides.items()}
+        calls = {name: partial(score_requests, lm, requests) for name, lm in sides.items()}
     try:
         values, skipped = in_turn(calls, options.runs, subject.device, told)
     finally:

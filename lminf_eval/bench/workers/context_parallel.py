@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from lminf_eval.bench.benchmark_model import Subject
+from lminf_eval.bench.benchmark_model import Subject, score_requests
 from lminf_eval.bench.options import Options
 from lminf_eval.harness.lm import LMInfinite
 
@@ -33,10 +33,10 @@ def main(task: dict) -> float:
     subject = Subject(options)
     n_local, model_args = task["n_local"], subject.options.model_args
     lm = LMInfinite(subject.model, tokenizer=subject.tokenizer, n_local=n_local, parallel="context", **model_args)
-    lm._loglikelihood_tokens(subject.rolling(min(WARM, task["length"])), disable_tqdm=True)
+    score_requests(lm, subject.rolling(min(WARM, task["length"])))
     requests = subject.rolling(task["length"])
     begun = time.perf_counter()
-    lm._loglikelihood_tokens(requests, disable_tqdm=True)  # the answer is a number on the host: the device is done
+    score_requests(lm, requests)  # the answer is a number on the host: the device is done
     return time.perf_counter() - begun
 
 

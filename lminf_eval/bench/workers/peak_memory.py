@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from lminf_eval.bench.benchmark_model import Subject
+from lminf_eval.bench.benchmark_model import Subject, score_requests
 from lminf_eval.bench.options import Options
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -31,7 +31,7 @@ def main(task: dict) -> int:
     lm = subject.hf if task["side"] == "hf" else subject.lambda_lm(task["n_local"])
     for parameter in subject.model.parameters():  # a file's pages are read when they are looked at
         parameter.sum()
-    lm._loglikelihood_tokens(subject.rolling(WARM), disable_tqdm=True)
+    score_requests(lm, subject.rolling(WARM))
     cuda = subject.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats(subject.device)
@@ -39,7 +39,7 @@ def main(task: dict) -> int:
     else:
         _forget_peak()
         before = _resident("VmRSS")
-    lm._loglikelihood_tokens(subject.rolling(task["length"]), disable_tqdm=True)
+    score_requests(lm, subject.rolling(task["length"]))
     after = torch.cuda.max_memory_allocated(subject.device) if cuda else _resident("VmHWM")
     return max(0, after - before)
 

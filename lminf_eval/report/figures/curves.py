@@ -19,12 +19,13 @@ def nll_by_position(samples: pd.DataFrame) -> pd.DataFrame:
     documents, whose ends may differ by a few tokens, are put together. Columns: start, end (tokens, the documents'
     means), nll, low, high (95% interval over documents, NaN for one document), documents. Empty without boundaries.
     """
-    pieces: list[tuple[int, int, float, float, float]] = []
+    found: list[tuple[int, int, float, float, float]] = []
     for ends, totals in zip(samples["boundaries"], samples["loglikelihoods"], strict=True):
         if isinstance(ends, list) and len(ends) == len(totals) and all(isinstance(end, int) for end in ends):
             gained, starts = np.diff(totals, prepend=0.0), [0, *ends[:-1]]
-            pieces += [(len(ends), i, *piece) for i, piece in enumerate(zip(starts, ends, gained, strict=True))]
-    pieces = pd.DataFrame(pieces, columns=["stretches", "nth", "start", "end", "total"])
+            stretches = enumerate(zip(starts, ends, gained.tolist(), strict=True))
+            found += [(len(ends), i, start, end, total) for i, (start, end, total) in stretches]
+    pieces = pd.DataFrame(found, columns=["stretches", "nth", "start", "end", "total"])
     pieces = pieces[pieces["stretches"] == pieces["stretches"].max()]
     rows = []
     for _, group in pieces.groupby("nth"):

@@ -1,4 +1,4 @@
-"""One figure: how it looks, and how it is written."""
+"""One figure: how it line_styles, and how it is written."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -15,7 +15,10 @@ from matplotlib.figure import Figure
 from lminf_eval.report.escape import plain, shorten
 from lminf_eval.report.figures.style import INK
 
-SETTINGS = {
+if TYPE_CHECKING:
+    from matplotlib.typing import RcKeyType
+
+SETTINGS: dict[RcKeyType, Any] = {
     "text.color": INK,
     "axes.edgecolor": INK,
     "axes.labelcolor": INK,

@@ -14,23 +14,28 @@ from lminf_eval.report.escape import plain
 from lminf_eval.report.figures.curves import nll_by_position
 from lminf_eval.report.figures.figure import Plot, short_method, slug
 from lminf_eval.report.figures.style import GRID, INK, Style
+from lminf_eval.report.frames import group_by_name
 from lminf_eval.report.load import DIVERGED_PERPLEXITY
 from lminf_eval.report.pivot import primary_metrics
-from lminf_eval.report.sample_store import Evidence
+from lminf_eval.report.sample_store import SampleStore
 from lminf_eval.utils.tokens import format_tokens
 
 MOST_BANDS = 6  # intervals of more lines than that hide one another
 LEADER = {"arrowstyle": "-", "linewidth": 0.8, "shrinkA": 0, "shrinkB": 2, "relpos": (0, 0.5)}
 LABEL_GAP = 11  # points between two labels at lines' ends
 
+LineEnd = tuple[str, float, float]  # the line's name, and the x and y of its last point
 
-def nll_against_position(evidence: Evidence, group: pd.DataFrame, looks: dict[str, Style], about: str) -> Plot | None:
+
+def nll_against_position(
+    store: SampleStore, group: pd.DataFrame, line_styles: dict[str, Style], subtitle: str
+) -> Plot | None:
     """One line a method: the mean loss of each stretch of the longest texts; the paper's headline figure."""
     curves = {}
-    for method, results in group.groupby("line"):
+    for method, results in group_by_name(group, "line"):
         longest_first = results.iloc[::-1].sort_values("length", ascending=False, kind="stable")
         for _, result in longest_first.drop_duplicates(["run", "task"]).iterrows():
-            samples = evidence.samples(result["run"], result["task"])
+            samples = store.samples(result["run"], result["task"])
             curve = nll_by_position(samples) if samples is not None else pd.DataFrame()
             if len(curve) > 1:
                 curves[method] = curve
@@ -40,44 +45,45 @@ def nll_against_position(evidence: Evidence, group: pd.DataFrame, looks: dict[st
     documents = max(int(curve["documents"].max()) for curve in curves.values())
     banded = documents > 1 and len(curves) <= MOST_BANDS
     figure, axes = canvas()
-    ends = []
+    ends: list[LineEnd] = []
     for method, curve in curves.items():
-        look, middle = looks[method], (curve["start"] + curve["end"]) / 2
-        line(axes, middle, curve["nll"], look)
+        style, middle = line_styles[method], (curve["start"] + curve["end"]) / 2
+        line(axes, middle, curve["nll"], style)
         if banded:
-            axes.fill_between(middle, curve["low"], curve["high"], color=look.color, alpha=0.15, linewidth=0)
+            axes.fill_between(middle, curve["low"], curve["high"], color=style.color, alpha=0.15, linewidth=0)
         ends.append((method, middle.iloc[-1], curve["nll"].iloc[-1]))
     reach = max(curve["end"].max() for curve in curves.values())
     axes.set_xlim(0, reach)
     axes.set_xticks(*_round_positions(reach))
     axes.set_xlabel("position in the text (tokens)")
     axes.set_ylabel("negative log-likelihood (nats per token)")
-    title = f"Loss against position: {about}"
+    title = f"Loss against position: {subtitle}"
     axes.set_title(title, pad=12)
     _trained_line(axes, group)
-    label_ends(axes, ends, looks)
+    label_ends(axes, ends, line_styles)
     caption = (
         f"Mean negative log-likelihood of the tokens at each position, over {documents} "
         f"document{'s' if documents > 1 else ''}; lower is better. Points are at the middle of their stretch of text. "
         + ("Bands: 95% bootstrap intervals over documents." if banded else "")
     )
-    return Plot(slug("nll", about), title, caption.strip(), figure)
+    return Plot(slug("nll", subtitle), title, caption.strip(), figure)
 
 
 def perplexity_against_length(
-    evidence: Evidence, group: pd.DataFrame, looks: dict[str, Style], about: str
+    store: SampleStore, group: pd.DataFrame, line_styles: dict[str, Style], subtitle: str
 ) -> Plot | None:
     """One line a method; what diverged is marked above the axes, not on a scale that it would ruin."""
     of_metric = group[(group["metric"] == "token_perplexity") & group["length"].notna()]
     if of_metric["length"].nunique() < 2:
         return None
     figure, axes = canvas()
-    ends, gone = [], 0
-    for method, results in of_metric.groupby("line"):
+    ends: list[LineEnd] = []
+    gone = 0
+    for method, results in group_by_name(of_metric, "line"):
         results = results.sort_values("length", kind="stable").drop_duplicates("length", keep="last")
         fine = results["diverged"] == ""
-        look = looks[method]
-        line(axes, results["length"], results["value"].where(fine), look)
+        style = line_styles[method]
+        line(axes, results["length"], results["value"].where(fine), style)
         if fine.any():
             last = results[fine].iloc[-1]
             ends.append((method, last["length"], last["value"]))
@@ -89,8 +95,8 @@ def perplexity_against_length(
                 results.loc[~fine, "length"],
                 height,
                 transform=at,
-                marker=look.marker,
-                color=look.color,
+                marker=style.marker,
+                color=style.color,
                 linestyle="",
                 markerfacecolor="none",
                 clip_on=False,
@@ -115,27 +121,29 @@ def perplexity_against_length(
     axes.set_yticks(*round_values(*axes.get_ylim()))
     axes.set_xlabel("length of the text (tokens)")
     axes.set_ylabel("perplexity per token")
-    title = f"Perplexity against length: {about}"
+    title = f"Perplexity against length: {subtitle}"
     axes.set_title(title, pad=12 + 14 * gone)
     _trained_line(axes, group)
-    label_ends(axes, ends, looks)
+    label_ends(axes, ends, line_styles)
     caption = "Perplexity per token of whole texts of each length; lower is better; both axes are logarithmic."
     if gone:
         caption += " Hollow marks above the axes: no number, or a perplexity over 1000."
-    return Plot(slug("perplexity", about), title, caption, figure)
+    return Plot(slug("perplexity", subtitle), title, caption, figure)
 
 
-def score_against_length(evidence: Evidence, group: pd.DataFrame, looks: dict[str, Style], about: str) -> Plot | None:
+def score_against_length(
+    store: SampleStore, group: pd.DataFrame, line_styles: dict[str, Style], subtitle: str
+) -> Plot | None:
     """Draw one line a method: the family's first score, of which higher is better, at each length, 0 included."""
     scores = group[(group["higher_is_better"] == True) & group["length"].notna()]  # noqa: E712  (it may be None)
     scores = scores[scores["metric"] == primary_metrics(group).get(group["family"].iloc[0])]
     if scores["length"].nunique() < 2:
         return None
     figure, axes = canvas()
-    ends = []
-    for method, results in scores.groupby("line"):
+    ends: list[LineEnd] = []
+    for method, results in group_by_name(scores, "line"):
         results = results.sort_values("length", kind="stable").drop_duplicates("length", keep="last")
-        line(axes, results["length"], results["value"], looks[method])
+        line(axes, results["length"], results["value"], line_styles[method])
         ends.append((method, results["length"].iloc[-1], results["value"].iloc[-1]))
     lengths = sorted(scores["length"].unique())
     axes.set_xscale("symlog", base=2, linthresh=lengths[0] or lengths[1])  # logarithmic, with a place for 0
@@ -146,14 +154,14 @@ def score_against_length(evidence: Evidence, group: pd.DataFrame, looks: dict[st
     metric = scores["metric"].iloc[0]
     axes.set_xlabel("length of the text (tokens)")
     axes.set_ylabel(plain(metric))
-    title = f"Score against length: {about}"
+    title = f"Score against length: {subtitle}"
     axes.set_title(title, pad=12)
     _trained_line(axes, group)
-    label_ends(axes, ends, looks)
+    label_ends(axes, ends, line_styles)
     caption = (
         f"Mean {plain(metric)} over the documents of each length; higher is better; lengths are on a logarithmic axis."
     )
-    return Plot(slug("score", about), title, caption, figure)
+    return Plot(slug("score", subtitle), title, caption, figure)
 
 
 def canvas() -> tuple[Figure, Axes]:
@@ -164,10 +172,10 @@ def canvas() -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def line(axes: Axes, x: pd.Series, y: pd.Series, look: Style) -> None:
+def line(axes: Axes, x: pd.Series, y: pd.Series, style: Style) -> None:
     """One method's line, with a marker at a dozen of its points at most."""
     every = max(1, len(x) // 12)
-    axes.plot(x, y, color=look.color, marker=look.marker, linestyle=look.line, markevery=every)
+    axes.plot(x, y, color=style.color, marker=style.marker, linestyle=style.line, markevery=every)
 
 
 def _round_positions(reach: float) -> tuple[list[int], list[str]]:
@@ -203,7 +211,7 @@ def _trained_line(axes: Axes, group: pd.DataFrame) -> None:
     )
 
 
-def label_ends(axes: Axes, ends: list[tuple[str, float, float]], looks: dict[str, Style]) -> None:
+def label_ends(axes: Axes, ends: list[LineEnd], line_styles: dict[str, Style]) -> None:
     """The name of each line in `ends` (name, x, y) at its end, moved up or down as far as names need to be apart."""
     ends = [end for end in ends if math.isfinite(end[2])]
     scale = 72 / axes.figure.dpi
@@ -220,7 +228,7 @@ def label_ends(axes: Axes, ends: list[tuple[str, float, float]], looks: dict[str
             va="center",
             fontsize=8.5,
             annotation_clip=False,
-            arrowprops=LEADER | {"color": looks[method].color},
+            arrowprops=LEADER | {"color": line_styles[method].color},
         )
 
 
