@@ -7,27 +7,27 @@ from importlib.util import find_spec
 import torch
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
 
-from lminf_eval.bench.benchmark_model import Subject
+from lminf_eval.bench.benchmark_model import BenchmarkModel
 
 IMPLEMENTATIONS = {"sliding sdpa": "sdpa", "sliding flex": "flex_attention", "sliding flash": "flash_attention_2"}
 
 
-def rivals(subject: Subject, n_local: int) -> tuple[dict[str, PreTrainedModel], dict[str, str]]:
+def load_baselines(bench_model: BenchmarkModel, n_local: int) -> tuple[dict[str, PreTrainedModel], dict[str, str]]:
     """Models with a sliding window of n_local, and why others are left out.
 
     They have no starting tokens, so their answers are other ones. A Mistral is a Llama whose window slides, so it takes
     a Llama's weights as they are.
     """
     missing = {}
-    if subject.config.model_type != "llama" or getattr(subject.config, "attention_bias", False):
-        return {}, dict.fromkeys(IMPLEMENTATIONS, f"{subject.config.model_type!r} is no Llama")
-    if subject.device.type == "cpu":
+    if bench_model.config.model_type != "llama" or getattr(bench_model.config, "attention_bias", False):
+        return {}, dict.fromkeys(IMPLEMENTATIONS, f"{bench_model.config.model_type!r} is no Llama")
+    if bench_model.device.type == "cpu":
         missing["sliding flex"] = "FlexAttention is compiled for each length on a CPU, and slower than its sdpa"
         missing["sliding flash"] = "flash-attn needs CUDA"
     elif find_spec("flash_attn") is None:
         missing["sliding flash"] = "flash-attn is not installed"
     kept = {name: how for name, how in IMPLEMENTATIONS.items() if name not in missing}
-    return {name: sliding(subject.model, n_local, how) for name, how in kept.items()}, missing
+    return {name: sliding(bench_model.model, n_local, how) for name, how in kept.items()}, missing
 
 
 def sliding(model: PreTrainedModel, n_local: int, implementation: str) -> PreTrainedModel:

@@ -38,7 +38,7 @@ def score_requests(lm: HFLM, requests: list[Request]) -> None:
     lm._loglikelihood_tokens(cast("list[Any]", requests), disable_tqdm=True)
 
 
-class Subject:
+class BenchmarkModel:
     """The model of a bench: what its config tells at once, its weights when `model` is first asked for.
 
     Raises:
@@ -54,8 +54,8 @@ class Subject:
         with torch.device("meta"):
             self.size = Size.of(AutoModelForCausalLM.from_config(self.config, dtype=_dtype(options, self.config)))
         needed = self.size.parameters * self.size.itemsize
-        if lacking := self.lacking(needed):
-            raise UsageError(f"the weights: {lacking}")
+        if shortage := self.memory_shortage(needed):
+            raise UsageError(f"the weights: {shortage}")
         self.lambda_lm = cache(self._lambda_lm)
 
     @cached_property
@@ -87,14 +87,16 @@ class Subject:
         tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=words[0], eos_token="<end>")
 
-    def twin(self) -> PreTrainedModel:
+    def copy_with_shared_weights(self) -> PreTrainedModel:
         """A copy of the model that shares its weights."""
         return copy.deepcopy(self.model, {id(parameter): parameter for parameter in self.model.parameters()})
 
     def _lambda_lm(self, n_local: int) -> LMInfinite:
         """`--model lminf` on a twin."""
         device, own = str(self.device), self.options.model_args
-        lm = LMInfinite(self.twin(), device=device, tokenizer=self.tokenizer, n_local=n_local, **own)
+        lm = LMInfinite(
+            self.copy_with_shared_weights(), device=device, tokenizer=self.tokenizer, n_local=n_local, **own
+        )
         lm.shares_model = False  # the twin is its alone, and stays patched between measurements
         return lm
 
@@ -120,13 +122,13 @@ class Subject:
         """Memory that `hf` takes beyond the weights for one text: its logits, and once more as log-probabilities."""
         return 2 * length * self.size.vocab * self.size.itemsize
 
-    def lacking(self, needed: int) -> str:
+    def memory_shortage(self, needed: int) -> str:
         """Why what needs so many bytes is left out, or nothing where they are there."""
-        free = available(self.device)
+        free = available_memory(self.device)
         return "" if needed < 0.9 * free else f"needs {format_bytes(needed)}, {format_bytes(free)} are free"
 
 
-def available(device: torch.device | str) -> int:
+def available_memory(device: torch.device | str) -> int:
     """Bytes of memory that are free on a device."""
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]

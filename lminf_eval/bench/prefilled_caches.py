@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from lminf_eval.bench.benchmark_model import Subject
+from lminf_eval.bench.benchmark_model import BenchmarkModel
 from lminf_eval.cache.window_cache import LambdaCache
 from lminf_eval.harness.lm import LMInfinite
 
 
-def lambda_state(subject: Subject, lm: LMInfinite, context: int, rows: int, room: int) -> LambdaCache:
+def prefilled_lambda_cache(
+    bench_model: BenchmarkModel, lm: LMInfinite, context: int, rows: int, room: int
+) -> LambdaCache:
     """The cache of `rows` equal sequences after `context` tokens, with room for more.
 
     What fell out of the window is nowhere in it. So only the last tokens, one or two windows of them, are run; then the
@@ -21,7 +23,7 @@ def lambda_state(subject: Subject, lm: LMInfinite, context: int, rows: int, room
     turns = max(0, context // window - 1)
     held = context - turns * window
     cache = model.new_cache(1, context + room)
-    ids_1N = subject.tokens(1, held).to(subject.device)
+    ids_1N = bench_model.tokens(1, held).to(bench_model.device)
     for chunk in ids_1N.split(min(window, 1024), 1) if held else ():
         model.hidden(chunk, cache)
     cache.lengths = [n + turns * window for n in cache.lengths]
@@ -30,12 +32,12 @@ def lambda_state(subject: Subject, lm: LMInfinite, context: int, rows: int, room
 
 
 @torch.inference_mode()
-def plain_state(
-    subject: Subject, model: PreTrainedModel, context: int, rows: int, device: torch.device | str
+def prefilled_plain_cache(
+    bench_model: BenchmarkModel, model: PreTrainedModel, context: int, rows: int, device: torch.device | str
 ) -> DynamicCache:
     """transformers' own cache of `rows` sequences after `context` tokens: keys and values are drawn at random, since
     what they are changes no time. On the device "meta" it has shapes alone."""
-    size, cache = subject.size, DynamicCache(config=model.config)
+    size, cache = bench_model.size, DynamicCache(config=model.config)
     if context:
         for layer in range(size.layers):
             shape = rows, size.kv_heads, context, size.head_dim
@@ -44,7 +46,7 @@ def plain_state(
     return cache
 
 
-def plain_bytes(cache: DynamicCache) -> int:
+def cache_bytes(cache: DynamicCache) -> int:
     """Bytes in the keys and values of transformers' own cache."""
     found = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
     return sum(tensor.numel() * tensor.element_size() for tensor in found if tensor is not None)

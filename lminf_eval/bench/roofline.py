@@ -24,15 +24,15 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Ceilings:
+class HardwareLimits:
     """What the machine reaches: operations a second of a large matrix product, bytes a second of a large copy."""
 
-    flops_per_s: float
-    bytes_per_s: float
+    peak_flops: float
+    bandwidth: float
 
-    def floor(self, work: Work) -> float:
+    def roofline_seconds(self, work: Work) -> float:
         """Seconds that `work` takes at the least: its operations or its bytes, whichever is longer."""
-        return max(work.flops / self.flops_per_s, work.bytes / self.bytes_per_s)
+        return max(work.flops / self.peak_flops, work.bytes / self.bandwidth)
 
 
 @dataclass(frozen=True)

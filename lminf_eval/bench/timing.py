@@ -9,7 +9,7 @@ import torch
 
 from lminf_eval.errors import first_line
 
-Told = Callable[[str], object]  # takes a line of progress
+ProgressFn = Callable[[str], object]  # takes a line of progress
 
 
 def synchronise(device: torch.device | str) -> None:
@@ -18,8 +18,12 @@ def synchronise(device: torch.device | str) -> None:
         torch.cuda.synchronize(device)
 
 
-def in_turn(
-    sides: Mapping[str, Callable[[], object]], runs: int, device: torch.device | str, told: Told, warm: bool = True
+def interleave(
+    sides: Mapping[str, Callable[[], object]],
+    runs: int,
+    device: torch.device | str,
+    progress: ProgressFn,
+    warm: bool = True,
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Seconds of each run of each side, and why a side was left out: it ran out of memory.
 
@@ -30,7 +34,7 @@ def in_turn(
     skipped: dict[str, str] = {}
     for number in range(0 if warm else 1, runs + 1):
         for name in [name for name in sides if name not in skipped]:
-            told(f"{name}, run {number} of {runs}" if number else f"{name}, warming up")
+            progress(f"{name}, run {number} of {runs}" if number else f"{name}, warming up")
             try:
                 synchronise(device)
                 begun = time.perf_counter()

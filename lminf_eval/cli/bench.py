@@ -42,10 +42,10 @@ def bench(
 
     If you interrupt it, the same command resumes. Exit status 130 after Ctrl-C.
     """
-    from lminf_eval.bench import options
+    from lminf_eval.bench.options import parse_options
     from lminf_eval.bench.run import run_bench
 
-    parsed = options.parse(
+    parsed = parse_options(
         pretrained,
         shape,
         dtype,

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from lminf_eval.bench import FORMAT, run
-from lminf_eval.bench.benchmark_model import Subject
+from lminf_eval.bench.benchmark_model import BenchmarkModel
 from lminf_eval.bench.cases import decode, prefill
 from lminf_eval.bench.run import run_bench
 from lminf_eval.errors import UsageError
@@ -24,7 +24,7 @@ def _small_ceilings(monkeypatch):
         {"matrix product": [1.0, 2.0], "copy": [1.0, 2.0]},
         work={"matrix product": Work(1e11), "copy": Work(0.0, 1e10)},
     )
-    monkeypatch.setattr(run.ceilings, "measure", lambda *args: record)
+    monkeypatch.setattr(run.hardware_limits, "measure_hardware", lambda *args: record)
 
 
 def read(file):
@@ -38,6 +38,8 @@ def test_the_file_holds_everything(make_options, tmp_path, capsys):
     assert raw["format"] == FORMAT
     assert raw["finished"] is True
     assert raw["options"]["lengths"] == [48, 96]
+    assert raw["options"]["vs"] is False  # the format's key of --baselines
+    assert [record["rated"] for record in raw["records"]] == [False] * 7
     assert {"python", "torch", "transformers", "lm-eval", "lminf-eval"} == raw["versions"].keys()
     assert all(raw["versions"].values())
     assert raw["machine"].keys() == {"system", "cpu", "cores", "threads", "memory_bytes", "gpu", "cuda"}
@@ -63,7 +65,7 @@ def test_the_file_holds_everything(make_options, tmp_path, capsys):
 
 
 def test_ctrl_c_leaves_what_was_measured_and_the_same_command_goes_on(make_options, tmp_path, monkeypatch, capsys):
-    file, real, ran = tmp_path / "bench.json", decode.run, []
+    file, real, ran = tmp_path / "bench.json", decode.measure_decode, []
 
     def count(*args):
         ran.append(args[1]["context"])
@@ -71,21 +73,21 @@ def test_ctrl_c_leaves_what_was_measured_and_the_same_command_goes_on(make_optio
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(decode, "run", count)
+    monkeypatch.setattr(decode, "measure_decode", count)
     assert run_bench(make_options(), file) == 130
     raw = read(file)
     assert not raw["finished"]
     assert [record["case"] for record in raw["records"]] == ["ceilings", "prefill", "prefill", "decode"]
     out, err = capsys.readouterr()
     assert "hf / lambda" in out  # what there is is shown
-    assert f"stopped: {file} holds 3 of 6 measurements; the same command goes on" in err
-    monkeypatch.setattr(prefill, "run", lambda *args: pytest.fail("it was measured before"))
+    assert f"stopped: {file} holds 3 of 6 measurements; the same command resumes" in err
+    monkeypatch.setattr(prefill, "measure_prefill", lambda *args: pytest.fail("it was measured before"))
     assert run_bench(make_options(), file) == 0
     after = read(file)
     assert after["finished"]
     assert after["records"][:4] == raw["records"]
     assert ran == [0, 32, 32, 48, 96]
-    assert "holds 4 measurements of this bench; going on" in capsys.readouterr().err
+    assert "holds 4 measurements of this bench; resuming" in capsys.readouterr().err
 
 
 def test_a_finished_bench_is_measured_anew(make_options, tmp_path):
@@ -101,7 +103,7 @@ def test_another_bench_is_not_written_over(make_options, tmp_path, monkeypatch):
     file = tmp_path / "bench.json"
     run_bench(make_options(cases="prefill", lengths="48"), file)
     before = file.read_bytes()
-    monkeypatch.setattr(Subject, "model", property(lambda self: pytest.fail("weights were read")))
+    monkeypatch.setattr(BenchmarkModel, "model", property(lambda self: pytest.fail("weights were read")))
     with pytest.raises(UsageError, match=r"holds another bench \(options lengths: \[48\], now \[64\]\)"):
         run_bench(make_options(cases="prefill", lengths="64"), file)
     assert file.read_bytes() == before
@@ -111,7 +113,7 @@ def test_another_bench_is_not_written_over(make_options, tmp_path, monkeypatch):
 def test_nor_is_what_is_no_bench(make_options, tmp_path, content):
     file = tmp_path / "bench.json"
     file.write_text(content)
-    with pytest.raises(UsageError, match=r"bench.json exists and is no bench: name another file"):
+    with pytest.raises(UsageError, match=r"bench.json exists and is not a bench file: choose another one"):
         run_bench(make_options(), file)
     assert file.read_text() == content
 
@@ -123,7 +125,7 @@ def test_an_output_that_cannot_be_written(make_options, tmp_path):
 
 
 def test_weights_that_do_not_fit_are_refused_before_they_are_made(make_options, tmp_path, monkeypatch):
-    monkeypatch.setattr("lminf_eval.bench.benchmark_model.available", lambda device: 1000)
+    monkeypatch.setattr("lminf_eval.bench.benchmark_model.available_memory", lambda device: 1000)
     with pytest.raises(UsageError, match=r"the weights: needs 427 kB, 1 kB are free"):
         run_bench(make_options(), tmp_path / "bench.json")
 

@@ -62,7 +62,7 @@ def test_ctrl_c_memory_and_figures(tmp_path):
         finally:
             process.kill()
     assert process.returncode == 130, err
-    assert "the same command goes on" in err
+    assert "the same command resumes" in err
     before = json.loads(file.read_text())
     assert not before["finished"]
     done = lminf(tmp_path, *command)

@@ -8,10 +8,10 @@ from functools import partial
 
 import torch
 
-from lminf_eval.bench.benchmark_model import Subject
+from lminf_eval.bench.benchmark_model import BenchmarkModel
 from lminf_eval.bench.record import Job, Record, Setting
-from lminf_eval.bench.roofline import Ceilings, Work, lambda_pairs
-from lminf_eval.bench.timing import Told
+from lminf_eval.bench.roofline import HardwareLimits, Work, lambda_pairs
+from lminf_eval.bench.timing import ProgressFn
 from lminf_eval.bench.workers.start import START_SECONDS, child
 
 SIDES = {
@@ -20,30 +20,32 @@ SIDES = {
 }
 
 
-def jobs(subject: Subject, ceilings: Ceilings) -> Iterator[Job]:
+def jobs(bench_model: BenchmarkModel, limits: HardwareLimits) -> Iterator[Job]:
     """One for each n_local, at the longest length."""
-    options, size = subject.options, subject.size
+    options, size = bench_model.options, bench_model.size
     length = options.lengths[-1]
     for n_local in options.n_local:
         work = size.scoring(length, lambda_pairs(length, n_local, 0))
-        alone = 1.6 * torch.get_num_threads() * ceilings.floor(Work(work.flops))
+        alone = 1.6 * torch.get_num_threads() * limits.roofline_seconds(Work(work.flops))
         seconds = options.runs * (1.5 * alone + 3 * START_SECONDS)
-        yield Job("context", {"n_local": n_local, "length": length}, seconds, partial(run, subject))
+        yield Job(
+            "context", {"n_local": n_local, "length": length}, seconds, partial(measure_context_parallel, bench_model)
+        )
 
 
-def run(subject: Subject, setting: Setting, told: Told) -> Record:
+def measure_context_parallel(bench_model: BenchmarkModel, setting: Setting, progress: ProgressFn) -> Record:
     """Seconds of one rolling request, without the start of the processes (see `bench/share.py`)."""
-    runs = subject.options.runs
-    if subject.device.type == "cuda" and torch.cuda.device_count() < 2:
+    runs = bench_model.options.runs
+    if bench_model.device.type == "cuda" and torch.cuda.device_count() < 2:
         return Record("context", setting, {}, skipped=dict.fromkeys(SIDES, "it needs two CUDA devices"))
-    task = {"options": asdict(subject.options), **setting}
+    task = {"options": asdict(bench_model.options), **setting}
     values: dict[str, list[float]] = {side: [] for side in SIDES}
     skipped: dict[str, str] = {}
     for number in range(1, runs + 1):
         for side, launcher in SIDES.items():
             if side in skipped:
                 continue
-            told(f"{side}, run {number} of {runs}")
+            progress(f"{side}, run {number} of {runs}")
             found, why = child(f"context on {side}", launcher, "lminf_eval.bench.workers.context_parallel", task)
             if found is None:
                 skipped[side] = why

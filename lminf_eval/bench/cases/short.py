@@ -8,49 +8,51 @@ from functools import partial
 
 from lm_eval.api.instance import Instance
 
-from lminf_eval.bench.benchmark_model import Request, Subject, score_requests
+from lminf_eval.bench.benchmark_model import BenchmarkModel, Request, score_requests
 from lminf_eval.bench.record import Job, Record, Setting
-from lminf_eval.bench.roofline import Ceilings, full_pairs
-from lminf_eval.bench.timing import Told, in_turn
+from lminf_eval.bench.roofline import HardwareLimits, full_pairs
+from lminf_eval.bench.timing import ProgressFn, interleave
 
 SETS = ("lambada-like", "multiple-choice", "generation")
 QUESTIONS, CHOICES = 32, 4
 PROMPTS, NEW = 16, 16
 
 
-def jobs(subject: Subject, ceilings: Ceilings) -> Iterator[Job]:
+def jobs(bench_model: BenchmarkModel, limits: HardwareLimits) -> Iterator[Job]:
     """One for each set of requests and batch size, at the smallest n_local."""
-    options = subject.options
+    options = bench_model.options
     for kind in SETS:
-        requests = request_set(kind, subject.size.vocab, options.n_local[0])
-        flops = 2.0 * subject.size.linear * sum(map(_length, requests))
+        requests = request_set(kind, bench_model.size.vocab, options.n_local[0])
+        flops = 2.0 * bench_model.size.linear * sum(map(_length, requests))
         for batch in options.batches_or(1, 4, 16):
-            step = ceilings.floor(subject.size.decoding(batch, 0)) if kind == "generation" else 0.0
-            seconds = 4 * (options.runs + 1) * (flops / ceilings.flops_per_s + NEW * -(-PROMPTS // batch) * step)
-            yield Job("short", {"requests": kind, "batch": batch}, seconds, partial(run, subject))
+            step = limits.roofline_seconds(bench_model.size.decoding(batch, 0)) if kind == "generation" else 0.0
+            seconds = 4 * (options.runs + 1) * (flops / limits.peak_flops + NEW * -(-PROMPTS // batch) * step)
+            yield Job(
+                "short", {"requests": kind, "batch": batch}, seconds, partial(measure_short_requests, bench_model)
+            )
 
 
-def run(subject: Subject, setting: Setting, told: Told) -> Record:
+def measure_short_requests(bench_model: BenchmarkModel, setting: Setting, progress: ProgressFn) -> Record:
     """Seconds of one set of requests through `--model lminf` and `--model hf` with the same batch size.
 
     Of "generation" no floor is told: prompts are bound by operations, and what follows by bytes.
     """
-    options, n_local, kind = subject.options, subject.options.n_local[0], setting["requests"]
-    requests = request_set(kind, subject.size.vocab, n_local)
-    sides = {"lambda": subject.lambda_lm(n_local), "hf": subject.hf}
+    options, n_local, kind = bench_model.options, bench_model.options.n_local[0], setting["requests"]
+    requests = request_set(kind, bench_model.size.vocab, n_local)
+    sides = {"lambda": bench_model.lambda_lm(n_local), "hf": bench_model.hf}
     for lm in sides.values():
         lm.batch_size_per_gpu = setting["batch"]
     if kind == "generation":
-        asked = instances(subject, requests)
+        asked = instances(bench_model, requests)
         calls = {name: partial(lm.generate_until, asked, disable_tqdm=True) for name, lm in sides.items()}
     else:
         calls = {name: partial(score_requests, lm, requests) for name, lm in sides.items()}
     try:
-        values, skipped = in_turn(calls, options.runs, subject.device, told)
+        values, skipped = interleave(calls, options.runs, bench_model.device, progress)
     finally:
         for lm in sides.values():
             lm.batch_size_per_gpu = 1
-    size, lengths = subject.size, [_length(request) for request in requests]
+    size, lengths = bench_model.size, [_length(request) for request in requests]
     each = size.scoring(sum(lengths), sum(map(full_pairs, lengths)))
     return Record(
         "short",
@@ -63,10 +65,10 @@ def run(subject: Subject, setting: Setting, told: Told) -> Record:
     )
 
 
-def instances(subject: Subject, requests: list[Request]) -> list[Instance]:
+def instances(bench_model: BenchmarkModel, requests: list[Request]) -> list[Instance]:
     """The contexts of `requests` as lm-eval asks for their continuation, by the `NEW` most likely tokens."""
     how = {"until": [], "max_gen_toks": NEW, "do_sample": False}
-    texts = [subject.tokenizer.decode(context) for _, context, _ in requests]
+    texts = [bench_model.tokenizer.decode(context) for _, context, _ in requests]
     return [Instance("generate_until", {}, (text, how), i) for i, text in enumerate(texts)]
 
 

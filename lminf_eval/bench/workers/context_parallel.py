@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from lminf_eval.bench.benchmark_model import Subject, score_requests
+from lminf_eval.bench.benchmark_model import BenchmarkModel, score_requests
 from lminf_eval.bench.options import Options
 from lminf_eval.harness.lm import LMInfinite
 
@@ -30,11 +30,13 @@ def main(task: dict) -> float:
     options = Options(**task["options"])
     if options.device.startswith("cuda"):
         options = replace(options, device=f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
-    subject = Subject(options)
-    n_local, model_args = task["n_local"], subject.options.model_args
-    lm = LMInfinite(subject.model, tokenizer=subject.tokenizer, n_local=n_local, parallel="context", **model_args)
-    score_requests(lm, subject.rolling(min(WARM, task["length"])))
-    requests = subject.rolling(task["length"])
+    bench_model = BenchmarkModel(options)
+    n_local, model_args = task["n_local"], bench_model.options.model_args
+    lm = LMInfinite(
+        bench_model.model, tokenizer=bench_model.tokenizer, n_local=n_local, parallel="context", **model_args
+    )
+    score_requests(lm, bench_model.rolling(min(WARM, task["length"])))
+    requests = bench_model.rolling(task["length"])
     begun = time.perf_counter()
     score_requests(lm, requests)  # the answer is a number on the host: the device is done
     return time.perf_counter() - begun

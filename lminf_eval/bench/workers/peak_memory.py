@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from lminf_eval.bench.benchmark_model import Subject, score_requests
+from lminf_eval.bench.benchmark_model import BenchmarkModel, score_requests
 from lminf_eval.bench.options import Options
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -27,20 +27,20 @@ def main(task: dict) -> int:
     options = Options(**task["options"])
     if options.threads:
         torch.set_num_threads(options.threads)
-    subject = Subject(options)
-    lm = subject.hf if task["side"] == "hf" else subject.lambda_lm(task["n_local"])
-    for parameter in subject.model.parameters():  # a file's pages are read when they are looked at
+    bench_model = BenchmarkModel(options)
+    lm = bench_model.hf if task["side"] == "hf" else bench_model.lambda_lm(task["n_local"])
+    for parameter in bench_model.model.parameters():  # a file's pages are read when they are looked at
         parameter.sum()
-    score_requests(lm, subject.rolling(WARM))
-    cuda = subject.device.type == "cuda"
+    score_requests(lm, bench_model.rolling(WARM))
+    cuda = bench_model.device.type == "cuda"
     if cuda:
-        torch.cuda.reset_peak_memory_stats(subject.device)
-        before = torch.cuda.memory_allocated(subject.device)
+        torch.cuda.reset_peak_memory_stats(bench_model.device)
+        before = torch.cuda.memory_allocated(bench_model.device)
     else:
         _forget_peak()
         before = _resident("VmRSS")
-    score_requests(lm, subject.rolling(task["length"]))
-    after = torch.cuda.max_memory_allocated(subject.device) if cuda else _resident("VmHWM")
+    score_requests(lm, bench_model.rolling(task["length"]))
+    after = torch.cuda.max_memory_allocated(bench_model.device) if cuda else _resident("VmHWM")
     return max(0, after - before)
 
 
