@@ -103,13 +103,13 @@ def test_what_is_not_here_is_a_line_each_and_nothing_is_written(tmp_path, tiny_l
 def test_the_same_thing_is_resolved_once_for_all_methods(tmp_path):
     methods = [{"attention": "full"}, {"n_local": 32}, {"n_local": 64, "chunk_size": 8}]
     config = write(tmp_path, models=[{"pretrained": "a/b"}], methods=methods, tasks=["passkey_4k", "pydocs_ppl_2k"])
-    found = [(item.kind, item.name) for item in manifest.items(config)]
+    found = [(item.kind, item.name) for item in manifest.required_items(config)]
     assert found == [("model", "a/b"), ("task", "passkey_4k"), ("task", "pydocs_ppl_2k")]
 
 
 def test_tokenizers_and_adapters_named_apart(tmp_path):
     args = "pretrained=a/b,tokenizer=c/d,peft=e/f,n_local=4"
-    found = [(item.kind, item.name) for item in manifest.items(write(tmp_path, model_args=args, tasks="x,y"))]
+    found = [(item.kind, item.name) for item in manifest.required_items(write(tmp_path, model_args=args, tasks="x,y"))]
     assert found == [("model", "a/b"), ("tokenizer", "c/d"), ("peft", "e/f"), ("task", "x"), ("task", "y")]
 
 

@@ -1,4 +1,4 @@
-"""Caches that stand at a context of any length, made in the time of a window."""
+"""Caches at a context of any length, made in the time that one window takes."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from lminf_eval.harness.lm import LMInfinite
 def prefilled_lambda_cache(
     bench_model: BenchmarkModel, lm: LMInfinite, context: int, rows: int, room: int
 ) -> LambdaCache:
-    """The cache of `rows` equal sequences after `context` tokens, with room for more.
+    """Return the cache of `rows` equal sequences after `context` tokens, with room for more.
 
-    What fell out of the window is nowhere in it. So only the last tokens, one or two windows of them, are run; then the
-    sequence is said to be longer by a whole number of windows, which leaves each key in its slot and at its distance.
+    Keys that left the window are not in it. So only the last one or two windows are run; then the length of the
+    sequence is increased by a whole number of windows, which leaves each key in its slot and at its distance.
     """
     model, window = lm.streaming, lm.spec.n_local
     assert window is not None  # a loaded model's spec is resolved
@@ -35,8 +35,10 @@ def prefilled_lambda_cache(
 def prefilled_plain_cache(
     bench_model: BenchmarkModel, model: PreTrainedModel, context: int, rows: int, device: torch.device | str
 ) -> DynamicCache:
-    """transformers' own cache of `rows` sequences after `context` tokens: keys and values are drawn at random, since
-    what they are changes no time. On the device "meta" it has shapes alone."""
+    """Return transformers' own cache of `rows` sequences after `context` tokens.
+
+    Keys and values are random, since their values do not affect the time. On the device "meta" it has only shapes.
+    """
     size, cache = bench_model.size, DynamicCache(config=model.config)
     if context:
         for layer in range(size.layers):
@@ -47,6 +49,6 @@ def prefilled_plain_cache(
 
 
 def cache_bytes(cache: DynamicCache) -> int:
-    """Bytes in the keys and values of transformers' own cache."""
+    """Return the bytes in the keys and values of transformers' own cache."""
     found = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
     return sum(tensor.numel() * tensor.element_size() for tensor in found if tensor is not None)

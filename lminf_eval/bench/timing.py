@@ -1,4 +1,4 @@
-"""Time, measured in turn: A B A B …, so that what else the machine does falls on both sides."""
+"""Time sides of a comparison, interleaved: A B A B …, so that other load on the machine affects both alike."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ProgressFn = Callable[[str], object]  # takes a line of progress
 
 
 def synchronise(device: torch.device | str) -> None:
-    """Wait until a device has done what it was given."""
+    """Wait until a device has finished its work."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -25,10 +25,10 @@ def interleave(
     progress: ProgressFn,
     warm: bool = True,
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Seconds of each run of each side, and why a side was left out: it ran out of memory.
+    """Run the sides in turn; return the seconds of each run, and the sides that ran out of memory, with the reason.
 
     Args:
-        warm: run each side once before, unmeasured.
+        warm: Run each side once before, unmeasured.
     """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     skipped: dict[str, str] = {}
@@ -52,7 +52,7 @@ def interleave(
 
 
 class Stopwatch:
-    """Seconds spent in the calls of a function, added up; on CUDA by events, so that nothing waits."""
+    """Add up the seconds spent in a function's calls; on CUDA by events, so that nothing has to wait."""
 
     def __init__(self, function: Callable, device: torch.device | str):
         self.function, self.cuda = function, torch.device(device).type == "cuda"
@@ -74,5 +74,5 @@ class Stopwatch:
 
     @property
     def seconds(self) -> float:
-        """The sum so far; the device must have been waited for."""
+        """Return the sum so far; synchronise the device first."""
         return self._seconds + sum(begin.elapsed_time(end) / 1e3 for begin, end in self._events)

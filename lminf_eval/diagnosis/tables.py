@@ -27,23 +27,23 @@ class Tables:
             n_local and over the last quarter of the text. first_tokens and drift, how far the starting tokens (root
             mean square), and the mean of the last quarter, are from the mean of the trained range, in units of its
             own tokens' root mean square distance.
-        shares: of the variance below n_local, what the two axes hold: by layer, [2].
+        explained_variance: of the variance below n_local, what the two axes hold: by layer, [2].
     """
 
     logits: pd.DataFrame
     entropy: pd.DataFrame
     states: pd.DataFrame
     summary: pd.DataFrame
-    shares: dict[int, np.ndarray]
+    explained_variance: dict[int, np.ndarray]
 
 
-def tables(measures: dict[str, Measures], n_local: int, n_global: int, length: int) -> Tables:
-    """The tables of what `full` and `lambda` were measured at."""
-    logits, entropy, states, summary, shares = [], [], [], [], {}
+def build_tables(measures: dict[str, Measures], n_local: int, n_global: int, length: int) -> Tables:
+    """Build the tables from the measurements of `full` and `lambda`."""
+    logits, entropy, states, summary, explained_variance = [], [], [], [], {}
     for layer in measures["full"].layers:
         full, at = measures["full"].layers[layer].states.double(), measures["full"].state_positions
         center_C = full[(at >= n_global) & (at < n_local)].mean(0)
-        axes_2C, shares[layer] = principal_axes(full[at < n_local])
+        axes_2C, explained_variance[layer] = principal_axes(full[at < n_local])
         for method, measure in measures.items():
             found, edges = measure.layers[layer], measure.edges
             about = {"method": method, "layer": layer}
@@ -84,11 +84,11 @@ def tables(measures: dict[str, Measures], n_local: int, n_global: int, length: i
                 "drift": float(from_center_PC[_quarter(at, length)].mean(0).norm()) / spread,
             }
             summary.append({**about, **of_layer})
-    return Tables(pd.concat(logits), pd.concat(entropy), pd.concat(states), pd.DataFrame(summary), shares)
+    return Tables(pd.concat(logits), pd.concat(entropy), pd.concat(states), pd.DataFrame(summary), explained_variance)
 
 
 def principal_axes(x_PC: torch.Tensor) -> tuple[torch.Tensor, np.ndarray]:
-    """The two directions [2, C] of the largest variance of rows, and their shares of the whole variance [2].
+    """Return the two directions [2, C] of the largest variance of rows, and their shares of the whole variance [2].
 
     The rows' own mean is taken off first. Each axis points to where its largest component is positive.
     """
@@ -100,12 +100,12 @@ def principal_axes(x_PC: torch.Tensor) -> tuple[torch.Tensor, np.ndarray]:
 
 
 def _quarter(positions: np.ndarray, end: int) -> np.ndarray:
-    """Which positions are in the last quarter before `end`."""
+    """Return which positions are in the last quarter before `end`."""
     return (positions >= end * 3 / 4) & (positions < end)
 
 
 def _highest(logits: np.ndarray) -> float:
-    """NaN where no query sees any such key."""
+    """Return the highest logit; NaN if no query sees any such key."""
     return float(logits.max()) if logits.max() > -np.inf else float("nan")
 
 

@@ -10,7 +10,7 @@ METHODS = {"plain": "full", "hf": "hf"}  # what a bench's sides are called in ot
 
 
 def read_bench(raw: dict[str, Any]) -> pd.DataFrame:
-    """A row for each side of each record that a figure shows: case, part, line, length, median, low and high.
+    """Return a row for each side of each record in the figures: case, part, line, length, median, low and high.
 
     `line` is the side, with its n_local where it has one; values are a token's seconds, or bytes.
 

@@ -1,4 +1,4 @@
-"""One self-contained page of all results: it opens from disk, fetches nothing, and reads without JavaScript."""
+"""One self-contained page of all results: it opens from disk, loads nothing, and works without JavaScript."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from lminf_eval.report import escape, export, formats
 from lminf_eval.report.figures.figure import Plot
 from lminf_eval.report.figures.style import INK
 from lminf_eval.report.pivot import Table, pivot, select_metrics
-from lminf_eval.report.repro_command import command_of
-from lminf_eval.report.run_metadata import compact, environment_line, ran, table, text
+from lminf_eval.report.repro_command import reproduction_command
+from lminf_eval.report.run_metadata import compact, environment_line, find_backend, table, text
 from lminf_eval.report.sample_store import SampleStore
 from lminf_eval.utils.formatting import format_metric
 from lminf_eval.utils.tokens import format_tokens
@@ -30,8 +30,8 @@ MOST_ANSWERS = 300  # rows of passkey answers in one page, unless two for each r
 FILTERS = ("model", "method", "task", "length", "metric")
 
 
-def page(store: SampleStore, plots: list[Plot], baseline: str = "") -> str:
-    """The whole page as HTML. `baseline` is as for `pivot.pivot`; a table that lacks it goes without."""
+def render_page(store: SampleStore, plots: list[Plot], baseline: str = "") -> str:
+    """Return the whole page as HTML. `baseline` is as for `pivot.pivot`; a table without it shows no comparison."""
     collection = store.collection
     results = collection.results
     tables = _tables(store, baseline)
@@ -39,7 +39,7 @@ def page(store: SampleStore, plots: list[Plot], baseline: str = "") -> str:
     script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
     environments: dict[str, int] = {}
     return (
-        formats.environment()
+        formats.page_environment()
         .get_template("report.html")
         .render(
             version=__version__,
@@ -67,7 +67,7 @@ def page(store: SampleStore, plots: list[Plot], baseline: str = "") -> str:
 
 
 def inline_svg(plot: Plot, prefix: str) -> str:
-    """The figure for use inside a page: ids of its own, the page's text colour for ink, and a width to be read at."""
+    """Return the figure for use inside a page, with unique ids, the page's text colour as ink, and a readable width."""
     svg = plot.svg()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
@@ -84,13 +84,13 @@ def inline_svg(plot: Plot, prefix: str) -> str:
 
 
 def data_url(content: str | bytes, kind: str) -> str:
-    """`content` as a link that a browser can save without asking anyone for it."""
+    """Return `content` as a link that a browser can save without a server."""
     content = content.encode("utf-8") if isinstance(content, str) else content
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def _tables(store: SampleStore, baseline: str) -> list[Table]:
-    """A table for each family of tasks that has lengths, and one for all the tasks that have none."""
+    """Return a table for each family of tasks that has lengths, and one for all tasks that have none."""
     results = select_metrics(store.collection.results)
     has_lengths = results.groupby("family")["length"].transform("count") > 0
     groups = [group for _, group in results[has_lengths].groupby("family")]
@@ -108,7 +108,7 @@ def _compared(store: SampleStore, results: pd.DataFrame, rows: Sequence[str], ba
 
 
 def _with_downloads(table: Table, number: int) -> dict[str, Any]:
-    writers = {"csv": formats.comma_separated, "md": formats.markdown, "tex": formats.latex}
+    writers = {"csv": formats.csv_text, "md": formats.markdown, "tex": formats.latex}
     kinds = {"csv": "text/csv", "md": "text/markdown", "tex": "application/x-tex"}
     names = dict.fromkeys(column.group for column in table.columns)
     return {
@@ -119,7 +119,7 @@ def _with_downloads(table: Table, number: int) -> dict[str, Any]:
 
 
 def _row(result: pd.Series, stderr: float) -> dict[str, Any]:
-    """One line of the table of all results."""
+    """Return one line of the table of all results."""
     return {
         "model": result["model"],
         "method": result["method"],
@@ -138,13 +138,13 @@ def _row(result: pd.Series, stderr: float) -> dict[str, Any]:
 
 
 def _choices(rows: list[dict[str, Any]], name: str) -> list[str]:
-    """What a filter offers: every value of the column, lengths by size."""
+    """Return the choices of a filter: every value of the column, lengths by size."""
     by = (lambda row: float(row["tokens"] or 0)) if name == "length" else (lambda row: row[name])
     return list(dict.fromkeys(row[name] for row in sorted(rows, key=by) if row[name]))
 
 
 def _answers(store: SampleStore) -> list[dict[str, Any]]:
-    """Passkey answers, one right and one wrong for each depth; thinned out evenly where they are many."""
+    """Return passkey answers, one right and one wrong for each depth; thinned out evenly if there are many."""
     results = store.collection.results
     groups = []
     for _, result in results[results["metric"] == "acc"].iterrows():
@@ -174,7 +174,7 @@ def _answer(result: pd.Series, sample: pd.Series) -> dict[str, Any]:
 
 
 def _run(store: SampleStore, name: str, environments: dict[str, int]) -> dict[str, Any]:
-    """What the page tells of one run. Its environment is put into `environments`, once for all runs that share it."""
+    """Return what the page shows about one run. Add its environment to `environments`, once if runs share it."""
     run = store.collection.runs[name]
     results = store.collection.results
     first = results[results["run"] == name].iloc[0]
@@ -183,7 +183,7 @@ def _run(store: SampleStore, name: str, environments: dict[str, int]) -> dict[st
     brief = re.sub(r"^(Flags|Vulnerability [^:]*):.*\n?", "", environment, flags=re.MULTILINE).strip()
     facts = {
         "Model": first["model_path"],
-        "Model settings": ", ".join(f"{key}={value}" for key, value in ran(run.raw)[2].items()),
+        "Model settings": ", ".join(f"{key}={value}" for key, value in find_backend(run.raw)[2].items()),
         "Attention": ", ".join(f"{key}={text(value)}" for key, value in own.items() if key != "model_args"),
         "Parameters": f"{count:,}" if isinstance(count := config.get("model_num_parameters"), int) else "",
         "Data type": first["dtype"],
@@ -210,7 +210,7 @@ def _run(store: SampleStore, name: str, environments: dict[str, int]) -> dict[st
         "model": first["model"],
         "method": first["method"],
         "date": first["date"],
-        "command": command_of(run.raw, bool(run.samples)),
+        "command": reproduction_command(run.raw, bool(run.samples)),
         "facts": {label: value for label, value in facts.items() if value},
         "environment": environments.setdefault(brief, len(environments)) if brief else None,
     }

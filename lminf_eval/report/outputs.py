@@ -10,19 +10,19 @@ from rich.console import Console
 
 from lminf_eval.errors import UsageError
 from lminf_eval.report import escape, export, formats
-from lminf_eval.report.figures.plots import plots
-from lminf_eval.report.html_page import page
-from lminf_eval.report.load import load
+from lminf_eval.report.figures.plots import draw_figures
+from lminf_eval.report.html_page import render_page
+from lminf_eval.report.load import load_results
 from lminf_eval.report.pivot import pivot, select_metrics
 from lminf_eval.report.sample_store import SampleStore
 
 WRITERS = {
     "markdown": formats.markdown,
-    "csv": formats.comma_separated,
+    "csv": formats.csv_text,
     "latex": formats.latex,
     "html": formats.html,
 }
-WIDEST = 400  # characters a line where the output is no terminal and nothing needs to wrap
+WIDEST = 400  # characters a line if the output is not a terminal, so that nothing wraps
 
 
 def print_table(
@@ -47,7 +47,7 @@ def print_table(
         raise UsageError(f"format {format_name}: one of terminal, {', '.join(WRITERS)}")
     if export_to:
         export.check(export_to)
-    collection = load(paths, trained_length)
+    collection = load_results(paths, trained_length)
     if collection.results.empty:
         raise UsageError(f"{', '.join(map(str, paths))}: a bench, and no lm-eval result; `lminf report` draws benches")
     store = SampleStore(collection)
@@ -75,22 +75,22 @@ def write_report(
 ) -> None:
     """Write the page of all results in `paths` to `output`, and its figures as PNG and SVG into the folder `figures`.
 
-    Where `paths` hold benches alone (`lminf bench`), there are figures and no page.
+    If `paths` hold only benches (`lminf bench`), there are figures and no page.
 
-    The methods are compared with `baseline`, or without one named with the model as it is where that was run.
+    The methods are compared with `baseline`, or if none is named with the unmodified model, if it was run.
 
     Raises:
         UsageError: for a path or a baseline that does not exist, or an output that cannot be written to.
     """
-    store = SampleStore(load(paths, trained_length))
+    store = SampleStore(load_results(paths, trained_length))
     results = store.collection.results
     if results.empty and not figures:
         raise UsageError(
             f"{', '.join(map(str, paths))}: a bench, and no lm-eval result to write a page of; see --figures"
         )
     if baseline and len(results):
-        pivot(store, select_metrics(store.collection.results), baseline=baseline)  # says so where there is none
-    drawn = plots(store)
+        pivot(store, select_metrics(store.collection.results), baseline=baseline)  # refuses an unknown one
+    drawn = draw_figures(store)
     try:
         if figures:
             figures.mkdir(parents=True, exist_ok=True)
@@ -98,7 +98,7 @@ def write_report(
                 plot.write(figures)
         if len(results):
             output.parent.mkdir(parents=True, exist_ok=True)
-            output.write_text(page(store, drawn, baseline or "full"), encoding="utf-8")
+            output.write_text(render_page(store, drawn, baseline or "full"), encoding="utf-8")
     except OSError as error:
         raise UsageError(f"{error.filename}: {error.strerror}") from None
     print(f"{output if len(results) else figures}: {len(results)} results, {len(drawn)} figures")

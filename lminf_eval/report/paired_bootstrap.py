@@ -55,16 +55,16 @@ class Comparison:
 
 
 def evaluate(documents: pd.DataFrame, form: str) -> float:
-    """The metric over `documents` (columns total and weight, one row a document)."""
+    """Return the metric over `documents` (columns total and weight, one row a document)."""
     total, weight = documents[["total", "weight"]].to_numpy(float).sum(axis=0)  # unlike pandas', this sum keeps NaN
     with np.errstate(all="ignore"):
         return float(METRIC_FORMS[form](total / weight))
 
 
 def find_metric_form(measured: Iterable[tuple[pd.DataFrame, float]]) -> str | None:
-    """The first of `METRIC_FORMS` under which every (documents, reported value) pair agrees; None where there is none.
+    """Return the first of `METRIC_FORMS` that fits every (documents, reported value) pair; None if none does.
 
-    Values that are not finite cannot tell one function from another and are passed over.
+    Values that are not finite are skipped, since they fit any form.
     """
     finite = [(documents, value) for documents, value in measured if np.isfinite(value) and len(documents)]
     if not finite:
@@ -74,12 +74,12 @@ def find_metric_form(measured: Iterable[tuple[pd.DataFrame, float]]) -> str | No
 
 
 def reproduces(documents: pd.DataFrame, form: str, value: float) -> bool:
-    """Whether the metric over `documents` is the reported `value`, to the digits that samples are written with."""
+    """Return True if the metric over `documents` is the reported `value`, to the digits that samples have."""
     return bool(np.isclose(evaluate(documents, form), value, rtol=1e-6, atol=1e-12, equal_nan=True))
 
 
 def bootstrap_interval(documents: pd.DataFrame, form: str, higher_is_better: bool) -> tuple[float, float, float]:
-    """(standard error, low, high) of the metric; NaN each where a single document leaves nothing to draw from."""
+    """Return (standard error, low, high) of the metric; all NaN if there are fewer than two documents."""
     if len(documents) < 2:
         return np.nan, np.nan, np.nan
     drawn = _replicates(documents, form, higher_is_better)
@@ -89,10 +89,10 @@ def bootstrap_interval(documents: pd.DataFrame, form: str, higher_is_better: boo
 
 
 def compare(a: pd.DataFrame, b: pd.DataFrame, form: str, higher_is_better: bool, ratio: bool = False) -> Comparison:
-    """`a` against `b` by a paired bootstrap over the documents whose index is in both.
+    """Compare `a` with `b` by a paired bootstrap over the documents that are in both.
 
-    A value that is not finite counts as the worst there is: a method whose perplexity is NaN has lost. It is
-    significant when the interval leaves out "no difference" and at least `FEWEST_DIFFERING` documents differ.
+    A value that is not finite counts as the worst possible: a method whose perplexity is NaN has lost. The difference
+    is significant if its interval excludes "no difference" and at least `FEWEST_DIFFERING` documents differ.
     """
     common = a.index.intersection(b.index)
     unmatched = len(a) + len(b) - 2 * len(common)
@@ -111,7 +111,7 @@ def compare(a: pd.DataFrame, b: pd.DataFrame, form: str, higher_is_better: bool,
 
 
 def compare_by_errors(a: tuple[float, float, float], b: tuple[float, float, float], ratio: bool = False) -> Comparison:
-    """a - b, or a / b, from (value, standard error, documents) alone, as independent samples.
+    """Compare a with b from (value, standard error, documents) alone, as independent samples.
 
     What is left when the documents are not at hand; wider than the paired interval, since nothing cancels. The
     difference is taken as normal, of a ratio its logarithm (the delta method).
@@ -134,14 +134,14 @@ def compare_by_errors(a: tuple[float, float, float], b: tuple[float, float, floa
 
 @lru_cache(maxsize=4)
 def _draws(n: int) -> np.ndarray:
-    """[replicates, n]: how often each of n documents is drawn in each replicate; always the same for the same n."""
+    """Return [replicates, n]: how often each replicate draws each of n documents; always the same for the same n."""
     replicates = int(np.clip(10_000_000 // n, 1_000, 10_000))
     random = np.random.default_rng(0)
     return np.stack([np.bincount(random.integers(0, n, n), minlength=n) for _ in range(replicates)]).astype(np.float32)
 
 
 def _replicates(documents: pd.DataFrame, form: str, higher_is_better: bool) -> np.ndarray:
-    """[replicates]: the metric on each draw; the worst infinity where a draw holds a document that is not finite."""
+    """Return [replicates]: the metric on each draw; the worst infinity if a draw has a document that is not finite."""
     values = documents[["total", "weight"]].to_numpy(float)
     broken = ~np.isfinite(values).all(axis=1)
     draws = _draws(len(values))

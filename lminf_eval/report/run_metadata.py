@@ -33,7 +33,7 @@ def describe_run(file: Path, raw: dict[str, Any]) -> dict[str, Any]:
     config = table(raw.get("config"))
     own = table(config.get("lminf"))
     date = run_date(file, raw)
-    backend, path, args = ran(raw)
+    backend, path, args = find_backend(raw)
     path = path or f"{backend} {date}"  # a model without a name is like no other
     attention = text(own.get("attention")) or args.get("attention", "lambda") if backend == MODEL_NAME else backend
     used = [name for name in METHOD_SETTINGS if attention in GOES_WITH[name]]
@@ -70,7 +70,7 @@ def describe_run(file: Path, raw: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def ran(raw: dict[str, Any]) -> tuple[str, str, dict[str, str]]:
+def find_backend(raw: dict[str, Any]) -> tuple[str, str, dict[str, str]]:
     """Return (backend, model, model arguments) of a run; the model is "" if nothing names it.
 
     If lm-eval was given a model object, it writes the model's path in the backend's place and no arguments that count;

@@ -8,7 +8,7 @@ from collections import Counter
 import pandas as pd
 
 from lminf_eval.report.escape import file_name
-from lminf_eval.report.lengths import present
+from lminf_eval.report.lengths import documents_at_length
 from lminf_eval.report.load import Collection, Problem
 from lminf_eval.report.paired_bootstrap import (
     Comparison,
@@ -112,5 +112,5 @@ class SampleStore:
         samples = self.samples(result["run"], result["task"])
         if samples is None:
             return None
-        documents = present(samples, result["logged_as"], result["filter"])
+        documents = documents_at_length(samples, result["logged_as"], result["filter"])
         return documents if len(documents) else None

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from lminf_eval.report.run_metadata import compact, model_args, number, ran, table, text
+from lminf_eval.report.run_metadata import compact, find_backend, model_args, number, table, text
 from lminf_eval.utils.tokens import parse_tokens, split_length
 
 SEEDS = ("random_seed", "numpy_seed", "torch_seed", "fewshot_seed")
@@ -62,7 +62,7 @@ def task_config(raw: dict[str, Any], task: str) -> dict[str, Any]:
 
 def metadata(raw: dict[str, Any], task: str) -> dict[str, Any]:
     """Return what was set for the task: its metadata without the model's arguments, which lm-eval adds to it."""
-    _, _, args = ran(raw)
+    _, _, args = find_backend(raw)
     added = {"version", "config_source", *args, *model_args(table(raw.get("config")).get("model_args"))}
     return {key: value for key, value in table(task_config(raw, task).get("metadata")).items() if key not in added}
 

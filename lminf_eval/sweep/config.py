@@ -36,7 +36,7 @@ _COMMON = {
 
 
 class Resources(BaseModel):
-    """What one cell is given, in SLURM's own units; `lminf sweep run` takes `processes` alone."""
+    """The resources of one cell, in SLURM's own units; `lminf sweep run` uses only `processes`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -109,7 +109,7 @@ class Cell:
 
     @property
     def method(self) -> str:
-        """The attention and what else the method sets, as in `lambda n_local=1024`."""
+        """Return the attention and the method's other settings, as in `lambda n_local=1024`."""
         own = {n: self.model_args[n] for n in LambdaSpec.model_fields if n in self.model_args and n not in HOW}
         if self.settings["model"] != MODEL_NAME:
             return self.settings["model"]
@@ -117,13 +117,13 @@ class Cell:
 
     @property
     def label(self) -> str:
-        """The task's name, with the length where it has another one than its name says."""
+        """Return the task's name, with the length if it differs from the one in the name."""
         length = (self.settings.get("metadata") or {}).get("length")
         return self.task if length is None else f"{split_length(self.task)[0]}_{length}"
 
     @property
     def id(self) -> str:
-        """The cell's name in files: readable, then a hash of all that changes an answer: an edit makes a new cell."""
+        """Return the cell's name in files: readable, with a hash of all that affects answers."""
         settings = {name: value for name, value in self.settings.items() if name not in _SHOWN}
         args = {name: value for name, value in self.model_args.items() if name not in HOW}
         counted = json.dumps([args, self.task, settings], sort_keys=True, default=str)
@@ -131,7 +131,7 @@ class Cell:
         return "__".join([*said, hashlib.sha256(counted.encode()).hexdigest()[:8]])
 
     def config(self, journal: Path, output: Path) -> dict[str, Any]:
-        """The cell as a configuration file of lm-eval."""
+        """Return the cell as a configuration file of lm-eval."""
         keeps = {"journal": str(journal)} if self.settings["model"] == MODEL_NAME else {}
         return {
             **self.settings,
@@ -141,8 +141,8 @@ class Cell:
         }
 
 
-def read(file: Path) -> list[Cell]:
-    """The cells of a sweep's file, in its order: models, then methods, then tasks.
+def read_sweep(file: Path) -> list[Cell]:
+    """Read the cells of a sweep's file, in its order: models, then methods, then tasks.
 
     Raises:
         UsageError: for a file that can't be read, an unknown key (naming the nearest known one), an impossible value or
@@ -163,7 +163,7 @@ def read(file: Path) -> list[Cell]:
 
 
 def cells(content: Mapping[str, Any]) -> list[Cell]:
-    """The cells of a sweep; see `read`."""
+    """Return the cells of a sweep; see `read_sweep`."""
     sweep = _checked(_Sweep, content, "")
     _refuse_twins("models", sweep.models)
     _refuse_twins("methods", [{"attention": "lambda", **method} for method in sweep.methods])
@@ -194,7 +194,7 @@ def _refuse_twins(name: str, entries: list[dict[str, Any]]) -> None:
 
 
 def _checked(kind: type[BaseModel], content: Any, where: str):
-    """`content` as a `kind`, errors in one line."""
+    """Validate `content` as a `kind`; errors become one line."""
     try:
         return kind.model_validate(content)
     except ValidationError as error:
@@ -215,7 +215,7 @@ def _sentence(message: str) -> str:
 
 
 def _settings(given: Mapping[str, Any], where: str, own: set[str]) -> dict[str, Any]:
-    """`given` if every key is one of lm-eval's configuration file, with a value of its type."""
+    """Return `given` if every key is one of lm-eval's configuration file and has a value of its type."""
     from lm_eval.config.evaluate_config import EvaluatorConfig
 
     types = typing.get_type_hints(EvaluatorConfig)
@@ -247,7 +247,7 @@ def _check_args(args: Mapping[str, Any], backend: str) -> None:
 
 
 def _tasks(entries: Iterable[_Task], settings: Mapping[str, Any]) -> Iterator[tuple[str, int | None, dict, dict]]:
-    """(lm-eval's name, length, lm-eval's keys for it, resources) of each task and length."""
+    """Yield (lm-eval's name, length, lm-eval's keys for it, resources) of each task and length."""
     ours = _our_tasks()
     families = {split_length(name)[0] for name in ours}
     lengths: list[int | None]
@@ -272,14 +272,14 @@ def _tasks(entries: Iterable[_Task], settings: Mapping[str, Any]) -> Iterator[tu
 
 
 def _our_tasks() -> dict[str, int]:
-    """Lengths in tokens of the tasks in our folder, by name, the shortest first."""
+    """Return the lengths in tokens of the tasks in our folder, by name, the shortest first."""
     stems = (file.stem for file in Path(task_folder()).glob("*/*.yaml"))
     lengths = {stem: length for stem in stems if (length := split_length(stem)[1]) is not None}
     return dict(sorted(lengths.items(), key=lambda item: item[1]))
 
 
 def _home(value: Any) -> Any:
-    """A path that begins with ~ as a shell would hand it on."""
+    """Expand a path that begins with ~ as a shell does."""
     return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
 
 

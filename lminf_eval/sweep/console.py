@@ -14,12 +14,12 @@ from rich.text import Text
 from lminf_eval.errors import UsageError
 from lminf_eval.sweep import slurm
 from lminf_eval.sweep.cell import CellFolder
-from lminf_eval.sweep.config import read
+from lminf_eval.sweep.config import read_sweep
 from lminf_eval.sweep.cost import estimate, measured_rates
 from lminf_eval.sweep.runner import Outcome, Runner, run_all
 from lminf_eval.utils.formatting import format_bytes, format_clock, format_count
 
-WIDEST = 200  # characters a line where the output is no terminal
+WIDEST = 200  # characters a line if the output is not a terminal
 
 
 def print_plan(file: Path, output: Path) -> None:
@@ -61,14 +61,14 @@ def run_cells(file: Path, output: Path, number: int | None = None) -> int:
         raise UsageError(f"--cell {number}: must be a number from 0 to {len(folders) - 1}")
     chosen = folders if number is None else [folders[number]]
     runner = Runner()
-    runner.listen()
+    runner.install_handlers()
     console = _console()
     columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task("", total=len(chosen))
         begun = time.monotonic()
 
-        def tell(folder: CellFolder, outcome: Outcome | None) -> None:
+        def report(folder: CellFolder, outcome: Outcome | None) -> None:
             nonlocal begun
             if outcome is None:
                 begun = time.monotonic()
@@ -76,12 +76,12 @@ def run_cells(file: Path, output: Path, number: int | None = None) -> int:
                 return
             progress.advance(bar)
             reason = f": {outcome.reason}" if outcome.reason else ""
-            line = f"{outcome.end:<9} {folder.cell.id} ({format_clock(time.monotonic() - begun)}){reason}"
+            line = f"{outcome.state:<9} {folder.cell.id} ({format_clock(time.monotonic() - begun)}){reason}"
             progress.console.print(Text(line), soft_wrap=True)
-            if outcome.end == "failed":
+            if outcome.state == "failed":
                 progress.console.print(Text(f"          see {folder.log}"), soft_wrap=True)
 
-        return run_all(chosen, runner, tell)
+        return run_all(chosen, runner, report)
 
 
 def submit_cells(file: Path, output: Path, max_concurrent: int | None = None) -> None:
@@ -89,9 +89,9 @@ def submit_cells(file: Path, output: Path, max_concurrent: int | None = None) ->
     folders = _folders(file, output)
     waiting = [number for number, folder in enumerate(folders) if folder.state()[0] not in ("done", "running")]
     if not waiting:
-        _console().print("Nothing to submit: every cell is done or running.")
+        _console().print("Nothing to submit: all cells are done or running.")
         return
-    for line in slurm.submit(file, output, folders, waiting, max_concurrent):
+    for line in slurm.submit_arrays(file, output, folders, waiting, max_concurrent):
         _console().print(Text(line), soft_wrap=True)
 
 
@@ -110,7 +110,7 @@ def print_status(file: Path, output: Path) -> int:
 
 
 def _folders(file: Path, output: Path) -> list[CellFolder]:
-    return [CellFolder(output, cell) for cell in read(file)]
+    return [CellFolder(output, cell) for cell in read_sweep(file)]
 
 
 def _console() -> Console:

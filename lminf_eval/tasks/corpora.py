@@ -1,7 +1,7 @@
 """The corpora of the perplexity tasks: where each one's texts come from.
 
-Each function is a `custom_dataset` of lm-eval. It takes the task's metadata and returns `lengths.cut_documents`'s
-documents; `data_files` in the metadata (see `localdata.read_texts`) takes the place of the corpus's own source.
+Each function is a `custom_dataset` of lm-eval. It takes the task's metadata and returns the documents of
+`documents.cut_documents`; `data_files` in the metadata (see `data_files.read_texts`) replaces the corpus's own source.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ PILE_SETS = ("ArXiv", "OpenWebText2")
 
 
 def pydocs(**metadata: Any) -> dict[str, Dataset]:
-    """The reference manual's topics that every CPython carries, as four documents.
+    """Return the reference manual's topics that every CPython carries, as four documents.
 
     Document d is the whole circle of topics begun a d-th quarter round, so each is as long as the whole text. The text
     is that of the running Python; the documents record its version and the text's SHA-256.
@@ -43,25 +43,25 @@ def pydocs(**metadata: Any) -> dict[str, Dataset]:
 
 
 def pg19(**metadata: Any) -> dict[str, Dataset]:
-    """PG-19's test set: 100 books from Project Gutenberg (Rae et al. 2019, arXiv 1911.05507)."""
+    """Return PG-19's test set: 100 books from Project Gutenberg (Rae et al. 2019, arXiv 1911.05507)."""
     return cut_documents("pg19", _local(metadata) or _pg19(), metadata)
 
 
 def arxiv(**metadata: Any) -> dict[str, Dataset]:
-    """ArXiv papers in the Pile's validation set (Gao et al. 2020, arXiv 2101.00027)."""
+    """Return ArXiv papers in the Pile's validation set (Gao et al. 2020, arXiv 2101.00027)."""
     return cut_documents("arxiv", _local(metadata, "ArXiv") or _pile("ArXiv"), metadata)
 
 
 def openwebtext2(**metadata: Any) -> dict[str, Dataset]:
-    """OpenWebText2 pages in the Pile's validation set (Gao et al. 2020, arXiv 2101.00027)."""
+    """Return OpenWebText2 pages in the Pile's validation set (Gao et al. 2020, arXiv 2101.00027)."""
     return cut_documents("openwebtext2", _local(metadata, "OpenWebText2") or _pile("OpenWebText2"), metadata)
 
 
 def pile_subset(name: str) -> Path:
-    """The parquet file, in the cache, of one of `PILE_SETS`; made on first use, all of them in one reading of the Pile.
+    """Return the cached parquet file of one of `PILE_SETS`; the first call makes all of them in one pass over the Pile.
 
     Raises:
-        UsageError: the Pile's validation file cannot be had.
+        UsageError: if the Pile's validation file cannot be downloaded.
     """
     folder = cache_home() / "pile-val"
     wanted = folder / f"{name}.parquet"

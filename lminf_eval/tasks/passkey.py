@@ -29,7 +29,7 @@ _QUESTION = "What is the pass key? The pass key is"
 
 
 def build(**metadata: Any) -> dict[str, Dataset]:
-    """The documents of a passkey task, for lm-eval's `custom_dataset`.
+    """Build the documents of a passkey task, for lm-eval's `custom_dataset`.
 
     Metadata: `length` in tokens; `documents` (20); `depths`, how many evenly spread depths they share (one each);
     `seed` (0); and the model arguments that name the tokenizer. A seed gives the same keys and depths at every length.
@@ -71,18 +71,18 @@ def build(**metadata: Any) -> dict[str, Dataset]:
 
 
 def prompt(doc: dict[str, Any]) -> str:
-    """The text of a document of `build`."""
+    """Return the text of a document of `build`."""
     return _prompt(doc["key"], doc["before"], doc["after"])
 
 
 def score(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """`acc`: whether the first number of five digits in the answer is the key; "71,432" is such a number, too."""
+    """Return `acc`: 1 if the first number of five digits in the answer is the key; "71,432" is such a number, too."""
     numbers = (re.sub(r"\D", "", found) for found in _NUMBER.findall(results[0]))
     return {"acc": float(next((number for number in numbers if len(number) == 5), None) == doc["key"])}
 
 
 def spread_depths(count: int) -> list[float]:
-    """`count` depths from 0 to 1, evenly spread, in an order whose every beginning is spread too; one is the middle.
+    """Return `count` depths from 0 to 1, evenly spread, as is each prefix of the list; a single one is the middle.
 
     The order is that of bit-reversed indices (van der Corput): 0, then about a half, a quarter, three quarters, ...
     """

@@ -14,7 +14,7 @@ import yaml
 
 from lminf_eval.resume.shutdown import STOPPED
 from lminf_eval.sweep.cell import CellFolder, read_result
-from lminf_eval.sweep.config import read
+from lminf_eval.sweep.config import read_sweep
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("sweep-command")]
 
@@ -53,7 +53,7 @@ def saved(folder: Path, content: dict) -> Path:
 
 
 def cells(file: Path, output: Path) -> list[CellFolder]:
-    return [CellFolder(output, cell) for cell in read(file)]
+    return [CellFolder(output, cell) for cell in read_sweep(file)]
 
 
 def answers(cell: CellFolder) -> list:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from lminf_eval.report.load import load
+from lminf_eval.report.load import load_results
 from lminf_eval.report.pivot import pivot
 from lminf_eval.report.sample_store import SampleStore
 
@@ -16,7 +16,7 @@ VERSIONS = ("0.4.9", "0.4.13")
 @pytest.fixture
 def apart():
     """Each version's collection by itself; together, the older would be a duplicate."""
-    return {version: SampleStore(load([DATA / f"lm_eval_{version}"])) for version in VERSIONS}
+    return {version: SampleStore(load_results([DATA / f"lm_eval_{version}"])) for version in VERSIONS}
 
 
 def test_every_number_is_found_and_nothing_is_complained_of(apart):
@@ -57,7 +57,7 @@ def test_documents_give_back_the_reported_values_and_pair_across_versions(apart)
 
 
 def test_together_the_newest_is_kept():
-    collection = load([DATA])
+    collection = load_results([DATA])
     assert len(collection.results) == 6
     assert len(collection.notes) == 1
 
@@ -65,7 +65,7 @@ def test_together_the_newest_is_kept():
 def test_they_stand_in_one_table_with_ours(lm_eval_files):
     args = {"pretrained": "./tiny-llama", "attention": "lambda", "n_local": "128"}
     lm_eval_files.write({"tiny_mc": [{"acc": 1.0}] * 6}, "lminf", args)
-    store = SampleStore(load([DATA / "lm_eval_0.4.9", lm_eval_files.folder]))
+    store = SampleStore(load_results([DATA / "lm_eval_0.4.9", lm_eval_files.folder]))
     results = store.collection.results.query("metric == 'acc' and task == 'tiny_mc'")
     table = pivot(store, results, ["model", "method"], ["task"])
     assert table.rows == [("tiny-llama", "hf"), ("tiny-llama", "lambda n_local=128")]

@@ -7,9 +7,9 @@ import pytest
 from lminf_eval.bench import FORMAT
 from lminf_eval.errors import UsageError
 from lminf_eval.report.benches import read_bench
-from lminf_eval.report.figures.plots import plots
+from lminf_eval.report.figures.plots import draw_figures
 from lminf_eval.report.figures.style import FIRST_OF_ATTENTION
-from lminf_eval.report.load import load
+from lminf_eval.report.load import load_results
 from lminf_eval.report.outputs import print_table, write_report
 from lminf_eval.report.sample_store import SampleStore
 
@@ -56,7 +56,7 @@ def test_values_are_a_tokens_or_bytes():
 
 
 def test_a_figure_for_each_kind(file):
-    drawn = {plot.name.rsplit("-org", 1)[0]: plot for plot in plots(SampleStore(load([file])))}
+    drawn = {plot.name.rsplit("-org", 1)[0]: plot for plot in draw_figures(SampleStore(load_results([file])))}
     assert set(drawn) == {"scoring-time", "decoding-time", "peak-memory", "key-value-memory"}
     method, full, hf = (FIRST_OF_ATTENTION[name].color for name in ("lambda", "full", "hf"))
     decoding = lines_of(drawn["decoding-time"])
@@ -103,7 +103,7 @@ def test_beside_results_it_is_part_of_the_page(lm_eval_files, make_passkeys, fil
 def test_a_file_that_only_says_it_is_a_bench_is_listed_with_the_reason(broken, tmp_path, lm_eval_files, make_passkeys):
     results = lm_eval_files.write({"passkey_4k": make_passkeys([1] * 5)})
     (results.parent / "bench.json").write_text(json.dumps({"format": FORMAT, **broken}))
-    collection = load([results.parent])
+    collection = load_results([results.parent])
     assert not collection.benches
     (problem,) = collection.problems
     assert problem.file.endswith("bench.json")

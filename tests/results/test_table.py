@@ -5,8 +5,8 @@ import math
 import pytest
 
 from lminf_eval.errors import UsageError
-from lminf_eval.report.captions import legend
-from lminf_eval.report.load import load
+from lminf_eval.report.formats import legend
+from lminf_eval.report.load import load_results
 from lminf_eval.report.pivot import pivot, select_metrics
 from lminf_eval.report.sample_store import SampleStore
 from lminf_eval.utils.formatting import format_metric
@@ -17,7 +17,7 @@ def arranged(lm_eval_files):
     """The table of all files written so far."""
 
     def arrange_all(metrics=(), **options):
-        store = SampleStore(load([lm_eval_files.folder]))
+        store = SampleStore(load_results([lm_eval_files.folder]))
         return pivot(store, select_metrics(store.collection.results, metrics), **options)
 
     return arrange_all
@@ -205,7 +205,7 @@ def test_unusable_samples_are_listed_and_the_rest_stands(lm_eval_files, make_pas
     lm_eval_files.write({"passkey_4k": make_passkeys(MIDDLE)}, args={"attention": "full"})
     samples = file.with_name(file.name.replace("results", "samples_passkey_4k")).with_suffix(".jsonl")
     samples.write_text("{")
-    store = SampleStore(load([lm_eval_files.folder]))
+    store = SampleStore(load_results([lm_eval_files.folder]))
     table = pivot(store, select_metrics(store.collection.results))
     assert [(problem.file, problem.reason[:8]) for problem in store.problems] == [(str(samples), "not JSON")]
     assert cells(table)["lambda", "4k"].result["value"] == 1.0
@@ -218,7 +218,7 @@ def test_samples_that_lack_documents_are_not_used_and_do_not_harm_the_others(lm_
         if attention == "window":
             samples = file.with_name(file.name.replace("results", "samples_passkey_4k")).with_suffix(".jsonl")
             samples.write_text("".join(samples.read_text().splitlines(keepends=True)[:15]))
-    store = SampleStore(load([lm_eval_files.folder]))
+    store = SampleStore(load_results([lm_eval_files.folder]))
     results = store.collection.results.set_index("attention", drop=False)
     assert store.compare(results.loc["lambda"], results.loc["full"]).how == "paired bootstrap"
     assert store.compare(results.loc["lambda"], results.loc["window"]).how == "standard errors"

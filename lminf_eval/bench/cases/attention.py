@@ -1,4 +1,4 @@
-"""Attention against plain causal attention on the same blocks, and the rest of a pass against its linear layers."""
+"""Compare attention with plain causal attention on equal blocks, and the rest of a pass with its linear layers."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from lminf_eval.bench.record import Job, Record, Setting
 from lminf_eval.bench.roofline import HardwareLimits, Work, full_pairs, lambda_pairs
 from lminf_eval.bench.timing import ProgressFn, Stopwatch, interleave, synchronise
 
-WINDOWS = 8  # of a text that is long enough to tell
+WINDOWS = 8  # of the longest text that is measured
 
 
 def jobs(bench_model: BenchmarkModel, limits: HardwareLimits) -> Iterator[Job]:
-    """Two for each n_local, each with passes over the longest text, of `WINDOWS` windows at most."""
+    """Yield two jobs for each n_local, with passes over the longest text, of `WINDOWS` windows at most."""
     options, size = bench_model.options, bench_model.size
     for n_local in options.n_local:
         length = min(options.lengths[-1], WINDOWS * n_local)
@@ -29,7 +29,10 @@ def jobs(bench_model: BenchmarkModel, limits: HardwareLimits) -> Iterator[Job]:
         each = 1.5 * (options.runs + 1)
         setting = {"n_local": n_local, "length": length}
         yield Job(
-            "attention", {"part": "attention", **setting}, each * (a_pass + pieces), partial(attention, bench_model)
+            "attention",
+            {"part": "attention", **setting},
+            each * (a_pass + pieces),
+            partial(measure_attention, bench_model),
         )
         yield Job(
             "attention",
@@ -39,10 +42,13 @@ def jobs(bench_model: BenchmarkModel, limits: HardwareLimits) -> Iterator[Job]:
         )
 
 
-def attention(bench_model: BenchmarkModel, setting: Setting, progress: ProgressFn) -> Record:
-    """Seconds of all that the attention function does in a pass, rotations and cache included ("in the pass"); of the
-    band and the starting tokens alone, a chunk in each layer ("alone"); of plain causal attention on blocks of n_local,
-    one in each layer ("sdpa"). Work is unequal, so rates are compared."""
+def measure_attention(bench_model: BenchmarkModel, setting: Setting, progress: ProgressFn) -> Record:
+    """Measure the seconds of attention in three ways; their work differs, so rates are compared.
+
+    "in the pass": all that the attention function does in a pass, rotations and cache included. "alone": the sliding
+    window and the starting tokens alone, one chunk in each layer. "sdpa": plain causal attention on blocks of n_local,
+    one in each layer.
+    """
     n_local, passes = setting["n_local"], _Passes(bench_model, setting)
     size, chunk, sinks = bench_model.size, passes.chunk, passes.lm.spec.sinks
     sides = {
@@ -59,8 +65,11 @@ def attention(bench_model: BenchmarkModel, setting: Setting, progress: ProgressF
 
 
 def measure_other_layers(bench_model: BenchmarkModel, setting: Setting, progress: ProgressFn) -> Record:
-    """Seconds of a pass without its attention function ("in the pass"), and of the model's linear layers alone, the
-    head among them, on one chunk of random numbers. Work is unequal, so rates are compared."""
+    """Measure the seconds of everything but attention in two ways; their work differs, so rates are compared.
+
+    "in the pass": a pass without its attention function. "linear layers": the model's linear layers alone, the head
+    included, on one chunk of random numbers.
+    """
     passes, flops = _Passes(bench_model, setting), 2.0 * bench_model.size.linear
     sides = {"in the pass": passes.run, "linear layers": _linear(passes)}
     work = {"in the pass": Work(flops * setting["length"]), "linear layers": Work(flops * passes.chunk)}
@@ -68,7 +77,7 @@ def measure_other_layers(bench_model: BenchmarkModel, setting: Setting, progress
 
 
 class _Passes:
-    """Scores a text through `--model lminf`, keeping (seconds in its attention function, seconds in all) of each."""
+    """Score a text through `--model lminf`; keep (seconds in the attention function, total seconds) of each pass."""
 
     def __init__(self, bench_model: BenchmarkModel, setting: Setting):
         self.bench_model, self.lm = bench_model, bench_model.lambda_lm(setting["n_local"])
@@ -91,7 +100,7 @@ class _Passes:
 def _record(
     bench_model: BenchmarkModel, setting: Setting, progress: ProgressFn, passes: _Passes, sides, work, taken
 ) -> Record:
-    """The record of `sides`, of which the first is `taken(inside, whole)` of each pass."""
+    """Return the record of `sides`, of which the first is `taken(inside, whole)` of each pass."""
     runs = bench_model.options.runs
     values, skipped = interleave(sides, runs, bench_model.device, progress)
     facts: dict[str, int | float | str] = {"chunk_size": passes.chunk}
@@ -103,7 +112,7 @@ def _record(
 
 
 def _band(bench_model: BenchmarkModel, n_local: int, chunk: int, sinks: int):
-    """A chunk in the middle of a long text: the band over window and chunk, and the starting tokens."""
+    """Return a function that computes a chunk in the middle of a long text: sliding window and starting tokens."""
     size, scale = bench_model.size, bench_model.size.head_dim**-0.5
     q = _random(bench_model, size.heads, chunk)
     k, v = (_random(bench_model, size.kv_heads, n_local + chunk) for _ in range(2))

@@ -1,4 +1,4 @@
-"""One long text on two context-parallel processes of one thread each, against one process of one thread."""
+"""Compare one long text on two context-parallel processes of one thread each with one process of one thread."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lminf_eval.bench.benchmark_model import BenchmarkModel
 from lminf_eval.bench.record import Job, Record, Setting
 from lminf_eval.bench.roofline import HardwareLimits, Work, lambda_pairs
 from lminf_eval.bench.timing import ProgressFn
-from lminf_eval.bench.workers.start import START_SECONDS, child
+from lminf_eval.bench.workers.start import START_SECONDS, run_in_process
 
 SIDES = {
     "2 processes": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
@@ -21,7 +21,7 @@ SIDES = {
 
 
 def jobs(bench_model: BenchmarkModel, limits: HardwareLimits) -> Iterator[Job]:
-    """One for each n_local, at the longest length."""
+    """Yield a job for each n_local, at the longest length."""
     options, size = bench_model.options, bench_model.size
     length = options.lengths[-1]
     for n_local in options.n_local:
@@ -34,10 +34,10 @@ def jobs(bench_model: BenchmarkModel, limits: HardwareLimits) -> Iterator[Job]:
 
 
 def measure_context_parallel(bench_model: BenchmarkModel, setting: Setting, progress: ProgressFn) -> Record:
-    """Seconds of one rolling request, without the start of the processes (see `bench/share.py`)."""
+    """Measure the seconds of one rolling request, without starting processes (see `workers/context_parallel.py`)."""
     runs = bench_model.options.runs
     if bench_model.device.type == "cuda" and torch.cuda.device_count() < 2:
-        return Record("context", setting, {}, skipped=dict.fromkeys(SIDES, "it needs two CUDA devices"))
+        return Record("context", setting, {}, skipped=dict.fromkeys(SIDES, "needs two CUDA devices"))
     task = {"options": asdict(bench_model.options), **setting}
     values: dict[str, list[float]] = {side: [] for side in SIDES}
     skipped: dict[str, str] = {}
@@ -46,7 +46,9 @@ def measure_context_parallel(bench_model: BenchmarkModel, setting: Setting, prog
             if side in skipped:
                 continue
             progress(f"{side}, run {number} of {runs}")
-            found, why = child(f"context on {side}", launcher, "lminf_eval.bench.workers.context_parallel", task)
+            found, why = run_in_process(
+                f"context on {side}", launcher, "lminf_eval.bench.workers.context_parallel", task
+            )
             if found is None:
                 skipped[side] = why
                 values.pop(side)

@@ -1,4 +1,4 @@
-"""One token after the other, at a given context: Λ-attention's cache against the plain model with its own."""
+"""Decode token by token at a given context: Λ-attention's cache against the plain model with its own."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STEPS = 16  # tokens decoded in one run
 
 
 def jobs(bench_model: BenchmarkModel, limits: HardwareLimits) -> Iterator[Job]:
-    """One for each batch size, n_local and context: none, n_local, and each length."""
+    """Yield a job for each batch size, n_local and context: none, n_local, and each length."""
     options, size = bench_model.options, bench_model.size
     for rows in options.batches_or(1):
         for n_local in options.n_local:
@@ -37,7 +37,7 @@ def jobs(bench_model: BenchmarkModel, limits: HardwareLimits) -> Iterator[Job]:
 
 
 def measure_decode(bench_model: BenchmarkModel, setting: Setting, progress: ProgressFn) -> Record:
-    """Seconds of `STEPS` decoded tokens in each of `batch` sequences that have `context` tokens before."""
+    """Measure the seconds of `STEPS` decoded tokens in each of `batch` sequences after `context` tokens."""
     n_local, context, rows = setting["n_local"], setting["context"], setting["batch"]
     options, size, lm = bench_model.options, bench_model.size, bench_model.lambda_lm(n_local)
     progress("lambda, filling its cache")
@@ -95,7 +95,7 @@ def _plain(
 
 
 def _decode_lambda(streaming, ids_SB1: torch.Tensor, state, fresh: bool) -> None:
-    """`STEPS` tokens as the engine decodes them; a `fresh` run begins with an empty cache, others go on."""
+    """Decode `STEPS` tokens as the engine does; a `fresh` run begins with an empty cache, others continue."""
     cache = streaming.new_cache(ids_SB1.shape[1], state.capacity) if fresh else state
     for ids_B1 in ids_SB1:
         output = streaming.hidden(ids_B1, cache)

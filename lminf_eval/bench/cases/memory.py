@@ -1,4 +1,4 @@
-"""Memory: the peak of one rolling request beyond the weights, each in a process of its own; keys and values."""
+"""Memory: the peak of one rolling request, weights excluded, each in its own process; keys and values."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from lminf_eval.bench.prefilled_caches import cache_bytes, prefilled_lambda_cach
 from lminf_eval.bench.record import Job, Record, Setting
 from lminf_eval.bench.roofline import HardwareLimits
 from lminf_eval.bench.timing import ProgressFn
-from lminf_eval.bench.workers.start import START_SECONDS, child
+from lminf_eval.bench.workers.start import START_SECONDS, run_in_process
 
 
 def jobs(bench_model: BenchmarkModel, limits: HardwareLimits) -> Iterator[Job]:
-    """Two for each n_local and length: the peak, measured once, and the bytes of keys and values, which are exact."""
+    """Yield two jobs for each n_local and length: the peak, and the exact bytes of keys and values."""
     for setting, near, plain in texts(bench_model, limits):
         filling = 2 * near * min(1.0, 2 * setting["n_local"] / setting["length"])
         yield Job("memory", {"part": "keys and values", **setting}, filling, partial(measure_cache_bytes, bench_model))
         scoring = 2 * START_SECONDS + 1.6 * (near + plain)
-        yield Job("memory", {"part": "peak", **setting}, scoring, partial(peak, bench_model))
+        yield Job("memory", {"part": "peak", **setting}, scoring, partial(measure_peak, bench_model))
 
 
 def measure_cache_bytes(bench_model: BenchmarkModel, setting: Setting, progress: ProgressFn) -> Record:
-    """Bytes in the cache of one sequence, counted in the tensors themselves."""
+    """Count the bytes in the cache of one sequence, in the tensors themselves."""
     progress("filling a cache")
     length, lm = setting["length"], bench_model.lambda_lm(setting["n_local"])
     values = {
@@ -35,8 +35,8 @@ def measure_cache_bytes(bench_model: BenchmarkModel, setting: Setting, progress:
     return Record("memory", setting, values, "B")
 
 
-def peak(bench_model: BenchmarkModel, setting: Setting, progress: ProgressFn) -> Record:
-    """Bytes above what the process held with its weights read and a short request done, see `bench/peak.py`."""
+def measure_peak(bench_model: BenchmarkModel, setting: Setting, progress: ProgressFn) -> Record:
+    """Measure the peak above the memory after loading and a short request, see `workers/peak_memory.py`."""
     values: dict[str, list[float]] = {}
     skipped: dict[str, str] = {}
     for side in ("lambda", "hf"):
@@ -45,7 +45,7 @@ def peak(bench_model: BenchmarkModel, setting: Setting, progress: ProgressFn) ->
             continue
         progress(side)
         task = {"options": asdict(bench_model.options), "side": side, **setting}
-        found, why = child(f"memory of {side}", [], "lminf_eval.bench.workers.peak_memory", task)
+        found, why = run_in_process(f"memory of {side}", [], "lminf_eval.bench.workers.peak_memory", task)
         if found is None:
             skipped[side] = why
         else:

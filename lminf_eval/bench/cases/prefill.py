@@ -1,4 +1,4 @@
-"""Scoring one text: the same tokens through `--model lminf` and `--model hf`, against the text's length."""
+"""Score one text: the same tokens through `--model lminf` and `--model hf`, against the text's length."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lminf_eval.bench.timing import ProgressFn, interleave
 
 
 def jobs(bench_model: BenchmarkModel, limits: HardwareLimits) -> Iterator[Job]:
-    """One for each n_local and length."""
+    """Yield a job for each n_local and length."""
     for setting, near, plain in texts(bench_model, limits):
         yield Job(
             "prefill", setting, bench_model.options.runs * 1.6 * (near + plain), partial(measure_prefill, bench_model)
@@ -23,7 +23,7 @@ def jobs(bench_model: BenchmarkModel, limits: HardwareLimits) -> Iterator[Job]:
 
 
 def texts(bench_model: BenchmarkModel, limits: HardwareLimits) -> Iterator[tuple[dict[str, int], float, float]]:
-    """Each n_local and length as a setting, with the seconds that lambda and `hf` take at the least."""
+    """Yield each n_local and length as a setting, with the roofline seconds of lambda and of `hf`."""
     for n_local in bench_model.options.n_local:
         for length in bench_model.options.lengths:
             near = limits.roofline_seconds(bench_model.size.scoring(length, lambda_pairs(length, n_local, 0)))
@@ -31,13 +31,13 @@ def texts(bench_model: BenchmarkModel, limits: HardwareLimits) -> Iterator[tuple
 
 
 def hf_roofline_seconds(bench_model: BenchmarkModel, limits: HardwareLimits, length: int) -> float:
-    """Seconds that `hf` takes at the least for a text; none where it does not fit the memory and is left out."""
+    """Return the roofline seconds of `hf` for a text; 0 if it does not fit into memory and is left out."""
     shortage = bench_model.memory_shortage(bench_model.hf_bytes(length))
     return 0.0 if shortage else limits.roofline_seconds(bench_model.size.scoring(length, full_pairs(length)))
 
 
 def measure_prefill(bench_model: BenchmarkModel, setting: Setting, progress: ProgressFn) -> Record:
-    """Seconds of one rolling request; the sides of `--vs` go through `--model hf` too."""
+    """Measure the seconds of one rolling request; the sides of `--baselines` go through `--model hf` too."""
     options, size, n_local, length = bench_model.options, bench_model.size, setting["n_local"], setting["length"]
     lm = bench_model.lambda_lm(n_local)
     sides: dict[str, HFLM] = {"lambda": lm}

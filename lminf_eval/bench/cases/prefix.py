@@ -1,4 +1,4 @@
-"""What computing common beginnings once saves, on a set of multiple-choice requests."""
+"""Measure how much prefix sharing saves, on a set of multiple-choice requests."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KIND = "multiple-choice"
 
 
 def jobs(bench_model: BenchmarkModel, limits: HardwareLimits) -> Iterator[Job]:
-    """One for each batch size, at the smallest n_local."""
+    """Yield a job for each batch size, at the smallest n_local."""
     options = bench_model.options
     requests = request_set(KIND, bench_model.size.vocab, options.n_local[0])
     tokens = sum(len(context) + len(continuation) for _, context, continuation in requests)
@@ -25,7 +25,7 @@ def jobs(bench_model: BenchmarkModel, limits: HardwareLimits) -> Iterator[Job]:
 
 
 def measure_prefix_sharing(bench_model: BenchmarkModel, setting: Setting, progress: ProgressFn) -> Record:
-    """Seconds of the same requests with `prefix_sharing` and without, and the tokens that each computed."""
+    """Measure the seconds of the same requests with and without `prefix_sharing`, and the tokens that each computed."""
     options, n_local = bench_model.options, bench_model.options.n_local[0]
     lm = bench_model.lambda_lm(n_local)
     requests = request_set(KIND, bench_model.size.vocab, n_local)

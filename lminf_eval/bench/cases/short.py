@@ -1,4 +1,4 @@
-"""Requests that fit the window: Λ changes nothing in their answers, and must not in their time."""
+"""Requests that fit into the window: Λ-attention does not change their answers, and must not change their time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PROMPTS, NEW = 16, 16
 
 
 def jobs(bench_model: BenchmarkModel, limits: HardwareLimits) -> Iterator[Job]:
-    """One for each set of requests and batch size, at the smallest n_local."""
+    """Yield a job for each set of requests and batch size, at the smallest n_local."""
     options = bench_model.options
     for kind in SETS:
         requests = request_set(kind, bench_model.size.vocab, options.n_local[0])
@@ -33,9 +33,9 @@ def jobs(bench_model: BenchmarkModel, limits: HardwareLimits) -> Iterator[Job]:
 
 
 def measure_short_requests(bench_model: BenchmarkModel, setting: Setting, progress: ProgressFn) -> Record:
-    """Seconds of one set of requests through `--model lminf` and `--model hf` with the same batch size.
+    """Measure the seconds of one set of requests through `--model lminf` and `--model hf` with the same batch size.
 
-    Of "generation" no floor is told: prompts are bound by operations, and what follows by bytes.
+    "generation" has no roofline time: prompts are bound by operations, and decoding by bytes.
     """
     options, n_local, kind = bench_model.options, bench_model.options.n_local[0], setting["requests"]
     requests = request_set(kind, bench_model.size.vocab, n_local)
@@ -66,18 +66,18 @@ def measure_short_requests(bench_model: BenchmarkModel, setting: Setting, progre
 
 
 def instances(bench_model: BenchmarkModel, requests: list[Request]) -> list[Instance]:
-    """The contexts of `requests` as lm-eval asks for their continuation, by the `NEW` most likely tokens."""
+    """Return the contexts of `requests` as lm-eval's requests for the `NEW` most likely tokens after each."""
     how = {"until": [], "max_gen_toks": NEW, "do_sample": False}
     texts = [bench_model.tokenizer.decode(context) for _, context, _ in requests]
     return [Instance("generate_until", {}, (text, how), i) for i, text in enumerate(texts)]
 
 
 def request_set(kind: str, vocab: int, n_local: int) -> list[Request]:
-    """Requests of tokens drawn at random, the same each time, all shorter than n_local.
+    """Return requests of random tokens, the same each time, all shorter than n_local.
 
     "lambada-like": 64 contexts of 50 to 150 tokens with one or two to predict. "multiple-choice": 32 questions of 50 to
     150 tokens with 4 answers of 1 to 8 each. "generation": 16 contexts of 50 to 150 tokens, each with 16 that stand for
-    the new ones. All shorter where n_local is.
+    the new ones. All are shorter if n_local is.
     """
     draw = random.Random(0)
     most = max(2, min(150, n_local - NEW - 1))
@@ -95,5 +95,5 @@ def request_set(kind: str, vocab: int, n_local: int) -> list[Request]:
 
 
 def _length(request: Request) -> int:
-    """Tokens that pass through the model for a request; its last one is only predicted."""
+    """Return the tokens that pass through the model for a request; its last one is only predicted."""
     return len(request[1]) + len(request[2]) - 1

@@ -23,7 +23,7 @@ WARM = 1024  # tokens of the request before; long enough to be spread
 
 
 def main(task: dict) -> float:
-    """Seconds of one rolling request of `length` tokens after a short one; on rank 0, the others never return."""
+    """Measure the seconds of one rolling request of `length` tokens after a short one. Only rank 0 returns."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     disable_progress_bar()
     torch.set_num_threads(1)

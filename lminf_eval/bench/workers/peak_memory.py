@@ -21,7 +21,7 @@ WARM = 64  # tokens of the request before
 
 
 def main(task: dict) -> int:
-    """Bytes that scoring `length` tokens takes at its peak beyond what was held before, weights and libraries."""
+    """Measure the peak bytes of scoring `length` tokens, without those used before, for weights and libraries."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     task["options"] |= {"lengths": [max(task["length"], WARM)]}
     options = Options(**task["options"])
@@ -45,13 +45,13 @@ def main(task: dict) -> int:
 
 
 def _forget_peak() -> None:
-    """Let Linux count the peak anew, or that of loading would hide ours."""
+    """Reset Linux's peak counter, or the peak of loading would hide ours."""
     if CLEAR.exists():
         CLEAR.write_text("5")
 
 
 def _resident(field: str) -> int:
-    """Bytes of this process's memory, now (VmRSS) or at most (VmHWM); without /proc the latter for both."""
+    """Return the bytes of this process's memory, now (VmRSS) or at most (VmHWM); without /proc the latter for both."""
     if STATUS.exists():
         fields = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
         return int(fields[field].split()[0]) * 1024

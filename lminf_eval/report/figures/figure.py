@@ -49,7 +49,7 @@ class Plot:
     figure: Figure
 
     def svg(self) -> str:
-        """The figure as an SVG document with a transparent background."""
+        """Return the figure as an SVG document with a transparent background."""
         out = io.StringIO()
         self._save(out, format="svg", transparent=True, metadata={"Date": None})
         return out.getvalue()
@@ -68,10 +68,10 @@ class Plot:
 
 
 def slug(*parts: str) -> str:
-    """A name for a file, of letters, digits and hyphens alone."""
+    """Return a file name that has only letters, digits and hyphens."""
     return re.sub(r"[^a-z0-9]+", "-", "-".join(parts).lower()).strip("-")[:80]
 
 
 def short_method(method: str) -> str:
-    """A method's name as figures have room for."""
+    """Return a method's name, shortened to the room that figures have."""
     return shorten(plain(method), 34)

@@ -24,7 +24,7 @@ PANELS_A_ROW = 4
 def passkey_heat_maps(
     store: SampleStore, group: pd.DataFrame, line_styles: dict[str, Style], subtitle: str
 ) -> Plot | None:
-    """One panel a method, in the order of their names; every cell prints its numbers."""
+    """Draw one panel a method, in the order of their names; every cell prints its numbers."""
     panels: dict[str, dict[float, pd.DataFrame]] = {}
     for method, of_method in group_by_name(group[group["metric"] == "acc"], "line"):
         for length, results in group_by_number(of_method[of_method["length"].notna()], "length"):

@@ -30,7 +30,7 @@ LineEnd = tuple[str, float, float]  # the line's name, and the x and y of its la
 def nll_against_position(
     store: SampleStore, group: pd.DataFrame, line_styles: dict[str, Style], subtitle: str
 ) -> Plot | None:
-    """One line a method: the mean loss of each stretch of the longest texts; the paper's headline figure."""
+    """Draw one line a method: the mean loss of each stretch of the longest texts; the paper's headline figure."""
     curves = {}
     for method, results in group_by_name(group, "line"):
         longest_first = results.iloc[::-1].sort_values("length", ascending=False, kind="stable")
@@ -44,11 +44,11 @@ def nll_against_position(
         return None
     documents = max(int(curve["documents"].max()) for curve in curves.values())
     banded = documents > 1 and len(curves) <= MOST_BANDS
-    figure, axes = canvas()
+    figure, axes = new_axes()
     ends: list[LineEnd] = []
     for method, curve in curves.items():
         style, middle = line_styles[method], (curve["start"] + curve["end"]) / 2
-        line(axes, middle, curve["nll"], style)
+        draw_line(axes, middle, curve["nll"], style)
         if banded:
             axes.fill_between(middle, curve["low"], curve["high"], color=style.color, alpha=0.15, linewidth=0)
         ends.append((method, middle.iloc[-1], curve["nll"].iloc[-1]))
@@ -72,18 +72,18 @@ def nll_against_position(
 def perplexity_against_length(
     store: SampleStore, group: pd.DataFrame, line_styles: dict[str, Style], subtitle: str
 ) -> Plot | None:
-    """One line a method; what diverged is marked above the axes, not on a scale that it would ruin."""
+    """Draw one line a method; values that diverged are marked above the axes, so that they do not ruin the scale."""
     of_metric = group[(group["metric"] == "token_perplexity") & group["length"].notna()]
     if of_metric["length"].nunique() < 2:
         return None
-    figure, axes = canvas()
+    figure, axes = new_axes()
     ends: list[LineEnd] = []
     gone = 0
     for method, results in group_by_name(of_metric, "line"):
         results = results.sort_values("length", kind="stable").drop_duplicates("length", keep="last")
         fine = results["diverged"] == ""
         style = line_styles[method]
-        line(axes, results["length"], results["value"].where(fine), style)
+        draw_line(axes, results["length"], results["value"].where(fine), style)
         if fine.any():
             last = results[fine].iloc[-1]
             ends.append((method, last["length"], last["value"]))
@@ -139,11 +139,11 @@ def score_against_length(
     scores = scores[scores["metric"] == primary_metrics(group).get(group["family"].iloc[0])]
     if scores["length"].nunique() < 2:
         return None
-    figure, axes = canvas()
+    figure, axes = new_axes()
     ends: list[LineEnd] = []
     for method, results in group_by_name(scores, "line"):
         results = results.sort_values("length", kind="stable").drop_duplicates("length", keep="last")
-        line(axes, results["length"], results["value"], line_styles[method])
+        draw_line(axes, results["length"], results["value"], line_styles[method])
         ends.append((method, results["length"].iloc[-1], results["value"].iloc[-1]))
     lengths = sorted(scores["length"].unique())
     axes.set_xscale("symlog", base=2, linthresh=lengths[0] or lengths[1])  # logarithmic, with a place for 0
@@ -164,16 +164,16 @@ def score_against_length(
     return Plot(slug("score", subtitle), title, caption, figure)
 
 
-def canvas() -> tuple[Figure, Axes]:
-    """An empty figure of the size and with the grid of all figures of lines."""
+def new_axes() -> tuple[Figure, Axes]:
+    """Return an empty figure with the size and the grid of all line figures."""
     figure = Figure(figsize=(6.4, 3.6))
     axes = figure.subplots()
     axes.grid(axis="y", color=GRID, alpha=0.3, linewidth=0.7)
     return figure, axes
 
 
-def line(axes: Axes, x: pd.Series, y: pd.Series, style: Style) -> None:
-    """One method's line, with a marker at a dozen of its points at most."""
+def draw_line(axes: Axes, x: pd.Series, y: pd.Series, style: Style) -> None:
+    """Draw one method's line, with a marker at a dozen of its points at most."""
     every = max(1, len(x) // 12)
     axes.plot(x, y, color=style.color, marker=style.marker, linestyle=style.line, markevery=every)
 
@@ -185,7 +185,7 @@ def _round_positions(reach: float) -> tuple[list[int], list[str]]:
 
 
 def round_values(low: float, high: float) -> tuple[list[float], list[str]]:
-    """Ticks of a logarithmic axis that spans little or much."""
+    """Return ticks and labels for a logarithmic axis, whether it spans little or much."""
     if high / low < 5:
         ticks = [tick for tick in MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low, high) if low <= tick <= high]
     else:
@@ -212,7 +212,7 @@ def _trained_line(axes: Axes, group: pd.DataFrame) -> None:
 
 
 def label_ends(axes: Axes, ends: list[LineEnd], line_styles: dict[str, Style]) -> None:
-    """The name of each line in `ends` (name, x, y) at its end, moved up or down as far as names need to be apart."""
+    """Label each line at its end (name, x, y); move labels up or down as far as needed to keep them apart."""
     ends = [end for end in ends if math.isfinite(end[2])]
     scale = 72 / axes.figure.dpi
     heights = [axes.transData.transform(end[1:])[1] * scale for end in ends]  # points from the figure's foot
@@ -233,7 +233,7 @@ def label_ends(axes: Axes, ends: list[LineEnd], line_styles: dict[str, Style]) -
 
 
 def _spread(heights: list[float]) -> list[float]:
-    """The ascending `heights`, moved as little as puts `LABEL_GAP` between neighbours."""
+    """Return the ascending `heights`, moved as little as possible so that neighbours are `LABEL_GAP` apart."""
     groups: list[list[float]] = []
     for height in heights:
         groups.append([height])

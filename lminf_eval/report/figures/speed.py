@@ -10,7 +10,7 @@ import pandas as pd
 from lminf_eval.report.benches import read_bench
 from lminf_eval.report.escape import plain, shorten
 from lminf_eval.report.figures.figure import Plot, slug
-from lminf_eval.report.figures.lines import LineEnd, canvas, label_ends, line, round_values
+from lminf_eval.report.figures.lines import LineEnd, draw_line, label_ends, new_axes, round_values
 from lminf_eval.report.figures.style import Style
 from lminf_eval.report.frames import group_by_name
 from lminf_eval.utils.tokens import format_tokens
@@ -18,7 +18,7 @@ from lminf_eval.utils.tokens import format_tokens
 
 @dataclass(frozen=True)
 class Kind:
-    """One figure: the records it shows, its words, and `scale`, from seconds or bytes to what its axis says."""
+    """One figure: the records it shows, its texts, and `scale`, from seconds or bytes to the unit of its axis."""
 
     case: str
     part: str
@@ -75,7 +75,7 @@ KINDS = (
 
 
 def bench_figures(raw: dict[str, Any], line_styles: dict[str, Style]) -> list[Plot]:
-    """A figure of each kind that was measured at two lengths or more."""
+    """Draw a figure of each kind that was measured at two lengths or more."""
     measured = read_bench(raw)
     model = raw.get("model")
     subtitle = shorten(plain(model.get("name", "") if isinstance(model, dict) else ""), 40)
@@ -86,13 +86,13 @@ def _figure(kind: Kind, measured: pd.DataFrame, line_styles: dict[str, Style], s
     of_kind = measured[(measured["case"] == kind.case) & (measured["part"] == kind.part) & (measured["length"] > 0)]
     if of_kind["length"].nunique() < 2:
         return None
-    figure, axes = canvas()
+    figure, axes = new_axes()
     ends: list[LineEnd] = []
     for name, values in group_by_name(of_kind, "line"):
-        # hf is measured beside each n_local; the median of its medians stands for it.
+        # hf is measured with each n_local; the median of its medians stands for it.
         values = kind.scale * values.groupby("length")[["median", "low", "high"]].median()
         style = line_styles[name]
-        line(axes, values.index.to_series(), values["median"], style)
+        draw_line(axes, values.index.to_series(), values["median"], style)
         axes.fill_between(values.index, values["low"], values["high"], color=style.color, alpha=0.15, linewidth=0)
         ends.append((name, values.index[-1], values["median"].iloc[-1]))
     axes.set_xscale("log", base=2)

@@ -39,8 +39,8 @@ FURTHER_MARKERS = ("P", "X", "<", ">", "p", "h", "*", "d", "8", "H")
 FURTHER_LINES: tuple[LineStyleType, ...] = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)))
 
 
-def styles(methods: Iterable[str]) -> dict[str, Style]:
-    """A style for each method, the same for the same set of methods.
+def assign_styles(methods: Iterable[str]) -> dict[str, Style]:
+    """Assign each method a style, always the same for the same set of methods.
 
     The first method of an attention gets that attention's; the others take the next of the further ones.
     """
