@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from lminf_eval import __version__
@@ -76,3 +77,22 @@ def test_earlier_names_are_hidden(words):
     text = CliRunner().invoke(app, [*words, "--help"]).output
     assert "--at-once" not in text
     assert "--vs" not in text
+
+
+def test_the_help_of_bench_lists_what_the_bench_takes():
+    """`--help` must not import the bench, so its texts repeat some of its facts."""
+    from lminf_eval.bench.options import CASES, DEFAULT_CASES, DTYPES
+    from lminf_eval.bench.shapes import SHAPES
+
+    options = {option.name: option for option in get_command(app).commands["bench"].params}
+    assert options["cases"].default == DEFAULT_CASES
+    assert all(case in options["cases"].help for case in CASES)
+    assert all(dtype in options["dtype"].help for dtype in DTYPES)
+    assert all(shape in options["shape"].help for shape in SHAPES)
+
+
+def test_the_help_of_table_lists_its_formats():
+    from lminf_eval.report.outputs import WRITERS
+
+    (option,) = [option for option in get_command(app).commands["table"].params if "--format" in option.opts]
+    assert all(name in option.help for name in ("terminal", *WRITERS))

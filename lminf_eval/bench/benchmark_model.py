@@ -142,5 +142,5 @@ def available_memory(device: torch.device | str) -> int:
 def _dtype(options: Options, config: PretrainedConfig) -> torch.dtype:
     """Return the chosen dtype; `auto` is the checkpoint's own, and float32 for random weights."""
     own = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None) or torch.float32
-    found = own if options.dtype == "auto" else options.dtype
-    return getattr(torch, found) if isinstance(found, str) else found
+    chosen = own if options.dtype == "auto" else options.dtype
+    return getattr(torch, chosen) if isinstance(chosen, str) else chosen

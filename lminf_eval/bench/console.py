@@ -123,10 +123,10 @@ def displayed_values(record: Record, side: str) -> list[float]:
 
 def summarize(record: Record) -> str:
     """Return the medians of a record, in one line."""
-    found = [
+    medians = [
         f"{side} {format_measurement(median(displayed_values(record, side)))} {_unit(record)}" for side in record.values
     ]
-    return ", ".join([*found, *(f"{side} left out" for side in record.skipped)])
+    return ", ".join([*medians, *(f"{side} left out" for side in record.skipped)])
 
 
 def _values(record: Record, side: str) -> str:

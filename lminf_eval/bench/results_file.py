@@ -66,7 +66,7 @@ class BenchFile:
     def __init__(self, path: Path, about: dict[str, Any]):
         self.path, self.about = path, about
         self.records: list[Record] = []
-        self.found = 0  # records of an earlier process
+        self.resumed = 0  # number of records of an earlier process
         if path.exists():
             self._take(_read(path))
         try:
@@ -88,7 +88,7 @@ class BenchFile:
             )
         if not earlier["finished"]:
             self.records = [Record.from_json(raw) for raw in earlier["records"]]
-            self.found = len(self.records)
+            self.resumed = len(self.records)
 
     def write(self, finished: bool) -> None:
         """Write everything measured so far; the first record is that of the hardware limits."""
@@ -104,12 +104,12 @@ class BenchFile:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        found = None
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        content = None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UsageError(f"output {path} exists and is not a bench file: choose another one")
-    return found
+    return content
 
 
 def _cpu() -> str:

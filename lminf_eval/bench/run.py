@@ -48,8 +48,8 @@ def run_bench(options: Options, output: Path) -> int:
         torch.set_num_threads(options.threads)
     bench_model = BenchmarkModel(options)
     file = BenchFile(output, describe_bench(options, bench_model, sys.argv))
-    if file.found:
-        console.print(Text(f"{output} holds {file.found} measurements of this bench; resuming"))
+    if file.resumed:
+        console.print(Text(f"{output} holds {file.resumed} measurements of this bench; resuming"))
     console.print(Text(f"reading {model_name(options)}"))
     dtype = bench_model.model.dtype
     done = {record.key: record for record in file.records}
@@ -65,8 +65,8 @@ def run_bench(options: Options, output: Path) -> int:
         for number, job in enumerate(todo, start=1):
             about_job = f"{number}/{len(todo)} {job.case} " + ", ".join(f"{k}={v}" for k, v in job.setting.items())
             with console.status(Text(about_job)) as bar:
-                tell = partial(_tell, bar, about_job)
-                record = job.measure(job.setting, tell)
+                progress = partial(_show_progress, bar, about_job)
+                record = job.measure(job.setting, progress)
             file.records.append(record)
             file.write(False)
             console.print(Text(f"{about_job}: {summarize(record)}"))
@@ -82,7 +82,7 @@ def run_bench(options: Options, output: Path) -> int:
     return status
 
 
-def _tell(bar: Status, name: str, line: str) -> None:
+def _show_progress(bar: Status, name: str, line: str) -> None:
     bar.update(Text(f"{name}: {line}"))
 
 

@@ -41,7 +41,7 @@ class Method:
 
     Attributes:
         name: as the table shows it.
-        model_args: beside the model's own.
+        model_args: besides the model's own.
         cost: time for a token, relative to `lambda` with n_local=2048, for the estimates alone.
         tasks: those that tell it from the other rows.
     """
@@ -252,7 +252,7 @@ def make_table(rows: Mapping[str, Mapping[str, str]], plan: Plan) -> Table:
 
 
 def write_report(output: Path) -> str:
-    """Write the page of `lminf report` into `output`; the line that says where it is, or what it needs."""
+    """Write the page of `lminf report` into `output`; return a line with its path, or with what it needs."""
     try:
         from lminf_eval.report.outputs import write_report as write_page
     except ModuleNotFoundError as error:

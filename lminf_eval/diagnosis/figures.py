@@ -24,7 +24,7 @@ _GROUPS = 24  # of neighbouring queries whose entropies are averaged for the lin
 Row = Callable[[Tables, Sequence[Axes], int, int], list[Line2D]]
 
 
-def draw_figures(found: Tables, model: str, n_local: int, n_global: int) -> list[Plot]:
+def draw_figures(tables: Tables, model: str, n_local: int, n_global: int) -> list[Plot]:
     """Draw one figure for each of the three factors, and one with all of them."""
     rows = {
         "logits": (logits_row, f"Attention logits against distance: {model}", _LOGITS),
@@ -33,11 +33,11 @@ def draw_figures(found: Tables, model: str, n_local: int, n_global: int) -> list
     }
     with matplotlib.rc_context(SETTINGS):
         single = [
-            Plot(name, title, caption, _figure([row], title, found, n_local, n_global))
+            Plot(name, title, caption, _figure([row], title, tables, n_local, n_global))
             for name, (row, title, caption) in rows.items()
         ]
         title = f"Within and beyond n_local = {n_local:,}: {model}"
-        whole = _figure([row for row, _, _ in rows.values()], title, found, n_local, n_global)
+        whole = _figure([row for row, _, _ in rows.values()], title, tables, n_local, n_global)
     return [*single, Plot("diagnosis", title, " ".join([_LOGITS, _ENTROPY, _STATES]), whole)]
 
 
@@ -55,9 +55,9 @@ _STATES = (
 )
 
 
-def logits_row(found: Tables, row: Sequence[Axes], n_local: int, n_global: int) -> list[Line2D]:
+def logits_row(tables: Tables, row: Sequence[Axes], n_local: int, n_global: int) -> list[Line2D]:
     """Draw the highest and the mean logit of each bin of distance."""
-    far = found.logits[found.logits["distance_from"] > 0]  # the distance 0 has no place on a logarithmic axis
+    far = tables.logits[tables.logits["distance_from"] > 0]  # the distance 0 has no place on a logarithmic axis
     for axes, (_, of_layer) in zip(row, far.groupby("layer"), strict=True):
         for method, logits in group_by_name(of_layer, "method"):
             _draw_logits(axes, method, logits, n_local)
@@ -94,9 +94,9 @@ def _draw_logits(axes: Axes, method: str, logits: pd.DataFrame, n_local: int) ->
     axes.plot(curve["middle"], curve["mean"], linewidth=1, alpha=0.6, **drawn)
 
 
-def entropy_row(found: Tables, row: Sequence[Axes], n_local: int, n_global: int) -> list[Line2D]:
+def entropy_row(tables: Tables, row: Sequence[Axes], n_local: int, n_global: int) -> list[Line2D]:
     """Draw the entropy of each query's attention, and its bound."""
-    for axes, (_, of_layer) in zip(row, found.entropy.groupby("layer"), strict=True):
+    for axes, (_, of_layer) in zip(row, tables.entropy.groupby("layer"), strict=True):
         position = np.sort(of_layer["position"].unique()) + 1
         axes.plot(position, np.log(position), color=GRID, linewidth=1)
         for method, queries in group_by_name(of_layer, "method"):
@@ -113,11 +113,11 @@ def entropy_row(found: Tables, row: Sequence[Axes], n_local: int, n_global: int)
     return [*_method_handles(marked=False), bound, _boundary(n_local)]
 
 
-def states_row(found: Tables, row: Sequence[Axes], n_local: int, n_global: int) -> list[Line2D]:
+def states_row(tables: Tables, row: Sequence[Axes], n_local: int, n_global: int) -> list[Line2D]:
     """Draw hidden states on two axes: the starting tokens, the trained range, and beyond it under each method."""
     small: dict[str, Any] = {"linestyle": "", "markersize": 2.5}
     groups: list[tuple[pd.DataFrame, dict[str, Any]]] = []
-    for axes, (layer, states) in zip(row, group_by_number(found.states, "layer"), strict=True):
+    for axes, (layer, states) in zip(row, group_by_number(tables.states, "layer"), strict=True):
         of_full, beyond = states["method"] == "full", states["position"] >= n_local
         first = of_full & (states["position"] < n_global)
         usual = of_full & ~beyond & ~first
@@ -134,8 +134,8 @@ def states_row(found: Tables, row: Sequence[Axes], n_local: int, n_global: int) 
         axes.set_xticks([0], [""])
         axes.set_yticks([0], [""])
         axes.minorticks_off()
-        axes.set_xlabel(f"axis 1 ({found.explained_variance[layer][0]:.0%} of variance)")
-        axes.set_ylabel(f"axis 2 ({found.explained_variance[layer][1]:.0%})")
+        axes.set_xlabel(f"axis 1 ({tables.explained_variance[layer][0]:.0%} of variance)")
+        axes.set_ylabel(f"axis 2 ({tables.explained_variance[layer][1]:.0%})")
     labels = ["within n_local", "full, beyond", "lambda, beyond", f"first {n_global} tokens"]
     return [
         Line2D([], [], **(style | {"alpha": 1, "markersize": 7 if i == 3 else 5}), label=label)
@@ -143,12 +143,12 @@ def states_row(found: Tables, row: Sequence[Axes], n_local: int, n_global: int) 
     ]
 
 
-def _figure(rows: list[Row], title: str, found: Tables, n_local: int, n_global: int) -> Figure:
-    layers = sorted(found.explained_variance)
+def _figure(rows: list[Row], title: str, tables: Tables, n_local: int, n_global: int) -> Figure:
+    layers = sorted(tables.explained_variance)
     figure = Figure(figsize=(1.6 + 2.5 * len(layers), 0.7 + 2.6 * len(rows)), layout="constrained")
     grid = figure.subplots(len(rows), len(layers), squeeze=False)
     for draw, row in zip(rows, grid, strict=True):
-        handles = draw(found, row, n_local, n_global)
+        handles = draw(tables, row, n_local, n_global)
         row[-1].legend(handles=handles, loc="center left", bbox_to_anchor=(1.03, 0.5), frameon=False, fontsize=8.5)
     for axes, layer in zip(grid[0], layers, strict=True):
         axes.set_title(f"layer {layer}", fontsize=9.5)

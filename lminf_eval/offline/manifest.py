@@ -256,11 +256,11 @@ def _describe_files(folder: Path, files: Iterable[Path], checksums: bool) -> dic
     """
     described = []
     for file in files:
-        said = {"path": file.absolute().relative_to(folder.absolute()).as_posix(), "bytes": file.stat().st_size}
+        entry = {"path": file.absolute().relative_to(folder.absolute()).as_posix(), "bytes": file.stat().st_size}
         if checksums:
-            said["sha256"] = sha256_of(file)
+            entry["sha256"] = sha256_of(file)
             promised = file.resolve().name  # the cache names big files by their SHA-256
-            if file.is_symlink() and re.fullmatch("[0-9a-f]{64}", promised) and promised != said["sha256"]:
+            if file.is_symlink() and re.fullmatch("[0-9a-f]{64}", promised) and promised != entry["sha256"]:
                 raise UsageError(f"{file} is damaged: its SHA-256 is not the hub's; delete {file.resolve()}")
-        described.append(said)
+        described.append(entry)
     return {"folder": str(folder.absolute()), "files": described}

@@ -49,12 +49,12 @@ def format_value(cell: Cell) -> str:
 
 def format_details(cell: Cell, column: Column) -> str:
     """Return what follows the value: its standard error, and its n or dagger if the column's heading lacks them."""
-    told = ""
+    text = ""
     if not math.isnan(cell.stderr) and not cell.result["diverged"]:
-        told += f" ±{format_metric(cell.stderr)}"
+        text += f" ±{format_metric(cell.stderr)}"
     if math.isnan(column.n) and not math.isnan(cell.result["n"]):
-        told += f" n={cell.result['n']:.0f}"
-    return told + " †" if cell.result["past_trained"] and not column.past_trained else told
+        text += f" n={cell.result['n']:.0f}"
+    return text + " †" if cell.result["past_trained"] and not column.past_trained else text
 
 
 def format_versus(cell: Cell) -> str:

@@ -22,12 +22,12 @@ ABSENT = -1.0
 
 
 def is_length(metric: str) -> bool:
-    """Return whether the name of a metric is a number of tokens."""
+    """Return True if the name of a metric is a number of tokens."""
     return METRIC.fullmatch(metric) is not None
 
 
 def was_run(raw: dict[str, Any], task: str, key: str) -> bool:
-    """Return whether the task, or each task of a group, had documents of the length that `key` names."""
+    """Return True if the task, or each task of a group, had documents of the length that `key` names."""
     results = table(raw.get("results"))
     values = [table(results.get(name)).get(key) for name in {task, *members(raw, task)}]
     return ABSENT not in [number(value) for value in values]
@@ -35,8 +35,8 @@ def was_run(raw: dict[str, Any], task: str, key: str) -> bool:
 
 def documents_at_length(samples: pd.DataFrame, metric: str, filter_name: str) -> pd.DataFrame:
     """Return `samples.metric_totals` of one metric; of a length, over the documents that have it."""
-    found = metric_totals(samples, metric, filter_name)
-    return found[found["total"] != ABSENT] if is_length(metric) else found
+    totals = metric_totals(samples, metric, filter_name)
+    return totals[totals["total"] != ABSENT] if is_length(metric) else totals
 
 
 def count_documents(run: Run, task: str, key: str) -> float:

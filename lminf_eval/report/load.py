@@ -29,7 +29,7 @@ LARGEST_RESULTS_FILE = 256 * 2**20  # bytes; lm-eval's are below one MiB, other 
 NOT_METRICS = {"alias", "name", "sample_len", "sample_count", "samples"}
 NO_RESULT = "bypass"  # the metric that stands in for all others under --predict_only
 DEEPEST = 100  # tables within tables; lm-eval's files have ten
-DIVERGED_PERPLEXITY = 1000.0  # where the LM-Infinite paper stops telling numbers apart
+DIVERGED_PERPLEXITY = 1000.0  # above it, the LM-Infinite paper does not distinguish values
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,14 @@ NON_AXIS_COLUMNS = (
 MEASURED_COLUMNS = ("family", "metric", "filter")  # what is measured; a part of the columns unless the rows tell
 PER_TOKEN = ("token_perplexity", "nll", "nll_tail")
 PRIMARY = ("token_perplexity", "acc", "exact_match", "word_perplexity")  # a family's metric, unless one is asked for
-SELF_EXPLANATORY = ("model", "method", "attention", "backend", "task", "length")  # values that need no name beside them
+SELF_EXPLANATORY = (
+    "model",
+    "method",
+    "attention",
+    "backend",
+    "task",
+    "length",
+)  # values that need no name next to them
 # What results that would share a cell may differ in, in the order in which it is added to the rows or the columns.
 DISTINGUISHING_ROWS = tuple(
     dict.fromkeys(("model", "method", "backend", "other", "model_path", *PROMPT_COLUMNS, *RUN_COLUMNS))
@@ -239,7 +246,7 @@ def _contest(best: pd.Series, second: pd.Series) -> str:
         for name in (*DISTINGUISHING_ROWS, *DISTINGUISHING_COLUMNS)
         if _written(name, best) != _written(name, second)
     ]
-    implied = {name for told in differing for name in IMPLIED.get(told, ())}
+    implied = {name for column in differing for name in IMPLIED.get(column, ())}
     differing = [name for name in differing if name not in implied]
     names = (" ".join(_written(name, result) for name in differing) for result in (best, second))
     length = format_tokens(best["length"])

@@ -28,18 +28,18 @@ def sample_files(results_file: Path, raw: dict[str, Any]) -> dict[str, Path]:
     """Return the samples files next to `results_file`, by task: the one with its date, or a task's only one."""
     date = DATE_IN_NAME.search(results_file.name)
     try:
-        beside = {file.name: file for file in results_file.parent.iterdir() if file.suffix == ".jsonl"}
+        siblings = {file.name: file for file in results_file.parent.iterdir() if file.suffix == ".jsonl"}
     except OSError:  # a folder that may be entered but not listed
         return {}
     found = {}
     for task in raw["results"]:
         start = f"samples_{task}_"
         if date:
-            names = sorted({f"{start}{date[0]}.jsonl"} & beside.keys())
+            names = sorted({f"{start}{date[0]}.jsonl"} & siblings.keys())
         else:
-            names = [name for name in beside if name.startswith(start) and DATE_IN_NAME.match(name, len(start))]
+            names = [name for name in siblings if name.startswith(start) and DATE_IN_NAME.match(name, len(start))]
         if len(names) == 1:
-            found[task] = beside[names.pop()]
+            found[task] = siblings[names.pop()]
     return found
 
 

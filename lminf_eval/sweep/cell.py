@@ -127,7 +127,7 @@ def read_result(folder: Path, cell: Cell) -> dict[str, Any]:
     try:
         raw = json.loads(files[-1].read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{files[-1].name} can't be read ({error})") from None
+        raise ValueError(f"{files[-1].name} cannot be read ({error})") from None
     if not isinstance(raw, dict) or not isinstance(raw.get("results"), dict) or not raw["results"]:
         raise ValueError(f"{files[-1].name} has no table of results")
     for task, measured in raw["results"].items():

@@ -94,7 +94,7 @@ class Cell:
     Attributes:
         task: lm-eval's name of it.
         settings: lm-eval's other keys; `settings["model"]` is the backend.
-        length: in tokens, where the task is one of ours.
+        length: in tokens, if the task is one of ours.
     """
 
     model_args: dict[str, Any]
@@ -127,8 +127,8 @@ class Cell:
         settings = {name: value for name, value in self.settings.items() if name not in _SHOWN}
         args = {name: value for name, value in self.model_args.items() if name not in HOW}
         counted = json.dumps([args, self.task, settings], sort_keys=True, default=str)
-        said = [re.sub(r"[^\w.-]+", "-", part, flags=re.ASCII)[:48] for part in (self.model, self.method, self.label)]
-        return "__".join([*said, hashlib.sha256(counted.encode()).hexdigest()[:8]])
+        parts = [re.sub(r"[^\w.-]+", "-", part, flags=re.ASCII)[:48] for part in (self.model, self.method, self.label)]
+        return "__".join([*parts, hashlib.sha256(counted.encode()).hexdigest()[:8]])
 
     def config(self, journal: Path, output: Path) -> dict[str, Any]:
         """Return the cell as a configuration file of lm-eval."""
@@ -145,13 +145,13 @@ def read_sweep(file: Path) -> list[Cell]:
     """Read the cells of a sweep's file, in its order: models, then methods, then tasks.
 
     Raises:
-        UsageError: for a file that can't be read, an unknown key (naming the nearest known one), an impossible value or
-            an unknown task.
+        UsageError: for a file that cannot be read, an unknown key (the message names the nearest known one), an invalid
+            value or an unknown task.
     """
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{file}: it can't be read ({getattr(error, 'strerror', error)})") from error
+        raise UsageError(f"{file}: cannot be read ({getattr(error, 'strerror', error)})") from error
     except yaml.YAMLError as error:
         raise UsageError(f"{file}: it is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
@@ -235,7 +235,7 @@ def _settings(given: Mapping[str, Any], where: str, own: set[str]) -> dict[str, 
 
 
 def _check_args(args: Mapping[str, Any], backend: str) -> None:
-    """Refuse what `--model lminf` would: an argument that doesn't exist, a value that the attention can't have."""
+    """Refuse what `--model lminf` would: an unknown argument, or an invalid value."""
     if backend != MODEL_NAME:
         return
     own = {name: value for name, value in args.items() if name in LambdaSpec.model_fields}

@@ -84,5 +84,5 @@ def _array(numbers: list[int], max_concurrent: int | None) -> list[str]:
             ranges[-1][1] = number
         else:
             ranges.append([number, number])
-    said = ",".join(str(low) if low == high else f"{low}-{high}" for low, high in ranges)
-    return [f"--array={said}" + (f"%{max_concurrent}" if max_concurrent else "")]
+    indices = ",".join(str(low) if low == high else f"{low}-{high}" for low, high in ranges)
+    return [f"--array={indices}" + (f"%{max_concurrent}" if max_concurrent else "")]

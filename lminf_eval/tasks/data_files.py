@@ -16,7 +16,7 @@ from lminf_eval.errors import UsageError, first_line
 
 logger = logging.getLogger(f"lm_eval.{__name__}")  # under lm-eval's own, which shows it
 
-# One document: its text, or None where it is none (broken UTF-8, not a string), and `meta.pile_set_name` if it has one.
+# One document: its text, or None if it has none (broken UTF-8, not a string), and `meta.pile_set_name` if it has one.
 Row = tuple[str | None, str | None]
 
 _SURROGATE = re.compile("[\ud800-\udfff]")

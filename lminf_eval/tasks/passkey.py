@@ -106,7 +106,7 @@ class _Sizer:
     """Finds the most filler that keeps a prompt within `length` tokens.
 
     In most tokenizers a filler sentence costs the same number of tokens wherever it stands, which a few short prompts
-    reveal. The size that follows is checked on the whole prompt, and corrected where a tokenizer does otherwise.
+    reveal. The size that follows is checked on the whole prompt, and corrected if a tokenizer does otherwise.
     """
 
     def __init__(self, tokenizer: TaskTokenizer, length: int):

@@ -49,7 +49,7 @@ class TaskTokenizer:
         """
         if not self.tokenizer.is_fast:
             raise UsageError(
-                f"tokenizer {self.tokenizer.name_or_path!r} does not tell where its tokens lie in the text; "
+                f"tokenizer {self.tokenizer.name_or_path!r} does not know the positions of its tokens in the text; "
                 "perplexity tasks need a fast tokenizer (use_fast_tokenizer=True, or another `tokenizer`)"
             )
         return pieces(self.tokenizer).encode(text)

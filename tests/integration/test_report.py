@@ -63,7 +63,7 @@ def test_hf_lminf_and_the_old_format_in_one_table(results):
 
 
 @pytest.fixture(scope="module")
-def render_page(results) -> Path:
+def page(results) -> Path:
     lminf(results, "report", "out", str(OLD), "-o", "report.html", "--figures", "figures")
     assert {file.suffix for file in results.glob("figures/nll-*")} == {".png", ".svg"}
     return results / "report.html"

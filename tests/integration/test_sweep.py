@@ -158,7 +158,7 @@ def test_a_full_disk_is_told_and_nothing_is_lost(done, tmp_path):
     try:
         status, said = lminf(file, output)
         assert status == 1
-        assert f"the disk of {output} is full; all answers before are kept" in said
+        assert f"the disk of {output} is full; all earlier answers are saved" in said
         assert "Traceback" not in said
         kept = [line for journal in (output / "journal").glob("*.jsonl") for line in journal.read_bytes().split(b"\n")]
         kept = sum(line.startswith(b'{"key"') and line.endswith(b"}") for line in kept)

@@ -142,8 +142,8 @@ def _sdpa(bench_model: BenchmarkModel, n_local: int):
 def _linear(passes: _Passes):
     model = passes.lm.streaming.model
     modules = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    how = {"dtype": model.dtype, "device": passes.bench_model.device}
-    inputs = {module.in_features: torch.randn(1, passes.chunk, module.in_features, **how) for module in modules}
+    options = {"dtype": model.dtype, "device": passes.bench_model.device}
+    inputs = {module.in_features: torch.randn(1, passes.chunk, module.in_features, **options) for module in modules}
 
     @torch.inference_mode()
     def multiply() -> None:

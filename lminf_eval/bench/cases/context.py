@@ -46,12 +46,12 @@ def measure_context_parallel(bench_model: BenchmarkModel, setting: Setting, prog
             if side in skipped:
                 continue
             progress(f"{side}, run {number} of {runs}")
-            found, why = run_in_process(
+            value, why = run_in_process(
                 f"context on {side}", launcher, "lminf_eval.bench.workers.context_parallel", task
             )
-            if found is None:
+            if value is None:
                 skipped[side] = why
                 values.pop(side)
             else:
-                values[side].append(found)
+                values[side].append(value)
     return Record("context", setting, values, tokens=setting["length"], skipped=skipped)

@@ -56,9 +56,9 @@ def measure_decode(bench_model: BenchmarkModel, setting: Setting, progress: Prog
         progress("plain, filling its cache")
         calls["plain"] = _plain(bench_model, bench_model.model, context, rows, ids_SB1, facts)
     if options.baselines:
-        found, missing = load_baselines(bench_model, n_local)
+        baselines, missing = load_baselines(bench_model, n_local)
         skipped |= missing
-        calls |= {name: _plain(bench_model, model, context, rows, ids_SB1, {}) for name, model in found.items()}
+        calls |= {name: _plain(bench_model, model, context, rows, ids_SB1, {}) for name, model in baselines.items()}
     values, failed = interleave(calls, options.runs, bench_model.device, progress)
     windowed = size.decoding(rows, lambda_keys(context, n_local, lm.spec.sinks))
     work = dict.fromkeys(values, windowed) | {"plain": size.decoding(rows, context + 1)}

@@ -45,9 +45,9 @@ def measure_peak(bench_model: BenchmarkModel, setting: Setting, progress: Progre
             continue
         progress(side)
         task = {"options": asdict(bench_model.options), "side": side, **setting}
-        found, why = run_in_process(f"memory of {side}", [], "lminf_eval.bench.workers.peak_memory", task)
-        if found is None:
+        value, why = run_in_process(f"memory of {side}", [], "lminf_eval.bench.workers.peak_memory", task)
+        if value is None:
             skipped[side] = why
         else:
-            values[side] = [found]
+            values[side] = [value]
     return Record("memory", setting, values, "B", skipped=skipped)

@@ -47,9 +47,9 @@ def measure_prefill(bench_model: BenchmarkModel, setting: Setting, progress: Pro
     else:
         sides["hf"] = bench_model.hf
     if options.baselines:
-        found, missing = load_baselines(bench_model, n_local)
-        skipped |= missing | (dict.fromkeys(found, shortage) if shortage else {})
-        sides |= {name: bench_model.through_hf(model) for name, model in found.items() if not shortage}
+        baselines, missing = load_baselines(bench_model, n_local)
+        skipped |= missing | (dict.fromkeys(baselines, shortage) if shortage else {})
+        sides |= {name: bench_model.through_hf(model) for name, model in baselines.items() if not shortage}
     short = bench_model.rolling(min(length, 256))
     for name, one in sides.items():
         progress(f"{name}, warming up")

@@ -67,9 +67,9 @@ def measure_short_requests(bench_model: BenchmarkModel, setting: Setting, progre
 
 def instances(bench_model: BenchmarkModel, requests: list[Request]) -> list[Instance]:
     """Return the contexts of `requests` as lm-eval's requests for the `NEW` most likely tokens after each."""
-    how = {"until": [], "max_gen_toks": NEW, "do_sample": False}
+    settings = {"until": [], "max_gen_toks": NEW, "do_sample": False}
     texts = [bench_model.tokenizer.decode(context) for _, context, _ in requests]
-    return [Instance("generate_until", {}, (text, how), i) for i, text in enumerate(texts)]
+    return [Instance("generate_until", {}, (text, settings), i) for i, text in enumerate(texts)]
 
 
 def request_set(kind: str, vocab: int, n_local: int) -> list[Request]:

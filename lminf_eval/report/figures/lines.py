@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -78,7 +79,7 @@ def perplexity_against_length(
         return None
     figure, axes = new_axes()
     ends: list[LineEnd] = []
-    gone = 0
+    diverged = 0  # methods that diverged at some length
     for method, results in group_by_name(of_metric, "line"):
         results = results.sort_values("length", kind="stable").drop_duplicates("length", keep="last")
         fine = results["diverged"] == ""
@@ -88,32 +89,11 @@ def perplexity_against_length(
             last = results[fine].iloc[-1]
             ends.append((method, last["length"], last["value"]))
         if not fine.all():
-            # Stacked above the axes, so that methods that fail at the same length stay apart.
-            height = [1.02 + 0.04 * gone] * int((~fine).sum())
-            at = axes.get_xaxis_transform()
-            axes.plot(
-                results.loc[~fine, "length"],
-                height,
-                transform=at,
-                marker=style.marker,
-                color=style.color,
-                linestyle="",
-                markerfacecolor="none",
-                clip_on=False,
-            )
-            axes.annotate(
-                f"{short_method(method)} diverged",
-                (1, height[0]),
-                xycoords="axes fraction",
-                xytext=(10, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=8.5,
-            )
-            gone += 1
+            _mark_diverged(axes, method, results.loc[~fine, "length"], style, diverged)
+            diverged += 1
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    if gone:
+    if diverged:
         axes.set_ylim(top=min(axes.get_ylim()[1] * 1.5, DIVERGED_PERPLEXITY))
     lengths = sorted(of_metric["length"].unique())
     axes.set_xticks(lengths, [format_tokens(length) for length in lengths])
@@ -122,13 +102,30 @@ def perplexity_against_length(
     axes.set_xlabel("length of the text (tokens)")
     axes.set_ylabel("perplexity per token")
     title = f"Perplexity against length: {subtitle}"
-    axes.set_title(title, pad=12 + 14 * gone)
+    axes.set_title(title, pad=12 + 14 * diverged)
     _trained_line(axes, group)
     label_ends(axes, ends, line_styles)
     caption = "Perplexity per token of whole texts of each length; lower is better; both axes are logarithmic."
-    if gone:
+    if diverged:
         caption += " Hollow marks above the axes: no number, or a perplexity over 1000."
     return Plot(slug("perplexity", subtitle), title, caption, figure)
+
+
+def _mark_diverged(axes: Axes, method: str, lengths: pd.Series, style: Style, earlier: int) -> None:
+    """Mark the lengths at which a method diverged above the axes, and above the marks of `earlier` methods."""
+    height = 1.02 + 0.04 * earlier
+    hollow: dict[str, Any] = {"marker": style.marker, "linestyle": "", "markerfacecolor": "none"}
+    at = axes.get_xaxis_transform()
+    axes.plot(lengths, [height] * len(lengths), transform=at, color=style.color, clip_on=False, **hollow)
+    axes.annotate(
+        f"{short_method(method)} diverged",
+        (1, height),
+        xycoords="axes fraction",
+        xytext=(10, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=8.5,
+    )
 
 
 def score_against_length(
