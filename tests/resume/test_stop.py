@@ -8,7 +8,7 @@ import pytest
 
 FORKS = """
 import os, signal, time
-from lminf_eval.resume.stop import Stop
+from lminf_eval.resume.shutdown import Stop
 
 Stop().listen()
 deaths = 0

@@ -55,7 +55,7 @@ def test_a_cell_s_life(folder):
 @pytest.mark.parametrize(
     ("name", "damage", "message"),
     [
-        ("results_2026.json", lambda text: text[:-20], "results_2026.json can't be read"),
+        ("results_2026.json", lambda text: text[:-20], "results_2026.json cannot be read"),
         ("results_2026.json", lambda text: "{}", "has no table of results"),
         ("results_2026.json", lambda text: text.replace('"acc,none"', '"name"'), "has no metric for passkey_4k"),
         ("samples_passkey_4k_2026.jsonl", lambda text: text[:-20], "samples_passkey_4k_2026.jsonl is damaged"),
