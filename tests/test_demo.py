@@ -58,9 +58,9 @@ def results(tmp_path):
 
 
 def test_cells_come_from_the_files(results):
-    cells = run.measured(results(TWO[0]), inside=299)
+    cells = run.read_cells(results(TWO[0]), inside=299)
     assert cells == {"inside": "3.00", "tail": "4.00", PASSKEY_INSIDE: "1/2", PASSKEY_BEYOND: "1/2"}
-    assert run.measured(results(TWO[1], tail=float("nan")), inside=300)["inside"] == "3.33"
+    assert run.read_cells(results(TWO[1], tail=float("nan")), inside=300)["inside"] == "3.33"
 
 
 def test_a_row_may_leave_tasks_out(results):
@@ -68,13 +68,13 @@ def test_a_row_may_leave_tasks_out(results):
     (file,) = folder.glob("*/results_*.json")
     whole = json.loads(file.read_text())
     file.write_text(json.dumps(whole | {"results": {PASSKEY_BEYOND: whole["results"][PASSKEY_BEYOND]}}))
-    cells = run.measured(folder, inside=300)
+    cells = run.read_cells(folder, inside=300)
     assert cells == {PASSKEY_BEYOND: "1/2"}
     console = Console(width=100, file=io.StringIO())
-    console.print(run.table({"full": cells}, WHOLE))
+    console.print(run.make_table({"full": cells}, WHOLE))
     assert "1/2" in console.file.getvalue()
     method = Method("part", "attention=full", 1.0, (PASSKEY_BEYOND,))
-    assert run.command(method, folder, WHOLE)[-7:-5] == ["--samples", json.dumps({PASSKEY_BEYOND: [2]})]
+    assert run.lm_eval_args(method, folder, WHOLE)[-7:-5] == ["--samples", json.dumps({PASSKEY_BEYOND: [2]})]
 
 
 def test_the_table_marks_a_tail_that_is_lost():
@@ -85,7 +85,7 @@ def test_the_table_marks_a_tail_that_is_lost():
         "broken": {"inside": "3.10", "tail": "nan", **cells},
     }
     console = Console(width=100, file=io.StringIO(), force_terminal=True, color_system="standard")
-    console.print(run.table(rows, WHOLE))
+    console.print(run.make_table(rows, WHOLE))
     text = console.file.getvalue()
     for red in ("7.06", "nan"):
         assert re.search(rf"\x1b\[1;31m *{red}", text)
@@ -95,21 +95,21 @@ def test_the_table_marks_a_tail_that_is_lost():
 
 def test_a_row_counts_as_finished_only_for_its_own_command_and_versions(results):
     folder = results(TWO[0], words=("run", "--tasks", "a"))
-    assert run.finished(folder, ["run", "--tasks", "a"])
-    assert not run.finished(folder, ["run", "--tasks", "b"])
+    assert run.is_finished(folder, ["run", "--tasks", "a"])
+    assert not run.is_finished(folder, ["run", "--tasks", "b"])
     record = json.loads((folder / run.RECORD).read_text())
     (folder / run.RECORD).write_text(json.dumps(record | {"versions": {"torch": "1"}}))
-    assert not run.finished(folder, ["run", "--tasks", "a"])
+    assert not run.is_finished(folder, ["run", "--tasks", "a"])
     (folder / run.RECORD).write_text(json.dumps(record)[:20])
-    assert not run.finished(folder, ["run", "--tasks", "a"])
+    assert not run.is_finished(folder, ["run", "--tasks", "a"])
     (folder / run.RECORD).write_text(json.dumps(record))
     (folder / record["results"]).unlink()
-    assert not run.finished(folder, ["run", "--tasks", "a"])
-    assert not run.finished(folder / "none", ["run"])
+    assert not run.is_finished(folder, ["run", "--tasks", "a"])
+    assert not run.is_finished(folder / "none", ["run"])
 
 
 def test_rows_have_folders_and_commands_of_their_own(tmp_path):
-    commands = [run.command(method, tmp_path, WHOLE) for method in METHODS]
+    commands = [run.lm_eval_args(method, tmp_path, WHOLE) for method in METHODS]
     assert len({tuple(words) for words in commands}) == len(METHODS)
     assert len({method.folder for method in METHODS}) == len(METHODS)
     assert all(" " not in method.folder for method in METHODS)
@@ -118,10 +118,10 @@ def test_rows_have_folders_and_commands_of_their_own(tmp_path):
 
 def test_finished_rows_are_not_run_again(results, tmp_path, monkeypatch, capsys):
     for method in TWO:
-        results(method, words=run.command(method, tmp_path, SMALL))
+        results(method, words=run.lm_eval_args(method, tmp_path, SMALL))
     monkeypatch.setattr(run, "write_report", lambda output: f"a page in {output}")
     monkeypatch.setattr(run.subprocess, "Popen", lambda *args, **kwargs: pytest.fail("a finished row was run"))
-    run.run(tmp_path, tmp_path, Plan(SMALL.documents, SMALL.tokens, inside=300, metadata=SMALL.metadata), TWO)
+    run.measure_rows(tmp_path, tmp_path, Plan(SMALL.documents, SMALL.tokens, inside=300, metadata=SMALL.metadata), TWO)
     printed = capsys.readouterr().out
     assert "[1/2] full: already in" in printed
     assert "[2/2] lambda, n_local=32: already in" in printed
@@ -132,14 +132,14 @@ def test_finished_rows_are_not_run_again(results, tmp_path, monkeypatch, capsys)
 def test_an_output_that_cannot_be_made_is_told(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match=r"output .*file"):
-        run.run(tmp_path, tmp_path / "file", SMALL, TWO)
+        run.measure_rows(tmp_path, tmp_path / "file", SMALL, TWO)
 
 
 @pytest.mark.slow
 def test_a_failing_command_leaves_no_record(tmp_path):
     with pytest.raises(UsageError, match="lm_eval ended with status 2"):
-        run.evaluate(tmp_path / "row", ["run", "--no-such-option"])
-    assert not run.finished(tmp_path / "row", ["run", "--no-such-option"])
+        run.run_lm_eval(tmp_path / "row", ["run", "--no-such-option"])
+    assert not run.is_finished(tmp_path / "row", ["run", "--no-such-option"])
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
@@ -155,7 +155,7 @@ def test_ctrl_c_while_lm_eval_starts_is_heard_and_ends_it(tmp_path, monkeypatch)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
-            run.evaluate(tmp_path / "row", ["run", "--help"])
+            run.run_lm_eval(tmp_path / "row", ["run", "--help"])
     finally:
         signal.signal(signal.SIGINT, before)
     assert started[0].returncode == -signal.SIGKILL
@@ -170,7 +170,7 @@ sys.path.insert(0, sys.argv[3])
 from test_demo import SMALL, TWO
 from lminf_eval import demo
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it
-run.run(Path(sys.argv[1]), Path(sys.argv[2]), SMALL, TWO)
+run.measure_rows(Path(sys.argv[1]), Path(sys.argv[2]), SMALL, TWO)
 """
 
 
@@ -196,7 +196,7 @@ def test_stopped_and_started_again_it_ends_with_the_table(tmp_path, tiny_llama):
     assert "[1/2] full: already in" in second.stdout
     assert "loglikelihood (tokens)" in second.stderr
     for method in TWO:
-        cells = run.measured(output / method.folder, SMALL.inside)
+        cells = run.read_cells(output / method.folder, SMALL.inside)
         row = next(line for line in second.stdout.splitlines() if line.startswith(f"│ {method.name} "))
         assert [cell.strip() for cell in row.strip("│").split("│")] == [method.name, *cells.values()]
         assert 4 < float(cells["inside"]) < 12  # random weights, 512 tokens: about log 512
@@ -210,7 +210,7 @@ def test_without_the_report_extra_the_demo_says_so(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     for name in [name for name in sys.modules if name.startswith("lminf_eval.report")]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delattr(lminf_eval.report, "commands", raising=False)
+    monkeypatch.delattr(lminf_eval.report, "outputs", raising=False)
     assert "pip install 'lminf-eval[report]'" in run.write_report(tmp_path)
     assert not list(tmp_path.iterdir())
 

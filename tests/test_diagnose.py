@@ -98,7 +98,7 @@ def test_a_family_without_positions_that_could_be_held_is_refused(tmp_path):
 def test_missing_packages_are_named(monkeypatch):
     for name in ("lminf_eval.diagnosis.run", "lminf_eval.diagnosis.figures"):  # so that they are imported again
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delattr(lminf_eval, "diagnose")
+    monkeypatch.delattr(lminf_eval.diagnosis, "run")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     done = CliRunner().invoke(app, ["diagnose", "--pretrained", "x"])
     assert done.exit_code == 1

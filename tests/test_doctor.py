@@ -13,7 +13,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, GPT2Config, LlamaConfig, Ll
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lminf_eval import __version__
-from lminf_eval.cli import doctor
+from lminf_eval.cli import doctor_checks
 from lminf_eval.errors import UsageError
 from lminf_eval.methods.spec import LambdaSpec
 from lminf_eval.models.families import registry
@@ -22,7 +22,7 @@ from lminf_eval.models.memory_estimate import memory, parameters
 
 
 def shown(capsys, pretrained, length=4096, model_args="", batch_size=1):
-    doctor.doctor(str(pretrained) if pretrained else None, length, model_args, batch_size, "cpu")
+    doctor_checks.print_checks(str(pretrained) if pretrained else None, length, model_args, batch_size, "cpu")
     lines = capsys.readouterr().out.splitlines()
     return {line[:28].strip().split("  ")[0]: line for line in lines if line.startswith("  ")}
 
@@ -68,12 +68,12 @@ def test_full_runs_what_lambda_cannot(capsys, tmp_path):
 )
 def test_bad_arguments_are_told(args, message, tiny_llama):
     with pytest.raises(UsageError, match=message):
-        doctor.doctor(str(tiny_llama()), 4096, args, 1, "cpu")
+        doctor_checks.print_checks(str(tiny_llama()), 4096, args, 1, "cpu")
 
 
 def test_a_missing_folder_and_an_unreachable_hub_are_one_line(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="no such directory"):
-        doctor.doctor(str(tmp_path / "none"), 4096, "", 1, "cpu")
+        doctor_checks.print_checks(str(tmp_path / "none"), 4096, "", 1, "cpu")
     command = "from lminf_eval.cli.app import app; app(['doctor', '--pretrained', 'nobody/nothing'])"
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True)
@@ -84,7 +84,7 @@ def test_a_missing_folder_and_an_unreachable_hub_are_one_line(tmp_path, monkeypa
 
 
 def test_the_hook_switched_off_is_told():
-    command = "from lminf_eval.cli.doctor import hook; print(dict(hook()))"
+    command = "from lminf_eval.cli.doctor_checks import startup_hook; print(dict(startup_hook()))"
     environment = {"PATH": "", "LMINF_EVAL_AUTOLOAD": "0", "PYTHONPATH": ":".join(filter(None, sys.path))}
     done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
@@ -94,7 +94,7 @@ def test_the_hook_switched_off_is_told():
 
 
 def test_families_lists_both_kinds(capsys):
-    doctor.families()
+    doctor_checks.print_families()
     rows = capsys.readouterr().out.splitlines()
     assert any(row.startswith("llama ") and "rotary" in row for row in rows)
     assert any(row.startswith("gpt2 ") and "absolute" in row for row in rows)
@@ -138,14 +138,14 @@ def test_layers_that_slide_as_trained_keep_their_own_window():
 def test_the_sum_is_shown(capsys, tiny_llama):
     rows = shown(capsys, tiny_llama(), length=10**6)
     assert "attention=full: 512 MB" in rows["keys and values"]  # 2 layers, 2 heads of 16, 2 x 4 bytes
-    assert "beside Python" in rows["together"]
+    assert "plus about 0.5 GB for Python" in rows["total"]
 
 
 def test_a_config_is_read_where_its_arguments_say(tiny_llama, tmp_path, capsys):
     """`subfolder` and `trust_remote_code` reach the one loader of configs, as in a run."""
     inside = tmp_path / "model" / "inside"
     shutil.copytree(tiny_llama(), inside)
-    doctor.doctor(str(tmp_path / "model"), 4096, "subfolder=inside,n_local=32", 1, "cpu")
+    doctor_checks.print_checks(str(tmp_path / "model"), 4096, "subfolder=inside,n_local=32", 1, "cpu")
     assert "llama" in capsys.readouterr().out
     config = json.loads((inside / "config.json").read_text())
     config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine"}}
@@ -175,8 +175,10 @@ def test_every_family_gets_figures_or_one_line(attention):
             continue
         try:
             registry.check(config, attention)
-            spec, rows = doctor.how(config, LambdaSpec(attention=attention, n_local=2048), torch.float32, "cpu")
-            figures += bool([*rows, *doctor.memory_rows(config, spec, 65536, 1, torch.float32)])
+            spec, rows = doctor_checks.describe_model(
+                config, LambdaSpec(attention=attention, n_local=2048), torch.float32, "cpu"
+            )
+            figures += bool([*rows, *doctor_checks.memory_rows(config, spec, 65536, 1, torch.float32)])
         except UsageError as refusal:
             refusals[name] = str(refusal)
     assert figures > 60
@@ -184,5 +186,5 @@ def test_every_family_gets_figures_or_one_line(attention):
 
 
 def test_the_families_are_said_to_be_judged_by_their_default_configs(capsys):
-    doctor.families()
+    doctor_checks.print_families()
     assert "default config" in capsys.readouterr().out

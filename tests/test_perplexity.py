@@ -156,8 +156,8 @@ def doc(**changes):
 
 
 def test_tail_begins_at_the_last_boundary_not_beyond_seven_eighths():
-    assert perplexity.shares(doc(), [-30.0, -50.0, -70.0])["nll_tail"] == (-20.0, 8)
-    early = perplexity.shares(doc(boundaries=[31, 54, 63]), [-30.0, -50.0, -70.0])
+    assert perplexity.metric_contributions(doc(), [-30.0, -50.0, -70.0])["nll_tail"] == (-20.0, 8)
+    early = perplexity.metric_contributions(doc(boundaries=[31, 54, 63]), [-30.0, -50.0, -70.0])
     assert early["nll_tail"] == (-20.0, 9)
     assert early["nll"] == (-70.0, 63)
     assert early["bits_per_byte"] == (-70.0, 200)

@@ -11,7 +11,7 @@ import yaml
 
 from lminf_eval.errors import UsageError
 from lminf_eval.offline import manifest
-from lminf_eval.offline.prefetch import prepare
+from lminf_eval.offline.prefetch import prefetch
 
 LISTING = [
     *("README.md", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "merges.txt"),
@@ -45,7 +45,7 @@ def ours(model: Path, folder: Path, **changes) -> Path:
 def test_everything_is_recorded_with_sizes_and_checksums(tmp_path, tiny_llama, capsys):
     model = tiny_llama()
     config = ours(model, tmp_path, tasks=["passkey_4k", "pg19_ppl_2k", "arxiv_ppl_2k"])
-    assert prepare(config) == 0
+    assert prefetch(config) == 0
     record = json.loads((tmp_path / "run.prepared.json").read_text())["resolved"]
     assert [(entry["kind"], entry["name"]) for entry in record[:2]] == [
         ("pretrained", str(model)),
@@ -60,22 +60,22 @@ def test_everything_is_recorded_with_sizes_and_checksums(tmp_path, tiny_llama, c
         (data,) = entry["data"]
         assert data["files"][0]["bytes"] == (tmp_path / "book.txt").stat().st_size
     assert capsys.readouterr().out.count("\nok ") == 4
-    assert prepare(config, check=True) == 0
+    assert prefetch(config, check=True) == 0
 
 
 def test_check_misses_what_is_gone_or_changed(tmp_path, tiny_llama, capsys):
     config = ours(tiny_llama(), tmp_path, tasks="pg19_ppl_2k")
-    assert prepare(config) == 0
+    assert prefetch(config) == 0
     book = tmp_path / "book.txt"
     size = book.stat().st_size
     book.write_text(book.read_text() + "more")
     capsys.readouterr()
-    assert prepare(config, check=True) == 1
+    assert prefetch(config, check=True) == 1
     assert (
         f"missing  {book}: {size + 4} bytes, and {size} when run.prepared.json was written" in capsys.readouterr().out
     )
     book.unlink()
-    assert prepare(config, check=True) == 1
+    assert prefetch(config, check=True) == 1
     printed = capsys.readouterr().out
     assert "task pg19_ppl_2k: data_files" in printed
     assert f"missing  {book}: it was there" in printed
@@ -91,7 +91,7 @@ def test_what_is_not_here_is_a_line_each_and_nothing_is_written(tmp_path, tiny_l
     config = write(
         tmp_path, models=models, methods=methods, tasks=[{"task": "passkey", "lengths": [512]}, "pg19_ppl_2k"]
     )
-    assert prepare(config) == 1
+    assert prefetch(config) == 1
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("missing")]
     assert "missing  model someone/absent: someone/absent is not in the hub's cache, nor a directory here" in lines
     assert f"missing  model {tmp_path / 'none'}: there is no such directory" in lines
@@ -103,13 +103,13 @@ def test_what_is_not_here_is_a_line_each_and_nothing_is_written(tmp_path, tiny_l
 def test_the_same_thing_is_resolved_once_for_all_methods(tmp_path):
     methods = [{"attention": "full"}, {"n_local": 32}, {"n_local": 64, "chunk_size": 8}]
     config = write(tmp_path, models=[{"pretrained": "a/b"}], methods=methods, tasks=["passkey_4k", "pydocs_ppl_2k"])
-    found = [(item.kind, item.name) for item in manifest.items(config)]
+    found = [(item.kind, item.name) for item in manifest.required_items(config)]
     assert found == [("model", "a/b"), ("task", "passkey_4k"), ("task", "pydocs_ppl_2k")]
 
 
 def test_tokenizers_and_adapters_named_apart(tmp_path):
     args = "pretrained=a/b,tokenizer=c/d,peft=e/f,n_local=4"
-    found = [(item.kind, item.name) for item in manifest.items(write(tmp_path, model_args=args, tasks="x,y"))]
+    found = [(item.kind, item.name) for item in manifest.required_items(write(tmp_path, model_args=args, tasks="x,y"))]
     assert found == [("model", "a/b"), ("tokenizer", "c/d"), ("peft", "e/f"), ("task", "x"), ("task", "y")]
 
 
@@ -126,13 +126,13 @@ def test_tokenizers_and_adapters_named_apart(tmp_path):
 def test_a_file_that_is_neither_is_refused_in_one_line(content, said, tmp_path):
     (tmp_path / "run.yaml").write_text(content)
     with pytest.raises(UsageError, match=said) as refused:
-        prepare(tmp_path / "run.yaml")
+        prefetch(tmp_path / "run.yaml")
     assert "\n" not in str(refused.value)
 
 
 def test_an_absent_file_is_named(tmp_path):
     with pytest.raises(UsageError, match=r"absent\.yaml"):
-        prepare(tmp_path / "absent.yaml")
+        prefetch(tmp_path / "absent.yaml")
 
 
 def chosen(names=tuple(LISTING), kind="pretrained", **args):
@@ -165,7 +165,7 @@ def test_which_files_of_a_repository_are_read():
 def test_an_incomplete_folder_is_told(gone, said, tmp_path, tiny_llama, capsys):
     model = tiny_llama()
     (model / gone).unlink()
-    assert prepare(write(tmp_path, model_args={"pretrained": str(model)}), check=True) == 1
+    assert prefetch(write(tmp_path, model_args={"pretrained": str(model)}), check=True) == 1
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("missing")]
     assert said in line
 
@@ -175,5 +175,5 @@ def test_a_missing_shard_is_named(tmp_path, tiny_llama, capsys):
     (model / "model.safetensors").rename(model / "model-00001-of-00002.safetensors")
     shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
-    assert prepare(write(tmp_path, model_args={"pretrained": str(model)}), check=True) == 1
+    assert prefetch(write(tmp_path, model_args={"pretrained": str(model)}), check=True) == 1
     assert "lacks 1 of 2 weight files: model-00002-of-00002.safetensors" in capsys.readouterr().out

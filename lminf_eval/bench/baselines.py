@@ -1,4 +1,4 @@
-"""What else does windowed attention (`--vs`), as far as it is installed: the same weights, under transformers."""
+"""Other implementations of windowed attention (`--baselines`), if installed: the same weights in transformers."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ from importlib.util import find_spec
 import torch
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
 
-from lminf_eval.bench.benchmark_model import Subject
+from lminf_eval.bench.benchmark_model import BenchmarkModel
 
 IMPLEMENTATIONS = {"sliding sdpa": "sdpa", "sliding flex": "flex_attention", "sliding flash": "flash_attention_2"}
 
 
-def rivals(subject: Subject, n_local: int) -> tuple[dict[str, PreTrainedModel], dict[str, str]]:
-    """Models with a sliding window of n_local, and why others are left out.
+def load_baselines(bench_model: BenchmarkModel, n_local: int) -> tuple[dict[str, PreTrainedModel], dict[str, str]]:
+    """Return models with a sliding window of n_local, and why others are left out.
 
-    They have no starting tokens, so their answers are other ones. A Mistral is a Llama whose window slides, so it takes
-    a Llama's weights as they are.
+    They have no starting tokens, so their answers differ. A Mistral is a Llama with a sliding window, so it can use a
+    Llama's weights unchanged.
     """
     missing = {}
-    if subject.config.model_type != "llama" or getattr(subject.config, "attention_bias", False):
-        return {}, dict.fromkeys(IMPLEMENTATIONS, f"{subject.config.model_type!r} is no Llama")
-    if subject.device.type == "cpu":
+    if bench_model.config.model_type != "llama" or getattr(bench_model.config, "attention_bias", False):
+        return {}, dict.fromkeys(IMPLEMENTATIONS, f"{bench_model.config.model_type!r} is not a Llama")
+    if bench_model.device.type == "cpu":
         missing["sliding flex"] = "FlexAttention is compiled for each length on a CPU, and slower than its sdpa"
         missing["sliding flash"] = "flash-attn needs CUDA"
     elif find_spec("flash_attn") is None:
         missing["sliding flash"] = "flash-attn is not installed"
-    kept = {name: how for name, how in IMPLEMENTATIONS.items() if name not in missing}
-    return {name: sliding(subject.model, n_local, how) for name, how in kept.items()}, missing
+    kept = {name: attention for name, attention in IMPLEMENTATIONS.items() if name not in missing}
+    return {name: sliding(bench_model.model, n_local, attention) for name, attention in kept.items()}, missing
 
 
 def sliding(model: PreTrainedModel, n_local: int, implementation: str) -> PreTrainedModel:
-    """A Llama as a Mistral of the same weights, whose query i sees the keys j with i - j < n_local."""
+    """Return a Llama as a Mistral with the same weights, whose query i sees the keys j with i - j < n_local."""
     own = {name: value for name, value in model.config.to_dict().items() if name not in ("model_type", "architectures")}
     config = MistralConfig(**own | {"sliding_window": n_local})
     config._attn_implementation = implementation

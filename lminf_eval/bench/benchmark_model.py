@@ -1,4 +1,4 @@
-"""The model that is measured, three ways with one set of weights: plain, through `hf`, and through `lminf`."""
+"""The model to measure, in three forms with one set of weights: plain, through `hf`, and through `lminf`."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import copy
 import os
 from functools import cache, cached_property
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from lm_eval.models.huggingface import HFLM
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -25,50 +27,59 @@ from lminf_eval.errors import UsageError
 from lminf_eval.harness.lm import LMInfinite
 from lminf_eval.models.families import registry
 from lminf_eval.models.loading import read_config, read_weights
+from lminf_eval.utils.formatting import format_bytes
 
 Request = tuple[None, list[int], list[int]]
 
 
-class Subject:
-    """The model of a bench: what its config tells at once, its weights when `model` is first asked for.
+def score_requests(lm: HFLM, requests: list[Request]) -> None:
+    """Score token requests through an lm-eval model, without its progress bar."""
+    # lm-eval's annotation asks for the texts, but its own rolling requests have None there, as ours do.
+    lm._loglikelihood_tokens(cast("list[Any]", requests), disable_tqdm=True)
+
+
+class BenchmarkModel:
+    """The model of a bench. Only its config is read at once; the weights are read when `model` is first used.
 
     Raises:
-        UsageError: for a model whose config can't be had, that can't be run, or that doesn't fit the memory.
+        UsageError: if the config cannot be read, the model cannot be run, or it does not fit into memory.
     """
 
     def __init__(self, options: Options):
         self.options, self.device = options, torch.device(options.device)
         self.config = (
-            read_config(options.pretrained, {}) if options.pretrained else LlamaConfig(**SHAPES[options.shape])
+            read_config(options.pretrained, {}) if options.pretrained else LlamaConfig.from_dict(SHAPES[options.shape])
         )
         registry.check(self.config)
         with torch.device("meta"):
             self.size = Size.of(AutoModelForCausalLM.from_config(self.config, dtype=_dtype(options, self.config)))
         needed = self.size.parameters * self.size.itemsize
-        if lacking := self.lacking(needed):
-            raise UsageError(f"the weights: {lacking}")
+        if shortage := self.memory_shortage(needed):
+            raise UsageError(f"the weights: {shortage}")
         self.lambda_lm = cache(self._lambda_lm)
 
     @cached_property
     def model(self) -> PreTrainedModel:
-        """The plain model, with the attention that transformers chooses: `sdpa`, if the family has it.
+        """Return the plain model, with the attention that transformers chooses: `sdpa`, if the family has it.
 
         Raises:
-            UsageError: if its weights can't be read.
+            UsageError: if its weights cannot be read.
         """
         options = self.options
-        how = {"dtype": _dtype(options, self.config)}
+        dtype = _dtype(options, self.config)
         if not options.pretrained:
             torch.manual_seed(0)  # processes that share a text must have the same weights
             with self.device:
-                model = AutoModelForCausalLM.from_config(self.config, **how)
+                model: PreTrainedModel = AutoModelForCausalLM.from_config(self.config, dtype=dtype)
         else:
-            model = read_weights(AutoModelForCausalLM, options.pretrained, **how).to(self.device)
+            model = read_weights(AutoModelForCausalLM, options.pretrained, dtype=dtype)
+            module: nn.Module = model  # transformers' own annotation of `to` takes no device
+            module.to(self.device)
         return model.eval().requires_grad_(False)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        """A stand-in, a word a token: most requests come as tokens, and those for a continuation must come as text."""
+        """Return a stand-in with one word a token: most requests are tokens, but generation requests must be text."""
         last = getattr(self.config.get_text_config(), "eos_token_id", None)  # at which `hf` stops
         words = [f"w{i}" for i in range(self.size.vocab)]
         words[last if isinstance(last, int) and last < self.size.vocab else 1] = "<end>"
@@ -76,47 +87,49 @@ class Subject:
         tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=words[0], eos_token="<end>")
 
-    def twin(self) -> PreTrainedModel:
-        """A copy of the model that shares its weights."""
+    def copy_with_shared_weights(self) -> PreTrainedModel:
+        """Return a copy of the model that shares its weights."""
         return copy.deepcopy(self.model, {id(parameter): parameter for parameter in self.model.parameters()})
 
     def _lambda_lm(self, n_local: int) -> LMInfinite:
-        """`--model lminf` on a twin."""
+        """Return `--model lminf` on a copy of the model."""
         device, own = str(self.device), self.options.model_args
-        lm = LMInfinite(self.twin(), device=device, tokenizer=self.tokenizer, n_local=n_local, **own)
-        lm.shares_model = False  # the twin is its alone, and stays patched between measurements
+        lm = LMInfinite(
+            self.copy_with_shared_weights(), device=device, tokenizer=self.tokenizer, n_local=n_local, **own
+        )
+        lm.shares_model = False  # nobody else uses the copy, so it stays patched between measurements
         return lm
 
     @cached_property
     def hf(self) -> HFLM:
-        """`--model hf` on the plain model."""
+        """Return `--model hf` on the plain model."""
         return self.through_hf(self.model)
 
     def through_hf(self, model: PreTrainedModel) -> HFLM:
-        """A model through `--model hf`, reading each request as one window."""
+        """Return a model through `--model hf`, which reads each request as one window."""
         return HFLM(model, tokenizer=self.tokenizer, max_length=max(self.options.lengths) + 1)
 
     def tokens(self, *shape: int, seed: int = 0) -> torch.Tensor:
-        """Token ids drawn at random: what they are changes no time."""
+        """Return random token ids; their values do not affect the time."""
         return torch.randint(self.size.vocab, shape, generator=torch.Generator().manual_seed(seed))
 
     def rolling(self, length: int) -> list[Request]:
-        """What lm-eval makes of one text of `length` tokens: all predicted, the first from one before."""
+        """Return lm-eval's rolling request for one text: `length` tokens are predicted, after one token before."""
         first, *rest = self.tokens(length + 1).tolist()
         return [(None, [first], rest)]
 
     def hf_bytes(self, length: int) -> int:
-        """Memory that `hf` takes beyond the weights for one text: its logits, and once more as log-probabilities."""
+        """Return the bytes that `hf` needs for one text besides the weights: logits, and as many log-probabilities."""
         return 2 * length * self.size.vocab * self.size.itemsize
 
-    def lacking(self, needed: int) -> str:
-        """Why what needs so many bytes is left out, or nothing where they are there."""
-        free = available(self.device)
-        return "" if needed < 0.9 * free else f"needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+    def memory_shortage(self, needed: int) -> str:
+        """Return why something that needs this many bytes is left out; "" if it fits."""
+        free = available_memory(self.device)
+        return "" if needed < 0.9 * free else f"needs {format_bytes(needed)}, {format_bytes(free)} are free"
 
 
-def available(device: torch.device | str) -> int:
-    """Bytes of memory that are free on a device."""
+def available_memory(device: torch.device | str) -> int:
+    """Return the free memory of a device in bytes."""
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     meminfo = Path("/proc/meminfo")
@@ -127,7 +140,7 @@ def available(device: torch.device | str) -> int:
 
 
 def _dtype(options: Options, config: PretrainedConfig) -> torch.dtype:
-    """The dtype asked for; `auto` is the checkpoint's own, and float32 for random weights."""
+    """Return the chosen dtype; `auto` is the checkpoint's own, and float32 for random weights."""
     own = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None) or torch.float32
-    found = own if options.dtype == "auto" else options.dtype
-    return getattr(torch, found) if isinstance(found, str) else found
+    chosen = own if options.dtype == "auto" else options.dtype
+    return getattr(torch, chosen) if isinstance(chosen, str) else chosen

@@ -1,4 +1,4 @@
-"""A bench as tables for a terminal."""
+"""Print a bench as tables in a terminal."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ from rich.text import Text
 
 from lminf_eval.bench.options import CASES
 from lminf_eval.bench.record import Record
-from lminf_eval.bench.roofline import Ceilings
+from lminf_eval.bench.roofline import HardwareLimits
+from lminf_eval.utils.formatting import format_measurement
 
 LEGEND = (
-    "median (lowest–highest) of runs in turn · a / b: what a costs over what b costs, by pairs of runs; above 1 where "
-    "b is better · %: the least time that the counted operations or bytes need on this machine, over the time taken"
+    "median (lowest–highest) of interleaved runs · a / b: cost of a over cost of b, by pairs of runs; above 1 if b is "
+    "better · %: the least time that this hardware needs for the counted operations or bytes, over the measured time"
 )
 
 
-def show(console: Console, about: dict[str, Any], records: list[Record], ceilings: Ceilings) -> None:
-    """Print a table for each case, with what was left out and why."""
+def print_tables(console: Console, about: dict[str, Any], records: list[Record], limits: HardwareLimits) -> None:
+    """Print a table for each case, and what was left out and why."""
     machine, model, versions = about["machine"], about["model"], about["versions"]
     where = f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads of {machine['cores']} cores"
     console.print(Text(f"{model['name']}, {model['dtype']}, {model['device']}", style="bold"))
     console.print(Text(f"{where}; " + ", ".join(f"{name} {version}" for name, version in versions.items())))
     console.print(
         Text(
-            f"ceilings: {ceilings.flops_per_s / 1e9:,.0f} GFLOP/s (matrix product), "
-            f"{ceilings.bytes_per_s / 1e9:,.1f} GB/s (copy)"
+            f"hardware limits: {limits.peak_flops / 1e9:,.0f} GFLOP/s (matrix product), "
+            f"{limits.bandwidth / 1e9:,.1f} GB/s (copy)"
         )
     )
     for case, meaning in CASES.items():
@@ -40,14 +41,14 @@ def show(console: Console, about: dict[str, Any], records: list[Record], ceiling
             if record.case == case:
                 groups.setdefault((record.unit, tuple(record.setting), _part(record)), []).append(record)
         for group in groups.values():
-            console.print(_table(group, ceilings))
+            console.print(_table(group, limits))
         for line in _left_out([record for record in records if record.case == case]):
             console.print(Text(line))
     console.print()
     console.print(Text(LEGEND, style="dim"))
 
 
-def _table(records: list[Record], ceilings: Ceilings) -> Table:
+def _table(records: list[Record], limits: HardwareLimits) -> Table:
     table = Table(box=None, pad_edge=False)
     sides = list(dict.fromkeys(side for record in records for side in record.values))
     counted = any(record.work and record.unit == "s" for record in records)
@@ -65,13 +66,13 @@ def _table(records: list[Record], ceilings: Ceilings) -> Table:
     for name in facts:
         table.add_column(Text(name), justify="right")
     for record in records:
-        reached = record.reached(ceilings) if counted else {}
+        efficiency = record.efficiency(limits) if counted else {}
         ratios = record.ratios()
         cells = [f"{value:,}" if isinstance(value, int) else str(value) for value in record.setting.values()]
         for i, side in enumerate(sides):
             cells.append(_values(record, side))
             if counted:
-                cells.append(f"{reached[side]:.0%}" if side in reached else "")
+                cells.append(f"{efficiency[side]:.0%}" if side in efficiency else "")
             if i:
                 cells.append(_ratio(ratios[side]) if side in ratios else "")
         if counted:
@@ -83,7 +84,7 @@ def _table(records: list[Record], ceilings: Ceilings) -> Table:
 
 
 def _left_out(records: list[Record]) -> list[str]:
-    """A line for each side and reason, with the settings it holds for where it does not hold for all."""
+    """Return a line for each side and reason, with its settings unless it holds for all."""
     where: dict[tuple[str, str], list[str]] = {}
     for record in records:
         for side, why in record.skipped.items():
@@ -101,17 +102,17 @@ def _part(record: Record) -> str:
 def _unit(record: Record) -> str:
     if record.unit == "B":
         return "MB"
-    if record.rated:
+    if record.compare_rates:
         return "GFLOP/s"
     return {"prefill": "tokens/s", "decode": "ms a token"}.get(record.case, "s")
 
 
-def shown(record: Record, side: str) -> list[float]:
-    """The values of a side in the unit they are read in (see `_unit`)."""
+def displayed_values(record: Record, side: str) -> list[float]:
+    """Return the values of a side in the unit of its column (see `_unit`)."""
     values = record.values[side]
     if record.unit == "B":
         return [value / 1e6 for value in values]
-    if record.rated:
+    if record.compare_rates:
         return [record.work[side].flops / value / 1e9 for value in values]
     if record.case == "prefill":
         return [record.tokens / value for value in values]
@@ -120,18 +121,24 @@ def shown(record: Record, side: str) -> list[float]:
     return values
 
 
-def in_words(record: Record) -> str:
-    """The medians of a record, in a line."""
-    found = [f"{side} {number(median(shown(record, side)))} {_unit(record)}" for side in record.values]
-    return ", ".join([*found, *(f"{side} left out" for side in record.skipped)])
+def summarize(record: Record) -> str:
+    """Return the medians of a record, in one line."""
+    medians = [
+        f"{side} {format_measurement(median(displayed_values(record, side)))} {_unit(record)}" for side in record.values
+    ]
+    return ", ".join([*medians, *(f"{side} left out" for side in record.skipped)])
 
 
 def _values(record: Record, side: str) -> str:
     if side not in record.values:
         return ""
-    values = shown(record, side)
-    middle = number(median(values))
-    return middle if len(values) == 1 else f"{middle} ({number(min(values))}–{number(max(values))})"
+    values = displayed_values(record, side)
+    middle = format_measurement(median(values))
+    return (
+        middle
+        if len(values) == 1
+        else f"{middle} ({format_measurement(min(values))}–{format_measurement(max(values))})"
+    )
 
 
 def _ratio(ratio: dict[str, float]) -> str:
@@ -145,9 +152,4 @@ def _setting(record: Record) -> str:
 
 
 def _fact(value: float | str) -> str:
-    return f"{value:,}" if isinstance(value, int) else number(value) if isinstance(value, float) else value
-
-
-def number(value: float) -> str:
-    """Three digits that count."""
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) else format_measurement(value) if isinstance(value, float) else value

@@ -1,4 +1,4 @@
-"""What a bench is asked to do, read from the command line and refused where it can't be."""
+"""The options of a bench, parsed from the command line and validated."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ CASES = {
     "context": "one document on two processes",
 }
 DEFAULT_CASES = "prefill,decode,short,memory,attention,prefix"
-MODEL_ARGS = ("n_global", "chunk_size")  # what changes the speed of attention=lambda, beside n_local
+MODEL_ARGS = ("n_global", "chunk_size")  # what changes the speed of attention=lambda, besides n_local
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
 @dataclass(frozen=True)
 class Options:
-    """A bench. `pretrained` is a folder or hub name, or empty where `shape` names a Llama to be made at random."""
+    """A bench. `pretrained` is a folder or a hub name; it is empty if `shape` names a Llama with random weights."""
 
     pretrained: str
     shape: str
@@ -45,15 +45,15 @@ class Options:
     cases: tuple[str, ...]
     batches: tuple[int, ...]
     runs: int
-    vs: bool
+    baselines: bool
     model_args: dict[str, Any] = field(default_factory=dict)
 
     def batches_or(self, *default: int) -> tuple[int, ...]:
-        """The batch sizes asked for, else those of a case."""
+        """Return the batch sizes the user chose, else a case's default."""
         return self.batches or default
 
 
-def parse(
+def parse_options(
     pretrained: str,
     shape: str,
     dtype: str,
@@ -64,15 +64,15 @@ def parse(
     cases: str,
     batches: str,
     runs: int,
-    vs: bool,
+    baselines: bool,
     model_args: str,
 ) -> Options:
-    """The bench that these words ask for.
+    """Return the options that these command-line values stand for.
 
-    Without a model or a shape it is SmolLM2 where `lminf demo` has fetched it, else its shape with random weights.
+    Without a model or a shape, the model is SmolLM2 if `lminf demo` has fetched it, else its shape with random weights.
 
     Raises:
-        UsageError: naming the first value that can't be, and what can.
+        UsageError: for the first invalid value; the message lists the valid ones.
     """
     if pretrained and shape:
         raise UsageError(f"pretrained={pretrained} and shape={shape}: give one of them")
@@ -85,9 +85,9 @@ def parse(
         pretrained, shape = (str(smollm2), "") if smollm2.is_dir() else ("", "135m")
     own = simple_parse_args_string(model_args)
     for name in own.keys() - set(MODEL_ARGS):
-        told = "; n_local is --n-local" if name == "n_local" else closest(name, MODEL_ARGS)
-        raise UsageError(f"model_args: {name}={own[name]}: bench takes {' and '.join(MODEL_ARGS)} there{told}")
-    windows = counts("n-local", n_local)
+        hint = "; n_local is --n-local" if name == "n_local" else closest(name, MODEL_ARGS)
+        raise UsageError(f"model_args: {name}={own[name]}: bench takes {' and '.join(MODEL_ARGS)} there{hint}")
+    windows = parse_counts("n-local", n_local)
     for window in windows:
         LambdaSpec.parse({**own, "n_local": window})
     if pretrained:
@@ -99,16 +99,16 @@ def parse(
         find_device(device),
         threads,
         windows,
-        counts("lengths", lengths),
-        names("cases", cases, CASES),
-        counts("batches", batches) if batches else (),
+        parse_counts("lengths", lengths),
+        parse_names("cases", cases, CASES),
+        parse_counts("batches", batches) if batches else (),
         runs,
-        vs,
+        baselines,
         own,
     )
 
 
-def counts(name: str, given: str) -> tuple[int, ...]:
+def parse_counts(name: str, given: str) -> tuple[int, ...]:
     """Return the numbers in `given`, as in "2k,8k,500,1m", ascending and once each.
 
     Raises:
@@ -120,11 +120,11 @@ def counts(name: str, given: str) -> tuple[int, ...]:
         raise UsageError(f"{name}={given}: {error}") from None
 
 
-def names(name: str, given: str, known: dict[str, str]) -> tuple[str, ...]:
-    """The names in `given`, in the order of `known`.
+def parse_names(name: str, given: str, known: dict[str, str]) -> tuple[str, ...]:
+    """Return the names in `given`, in the order of `known`.
 
     Raises:
-        UsageError: for an unknown one.
+        UsageError: for an unknown name.
     """
     wanted = [part.strip() for part in given.split(",")]
     for part in wanted:
@@ -134,7 +134,7 @@ def names(name: str, given: str, known: dict[str, str]) -> tuple[str, ...]:
 
 
 def model_name(options: Options) -> str:
-    """The model as tables name it."""
+    """Return the name of the model in tables."""
     if options.pretrained:
         folder = Path(options.pretrained)
         return folder.resolve().name if folder.is_dir() else options.pretrained

@@ -1,26 +1,29 @@
-"""Caches that stand at a context of any length, made in the time of a window."""
+"""Caches at a context of any length, made in the time that one window takes."""
 
 from __future__ import annotations
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from lminf_eval.bench.benchmark_model import Subject
+from lminf_eval.bench.benchmark_model import BenchmarkModel
 from lminf_eval.cache.window_cache import LambdaCache
 from lminf_eval.harness.lm import LMInfinite
 
 
-def lambda_state(subject: Subject, lm: LMInfinite, context: int, rows: int, room: int) -> LambdaCache:
-    """The cache of `rows` equal sequences after `context` tokens, with room for more.
+def prefilled_lambda_cache(
+    bench_model: BenchmarkModel, lm: LMInfinite, context: int, rows: int, room: int
+) -> LambdaCache:
+    """Return the cache of `rows` equal sequences after `context` tokens, with room for more.
 
-    What fell out of the window is nowhere in it. So only the last tokens, one or two windows of them, are run; then the
-    sequence is said to be longer by a whole number of windows, which leaves each key in its slot and at its distance.
+    Keys that left the window are not in it. So only the last one or two windows are run; then the length of the
+    sequence is increased by a whole number of windows, which leaves each key in its slot and at its distance.
     """
-    window, model = lm.spec.n_local, lm.streaming
+    model, window = lm.streaming, lm.spec.n_local
+    assert window is not None  # a loaded model's spec is resolved
     turns = max(0, context // window - 1)
     held = context - turns * window
     cache = model.new_cache(1, context + room)
-    ids_1N = subject.tokens(1, held).to(subject.device)
+    ids_1N = bench_model.tokens(1, held).to(bench_model.device)
     for chunk in ids_1N.split(min(window, 1024), 1) if held else ():
         model.hidden(chunk, cache)
     cache.lengths = [n + turns * window for n in cache.lengths]
@@ -29,12 +32,14 @@ def lambda_state(subject: Subject, lm: LMInfinite, context: int, rows: int, room
 
 
 @torch.inference_mode()
-def plain_state(
-    subject: Subject, model: PreTrainedModel, context: int, rows: int, device: torch.device | str
+def prefilled_plain_cache(
+    bench_model: BenchmarkModel, model: PreTrainedModel, context: int, rows: int, device: torch.device | str
 ) -> DynamicCache:
-    """transformers' own cache of `rows` sequences after `context` tokens: keys and values are drawn at random, since
-    what they are changes no time. On the device "meta" it has shapes alone."""
-    size, cache = subject.size, DynamicCache(config=model.config)
+    """Return transformers' own cache of `rows` sequences after `context` tokens.
+
+    Keys and values are random, since their values do not affect the time. On the device "meta" it has only shapes.
+    """
+    size, cache = bench_model.size, DynamicCache(config=model.config)
     if context:
         for layer in range(size.layers):
             shape = rows, size.kv_heads, context, size.head_dim
@@ -43,7 +48,7 @@ def plain_state(
     return cache
 
 
-def plain_bytes(cache: DynamicCache) -> int:
-    """Bytes in the keys and values of transformers' own cache."""
-    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values) if tensor is not None]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+def cache_bytes(cache: DynamicCache) -> int:
+    """Return the bytes in the keys and values of transformers' own cache."""
+    found = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
+    return sum(tensor.numel() * tensor.element_size() for tensor in found if tensor is not None)

@@ -24,15 +24,15 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Ceilings:
-    """What the machine reaches: operations a second of a large matrix product, bytes a second of a large copy."""
+class HardwareLimits:
+    """What the hardware reaches: operations a second of a large matrix product, bytes a second of a large copy."""
 
-    flops_per_s: float
-    bytes_per_s: float
+    peak_flops: float
+    bandwidth: float
 
-    def floor(self, work: Work) -> float:
-        """Seconds that `work` takes at the least: its operations or its bytes, whichever is longer."""
-        return max(work.flops / self.flops_per_s, work.bytes / self.bytes_per_s)
+    def roofline_seconds(self, work: Work) -> float:
+        """Return the least seconds that `work` takes: those of its operations or of its bytes, whichever is longer."""
+        return max(work.flops / self.peak_flops, work.bytes / self.bandwidth)
 
 
 @dataclass(frozen=True)
@@ -66,20 +66,20 @@ class Size:
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of one position's keys and values, over all layers."""
+        """Return the bytes of one position's keys and values, over all layers."""
         return 2 * self.layers * self.kv_heads * self.head_dim * self.itemsize
 
     def attention(self, pairs: float) -> float:
-        """Operations of all layers' attention where `pairs` queries and keys meet in each."""
+        """Return the operations of all layers' attention if each has `pairs` of queries and keys."""
         return 4.0 * self.head_dim * self.heads * self.layers * pairs
 
     def scoring(self, tokens: int, pairs: float) -> Work:
-        """A text of `tokens`, each scored: linear layers and attention; weights read once, keys and values written."""
+        """Return the work of scoring `tokens`: linear layers, attention; weights read once, keys and values written."""
         flops = 2.0 * self.linear * tokens + self.attention(pairs)
         return Work(flops, float(self.linear * self.itemsize + tokens * self.kv_bytes))
 
     def decoding(self, rows: int, keys: int) -> Work:
-        """One token more in each of `rows` sequences, each seeing `keys`: weights and those keys and values read."""
+        """Return the work of one more token in each of `rows` sequences that see `keys`: weights, keys, values read."""
         flops = rows * (2.0 * self.linear + self.attention(keys))
         return Work(flops, float(self.linear * self.itemsize + rows * keys * self.kv_bytes))
 

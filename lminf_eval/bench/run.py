@@ -1,4 +1,4 @@
-"""`lminf bench`: plan, estimate, measure, show."""
+"""Run a bench: plan, estimate, measure, print."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from rich.status import Status
 from rich.text import Text
 from transformers.utils.logging import disable_progress_bar
 
-from lminf_eval.bench.benchmark_model import Subject
-from lminf_eval.bench.cases import attention, ceilings, context, decode, memory, prefill, prefix, short
-from lminf_eval.bench.console import in_words, show
+from lminf_eval.bench.benchmark_model import BenchmarkModel
+from lminf_eval.bench.cases import attention, context, decode, hardware_limits, memory, prefill, prefix, short
+from lminf_eval.bench.console import print_tables, summarize
 from lminf_eval.bench.options import Options, model_name
 from lminf_eval.bench.record import Job
-from lminf_eval.bench.results_file import BenchFile, about
-from lminf_eval.bench.roofline import Ceilings
+from lminf_eval.bench.results_file import BenchFile, describe_bench
+from lminf_eval.bench.roofline import HardwareLimits
+from lminf_eval.utils.formatting import format_estimate
 
 MODULES = {
     "prefill": prefill,
@@ -34,69 +35,65 @@ MODULES = {
 INTERRUPTED = 130  # exit status after Ctrl-C, as a shell has it
 
 
-def bench(options: Options, output: Path) -> int:
-    """Measure what is asked for, print it as tables, keep it in `output`; the exit status.
+def run_bench(options: Options, output: Path) -> int:
+    """Measure the chosen cases, print them as tables, save them to `output`, and return the exit status.
 
     Raises:
-        UsageError: for a model that can't be had or run, or an output that can't be written.
+        UsageError: if the model cannot be loaded or run, or the output cannot be written.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     disable_progress_bar()
-    told = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
     if options.threads:
         torch.set_num_threads(options.threads)
-    subject = Subject(options)
-    file = BenchFile(output, about(options, subject, sys.argv))
-    if file.found:
-        told.print(Text(f"{output} holds {file.found} measurements of this bench; going on"))
-    told.print(Text(f"reading {model_name(options)}"))
-    dtype = subject.model.dtype
+    bench_model = BenchmarkModel(options)
+    file = BenchFile(output, describe_bench(options, bench_model, sys.argv))
+    if file.resumed:
+        console.print(Text(f"{output} holds {file.resumed} measurements of this bench; resuming"))
+    console.print(Text(f"reading {model_name(options)}"))
+    dtype = bench_model.model.dtype
     done = {record.key: record for record in file.records}
-    if ("ceilings",) not in done:
-        file.records.append(ceilings.measure(dtype, subject.device, lambda line: None))
+    if (hardware_limits.CASE,) not in done:
+        file.records.append(hardware_limits.measure_hardware(dtype, bench_model.device, lambda line: None))
         file.write(False)
-    reached = ceilings.ceilings(file.records[0])
-    jobs = list(_jobs(options, subject, reached))
+    limits = hardware_limits.hardware_limits(file.records[0])
+    jobs = list(_jobs(options, bench_model, limits))
     todo = [job for job in jobs if job.key not in done]
-    told.print(Text(f"{len(todo)} measurements, {_estimate(todo)}"))
+    console.print(Text(f"{len(todo)} measurements, {_estimate(todo)}"))
     status = 0
     try:
         for number, job in enumerate(todo, start=1):
             about_job = f"{number}/{len(todo)} {job.case} " + ", ".join(f"{k}={v}" for k, v in job.setting.items())
-            with told.status(Text(about_job)) as bar:
-                tell = partial(_tell, bar, about_job)
-                record = job.run(job.setting, tell)
+            with console.status(Text(about_job)) as bar:
+                progress = partial(_show_progress, bar, about_job)
+                record = job.measure(job.setting, progress)
             file.records.append(record)
             file.write(False)
-            told.print(Text(f"{about_job}: {in_words(record)}"))
+            console.print(Text(f"{about_job}: {summarize(record)}"))
         file.write(True)
     except KeyboardInterrupt:
         status = INTERRUPTED
-    show(Console(highlight=False, width=None if sys.stdout.isatty() else 300), file.about, file.records, reached)
+    print_tables(Console(highlight=False, width=None if sys.stdout.isatty() else 300), file.about, file.records, limits)
     if status:
-        left = f"stopped: {output} holds {len(file.records) - 1} of {len(jobs)} measurements; the same command goes on"
-        told.print(Text(left))
+        left = f"stopped: {output} holds {len(file.records) - 1} of {len(jobs)} measurements; the same command resumes"
+        console.print(Text(left))
     else:
-        told.print(Text(f"{output}: {len(file.records) - 1} measurements"))
+        console.print(Text(f"{output}: {len(file.records) - 1} measurements"))
     return status
 
 
-def _tell(bar: Status, name: str, line: str) -> None:
+def _show_progress(bar: Status, name: str, line: str) -> None:
     bar.update(Text(f"{name}: {line}"))
 
 
-def _jobs(options: Options, subject: Subject, reached: Ceilings) -> Iterator[Job]:
+def _jobs(options: Options, bench_model: BenchmarkModel, limits: HardwareLimits) -> Iterator[Job]:
     for case in options.cases:
-        yield from MODULES[case].jobs(subject, reached)
+        yield from MODULES[case].jobs(bench_model, limits)
 
 
 def _estimate(jobs: list[Job]) -> str:
-    """The time they may take, by case."""
+    """Return an estimate of their time, by case."""
     cases = dict.fromkeys(job.case for job in jobs)
     each = {case: sum(job.seconds for job in jobs if job.case == case) for case in cases}
-    parts = ", ".join(f"{case} {_time(seconds)}" for case, seconds in each.items())
-    return f"about {_time(sum(each.values()))}" + (f" ({parts})" if len(each) > 1 else "")
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{max(1, round(seconds))} s"
+    parts = ", ".join(f"{case} {format_estimate(seconds)}" for case, seconds in each.items())
+    return f"about {format_estimate(sum(each.values()))}" + (f" ({parts})" if len(each) > 1 else "")

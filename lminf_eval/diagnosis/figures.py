@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -13,7 +14,8 @@ from matplotlib.lines import Line2D
 
 from lminf_eval.diagnosis.tables import Tables
 from lminf_eval.report.figures.figure import SETTINGS, Plot
-from lminf_eval.report.figures.style import FIRST_OF_ATTENTION, GRID, INK, VERMILION
+from lminf_eval.report.figures.style import FIRST_OF_ATTENTION, GRID, INK, VERMILION, Style
+from lminf_eval.report.frames import group_by_name, group_by_number
 from lminf_eval.utils.tokens import format_tokens
 
 _FULL, _OURS = FIRST_OF_ATTENTION["full"], FIRST_OF_ATTENTION["lambda"]
@@ -22,8 +24,8 @@ _GROUPS = 24  # of neighbouring queries whose entropies are averaged for the lin
 Row = Callable[[Tables, Sequence[Axes], int, int], list[Line2D]]
 
 
-def figures(found: Tables, model: str, n_local: int, n_global: int) -> list[Plot]:
-    """One figure for each of the three factors, and one with all of them."""
+def draw_figures(tables: Tables, model: str, n_local: int, n_global: int) -> list[Plot]:
+    """Draw one figure for each of the three factors, and one with all of them."""
     rows = {
         "logits": (logits_row, f"Attention logits against distance: {model}", _LOGITS),
         "entropy": (entropy_row, f"Attention entropy against position: {model}", _ENTROPY),
@@ -31,11 +33,11 @@ def figures(found: Tables, model: str, n_local: int, n_global: int) -> list[Plot
     }
     with matplotlib.rc_context(SETTINGS):
         single = [
-            Plot(name, title, caption, _figure([row], title, found, n_local, n_global))
+            Plot(name, title, caption, _figure([row], title, tables, n_local, n_global))
             for name, (row, title, caption) in rows.items()
         ]
         title = f"Within and beyond n_local = {n_local:,}: {model}"
-        whole = _figure([row for row, _, _ in rows.values()], title, found, n_local, n_global)
+        whole = _figure([row for row, _, _ in rows.values()], title, tables, n_local, n_global)
     return [*single, Plot("diagnosis", title, " ".join([_LOGITS, _ENTROPY, _STATES]), whole)]
 
 
@@ -53,21 +55,12 @@ _STATES = (
 )
 
 
-def logits_row(found: Tables, row: Sequence[Axes], n_local: int, n_global: int) -> list[Line2D]:
-    """The highest and the mean logit of each bin of distance."""
-    far = found.logits[found.logits["distance_from"] > 0]  # the distance 0 has no place on a logarithmic axis
+def logits_row(tables: Tables, row: Sequence[Axes], n_local: int, n_global: int) -> list[Line2D]:
+    """Draw the highest and the mean logit of each bin of distance."""
+    far = tables.logits[tables.logits["distance_from"] > 0]  # the distance 0 has no place on a logarithmic axis
     for axes, (_, of_layer) in zip(row, far.groupby("layer"), strict=True):
-        for method, logits in of_layer.groupby("method"):
-            look = FIRST_OF_ATTENTION[method]
-            bins = logits.assign(total=logits["mean"] * logits["pairs"]).groupby("distance_from")
-            middle = np.sqrt(bins["distance_from"].first() * bins["distance_to"].first())
-            highest, mean = bins["max"].max(), bins["total"].sum() / bins["pairs"].sum()
-            if method == "lambda":  # the starting tokens, all as if at one distance, belong to no line
-                held = [n_local, n_local], [highest.get(n_local, np.nan), mean.get(n_local, np.nan)]
-                axes.plot(*held, linestyle="", color=look.color, marker=look.marker, markerfacecolor="none")
-                middle, highest, mean = (x[x.index < n_local] for x in (middle, highest, mean))
-            axes.plot(middle, highest, color=look.color, linestyle=look.line, marker=look.marker, markevery=4)
-            axes.plot(middle, mean, color=look.color, linestyle=look.line, linewidth=1, alpha=0.6)
+        for method, logits in group_by_name(of_layer, "method"):
+            _draw_logits(axes, method, logits, n_local)
         reach = far["distance_to"].max() + 1
         axes.set_xscale("log", base=2)
         axes.set_xticks(*_labelled(2**power for power in range(0, int(np.log2(reach)) + 1, 4)))
@@ -80,17 +73,38 @@ def logits_row(found: Tables, row: Sequence[Axes], n_local: int, n_global: int) 
     return [*_method_handles(": highest"), held, thin, _boundary(n_local)]
 
 
-def entropy_row(found: Tables, row: Sequence[Axes], n_local: int, n_global: int) -> list[Line2D]:
-    """The entropy of each query's attention, and its bound."""
-    for axes, (_, of_layer) in zip(row, found.entropy.groupby("layer"), strict=True):
+def _draw_logits(axes: Axes, method: str, logits: pd.DataFrame, n_local: int) -> None:
+    """Draw one method's lines: a thick one of the highest logit of each bin, a thin one of the mean."""
+    style = FIRST_OF_ATTENTION[method]
+    bins = logits.assign(total=logits["mean"] * logits["pairs"]).groupby("distance_from")
+    curve = pd.DataFrame(
+        {
+            "middle": (bins["distance_from"].first() * bins["distance_to"].first()) ** 0.5,
+            "highest": bins["max"].max(),
+            "mean": bins["total"].sum() / bins["pairs"].sum(),
+        }
+    )
+    if method == "lambda":  # the starting tokens, all as if at one distance, belong to no line
+        values = [curve[name].get(n_local, np.nan) for name in ("highest", "mean")]
+        hollow: dict[str, Any] = {"linestyle": "", "marker": style.marker, "markerfacecolor": "none"}
+        axes.plot([n_local, n_local], values, color=style.color, **hollow)
+        curve = curve[curve.index < n_local]
+    drawn: dict[str, Any] = {"color": style.color, "linestyle": style.line}
+    axes.plot(curve["middle"], curve["highest"], marker=style.marker, markevery=4, **drawn)
+    axes.plot(curve["middle"], curve["mean"], linewidth=1, alpha=0.6, **drawn)
+
+
+def entropy_row(tables: Tables, row: Sequence[Axes], n_local: int, n_global: int) -> list[Line2D]:
+    """Draw the entropy of each query's attention, and its bound."""
+    for axes, (_, of_layer) in zip(row, tables.entropy.groupby("layer"), strict=True):
         position = np.sort(of_layer["position"].unique()) + 1
         axes.plot(position, np.log(position), color=GRID, linewidth=1)
-        for method, queries in of_layer.groupby("method"):
-            look = FIRST_OF_ATTENTION[method]
+        for method, queries in group_by_name(of_layer, "method"):
+            style = FIRST_OF_ATTENTION[method]
             at = queries["position"] + 1
-            axes.plot(at, queries["entropy"], ".", color=look.color, markersize=3, alpha=0.4)
+            axes.plot(at, queries["entropy"], ".", color=style.color, markersize=3, alpha=0.4)
             groups = queries.assign(at=at).groupby(pd.cut(at, _GROUPS), observed=True)
-            axes.plot(groups["at"].mean(), groups["entropy"].mean(), color=look.color, linestyle=look.line)
+            axes.plot(groups["at"].mean(), groups["entropy"].mean(), color=style.color, linestyle=style.line)
         step = 2 ** round(np.log2(position[-1] / 4))
         axes.set_xticks(*_labelled(range(0, position[-1] + 1, step)))
         _tokens_axis(axes, n_local, "position (tokens)")
@@ -99,10 +113,11 @@ def entropy_row(found: Tables, row: Sequence[Axes], n_local: int, n_global: int)
     return [*_method_handles(marked=False), bound, _boundary(n_local)]
 
 
-def states_row(found: Tables, row: Sequence[Axes], n_local: int, n_global: int) -> list[Line2D]:
-    """Hidden states on two axes: the starting tokens, the trained range, and what lies beyond under each method."""
-    small = {"linestyle": "", "markersize": 2.5}
-    for axes, (layer, states) in zip(row, found.states.groupby("layer"), strict=True):
+def states_row(tables: Tables, row: Sequence[Axes], n_local: int, n_global: int) -> list[Line2D]:
+    """Draw hidden states on two axes: the starting tokens, the trained range, and beyond it under each method."""
+    small: dict[str, Any] = {"linestyle": "", "markersize": 2.5}
+    groups: list[tuple[pd.DataFrame, dict[str, Any]]] = []
+    for axes, (layer, states) in zip(row, group_by_number(tables.states, "layer"), strict=True):
         of_full, beyond = states["method"] == "full", states["position"] >= n_local
         first = of_full & (states["position"] < n_global)
         usual = of_full & ~beyond & ~first
@@ -112,28 +127,28 @@ def states_row(found: Tables, row: Sequence[Axes], n_local: int, n_global: int) 
             (states[~of_full & beyond], {"color": _OURS.color, "marker": _OURS.marker, "alpha": 0.4, **small}),
             (states[first], {"color": VERMILION, "marker": "*", "linestyle": "", "markersize": 7}),
         ]
-        for group, look in groups:
-            axes.plot(group["pc1"], group["pc2"], markeredgewidth=0, **look)
+        for group, style in groups:
+            axes.plot(group["pc1"], group["pc2"], markeredgewidth=0, **style)
         axes.set_xscale("symlog", linthresh=3 * states[usual]["pc1"].std())
         axes.set_yscale("symlog", linthresh=3 * states[usual]["pc2"].std())
         axes.set_xticks([0], [""])
         axes.set_yticks([0], [""])
         axes.minorticks_off()
-        axes.set_xlabel(f"axis 1 ({found.shares[layer][0]:.0%} of variance)")
-        axes.set_ylabel(f"axis 2 ({found.shares[layer][1]:.0%})")
+        axes.set_xlabel(f"axis 1 ({tables.explained_variance[layer][0]:.0%} of variance)")
+        axes.set_ylabel(f"axis 2 ({tables.explained_variance[layer][1]:.0%})")
     labels = ["within n_local", "full, beyond", "lambda, beyond", f"first {n_global} tokens"]
     return [
-        Line2D([], [], **(look | {"alpha": 1, "markersize": 7 if i == 3 else 5}), label=label)
-        for i, (label, (_, look)) in enumerate(zip(labels, groups, strict=True))
+        Line2D([], [], **(style | {"alpha": 1, "markersize": 7 if i == 3 else 5}), label=label)
+        for i, (label, (_, style)) in enumerate(zip(labels, groups, strict=True))
     ]
 
 
-def _figure(rows: list[Row], title: str, found: Tables, n_local: int, n_global: int) -> Figure:
-    layers = sorted(found.shares)
+def _figure(rows: list[Row], title: str, tables: Tables, n_local: int, n_global: int) -> Figure:
+    layers = sorted(tables.explained_variance)
     figure = Figure(figsize=(1.6 + 2.5 * len(layers), 0.7 + 2.6 * len(rows)), layout="constrained")
     grid = figure.subplots(len(rows), len(layers), squeeze=False)
     for draw, row in zip(rows, grid, strict=True):
-        handles = draw(found, row, n_local, n_global)
+        handles = draw(tables, row, n_local, n_global)
         row[-1].legend(handles=handles, loc="center left", bbox_to_anchor=(1.03, 0.5), frameon=False, fontsize=8.5)
     for axes, layer in zip(grid[0], layers, strict=True):
         axes.set_title(f"layer {layer}", fontsize=9.5)
@@ -142,10 +157,12 @@ def _figure(rows: list[Row], title: str, found: Tables, n_local: int, n_global: 
 
 
 def _method_handles(what: str = "", marked: bool = True) -> list[Line2D]:
-    looks = {"full": _FULL, "lambda": _OURS}
+    styles: dict[str, Style] = {"full": _FULL, "lambda": _OURS}
     return [
-        Line2D([], [], color=look.color, linestyle=look.line, marker=look.marker if marked else "", label=method + what)
-        for method, look in looks.items()
+        Line2D(
+            [], [], color=style.color, linestyle=style.line, marker=style.marker if marked else "", label=method + what
+        )
+        for method, style in styles.items()
     ]
 
 

@@ -63,7 +63,7 @@ class Measures:
     layers: dict[int, LayerMeasure]
 
 
-def specs(spec: LambdaSpec, length: int) -> dict[str, LambdaSpec]:
+def method_specs(spec: LambdaSpec, length: int) -> dict[str, LambdaSpec]:
     """The two methods measured: the model as it is, and a resolved Λ spec."""
     return {"full": spec.model_copy(update={"attention": "window", "n_local": length}), "lambda": spec}
 
@@ -88,7 +88,7 @@ def measure(
     edges = distance_edges(length, n_local)
     patched = lambda_model(model, spec)
     try:
-        recorders = {index: _Recorder(patched, length, positions, edges, n_local) for index in layers}
+        recorders = {index: _Recorder(patched, index, length, positions, edges, n_local) for index in layers}
         with _recording(patched, recorders), _hooked(patched, recorders, state_positions) as states:
             cache = patched.new_cache(1, length)
             for start in range(0, length, spec.chunk_size):
@@ -104,17 +104,23 @@ def measure(
 class _Recorder:
     """Looks at one layer's queries and keys as they pass; keeps the keys of the whole text, without rotation."""
 
-    def __init__(self, patched: LambdaModel, length: int, positions: np.ndarray, edges: np.ndarray, n_local: int):
-        self._patched, self._length, self._positions = patched, length, torch.from_numpy(positions)
+    def __init__(
+        self, patched: LambdaModel, layer: int, length: int, positions: np.ndarray, edges: np.ndarray, n_local: int
+    ):
+        self._patched, self._layer = patched, layer
+        self._length, self._positions = length, torch.from_numpy(positions)
         self._edges, self._n_local = edges, n_local
-        self._start, self._keys_KND, self._statistics = 0, None, None
-        self._entropy, self._seen = [], []
+        self._start = 0
+        self._keys_KND: torch.Tensor | None = None
+        self._statistics: LogitStatistics | None = None
+        self._entropy: list[torch.Tensor] = []
+        self._seen: list[torch.Tensor] = []
 
     def look(self, module: nn.Module, q_BHLD: torch.Tensor, k_BKLD: torch.Tensor, scale: float, options: dict) -> None:
         """The next L tokens: each chosen query among them against all keys that it sees."""
         q_HLD, k_KLD = (x[0].to(torch.promote_types(x.dtype, torch.float32)) for x in (q_BHLD, k_BKLD))
         H, L, D = q_HLD.shape
-        if self._keys_KND is None:
+        if self._keys_KND is None or self._statistics is None:
             self._keys_KND = k_BKLD.new_empty(k_KLD.shape[0], self._length, D)
             self._statistics = LogitStatistics(H, self._edges, self._n_local, k_KLD.device)
         start, self._start = self._start, self._start + L
@@ -123,7 +129,7 @@ class _Recorder:
         patched, kind = self._patched, layer_type(module, self._patched.model.config.get_text_config())
 
         def turn(x_HSD: torch.Tensor, positions_S: torch.Tensor) -> torch.Tensor:
-            if not patched.rotated[module.layer_idx]:
+            if not patched.rotated[self._layer]:
                 return x_HSD
             angles = patched.rotary.angles(positions_S[None], x_HSD, kind)
             return patched.rotary.rotate(x_HSD[None], angles)[0]
@@ -141,7 +147,8 @@ class _Recorder:
             self._seen.append((distance_SM >= 0).sum(1).cpu())
 
     def result(self, states_PC: torch.Tensor) -> LayerMeasure:
-        """What was seen, when all has passed."""
+        """Return what was recorded, after all tokens have passed."""
+        assert self._statistics is not None
         return LayerMeasure(
             self._statistics, torch.cat(self._entropy).numpy(), torch.cat(self._seen).numpy(), states_PC
         )
@@ -157,7 +164,7 @@ def _recording(patched: LambdaModel, recorders: dict[int, _Recorder]) -> Iterato
             recorders[module.layer_idx].look(module, q, k, scale, options)
         return attend(module, q, k, v, scale, options)
 
-    patched.attend = look_and_attend
+    vars(patched)["attend"] = look_and_attend  # hides the method until it is deleted
     try:
         yield
     finally:

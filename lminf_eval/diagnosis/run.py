@@ -8,11 +8,11 @@ from pydoc_data.topics import topics
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lminf_eval.diagnosis.figures import figures
-from lminf_eval.diagnosis.measure import measure, specs
-from lminf_eval.diagnosis.tables import Tables, tables
+from lminf_eval.diagnosis.figures import draw_figures
+from lminf_eval.diagnosis.measure import Measures, measure, method_specs
+from lminf_eval.diagnosis.tables import Tables, build_tables
 from lminf_eval.errors import UsageError
 from lminf_eval.harness import model_args
 from lminf_eval.methods.spec import LambdaSpec
@@ -38,21 +38,23 @@ def diagnose(
     """Measure the first `length` tokens of a text; write figures (PNG, SVG) and numbers (CSV) to the folder `output`.
 
     Args:
-        layers: indices with commas between; four, evenly spaced from the first to the last, by default.
+        layers: comma-separated indices; by default four, evenly spaced from the first to the last.
         text: a file in UTF-8; the reference manual that every CPython carries by default.
 
     Raises:
-        UsageError: for bad input, or a model that Λ-attention can't run; before any weight is read.
+        UsageError: for bad input, or a model that Λ-attention cannot run; before any weight is read.
     """
     model_args.check(pretrained, 1, True, None, {"dtype": dtype})
     device = model_args.find_device(device)
     config = read_config(pretrained, {})
     registry.check(config)
     spec, why = LambdaSpec.parse({} if n_local is None else {"n_local": n_local}).resolve(config)
-    if spec.n_local < _LEAST:
-        raise UsageError(f"n_local={spec.n_local} ({why}): must be {_LEAST} or more, to tell a range by; see --n-local")
-    if length <= spec.n_local:
-        raise UsageError(f"length={length}: must be more than n_local={spec.n_local} ({why}); see --length, --n-local")
+    window = spec.n_local
+    assert window is not None  # `resolve` has settled it
+    if window < _LEAST:
+        raise UsageError(f"n_local={window} ({why}): must be {_LEAST} or more, to tell a range by; see --n-local")
+    if length <= window:
+        raise UsageError(f"length={length}: must be more than n_local={window} ({why}); see --length, --n-local")
     chosen = choose_layers(layers, config.get_text_config().num_hidden_layers)
     ids_N = torch.tensor(load_tokenizer(pretrained=pretrained).encode(_read(text))[:length])
     if len(ids_N) < length:
@@ -62,29 +64,40 @@ def diagnose(
     except OSError as error:
         raise UsageError(f"output {output}: {error.strerror}") from None
 
-    model = read_weights(AutoModelForCausalLM, pretrained, dtype=dtype).to(device).eval()
-    measures = {}
-    with tqdm(total=2 * length, unit="token") as bar:
-        for method, how in specs(spec, length).items():
-            bar.set_description(method)
-            measures[method] = measure(model, how, spec.n_local, ids_N, chosen, bar)
-    found = tables(measures, spec.n_local, spec.n_global, length)
+    model = read_weights(AutoModelForCausalLM, pretrained, dtype=dtype).eval()
+    module: torch.nn.Module = model  # transformers' own annotation of `to` takes no device
+    module.to(device)
+    measures = _measure_methods(model, spec, window, ids_N, chosen)
+    tables = build_tables(measures, window, spec.n_global, length)
     name = shorten(plain(Path(pretrained).resolve().name if Path(pretrained).is_dir() else pretrained), 40)
     try:
-        write(found, output)
-        for plot in figures(found, name, spec.n_local, spec.n_global):
+        write_csv(tables, output)
+        for plot in draw_figures(tables, name, window, spec.n_global):
             plot.write(output)
     except OSError as error:
         raise UsageError(f"{error.filename}: {error.strerror}") from None
-    print(in_words(found, spec.n_local, spec.n_global, length))
+    print(summarize(tables, window, spec.n_global, length))
     print(f"figures (PNG, SVG) and numbers (CSV): {plain(str(output))}")
 
 
+def _measure_methods(
+    model: PreTrainedModel, spec: LambdaSpec, n_local: int, ids_N: torch.Tensor, layers: list[int]
+) -> dict[str, Measures]:
+    """Run the text under each method, with a progress bar."""
+    measures = {}
+    specs = method_specs(spec, len(ids_N))
+    with tqdm(total=len(specs) * len(ids_N), unit="token") as bar:
+        for method, method_spec in specs.items():
+            bar.set_description(method)
+            measures[method] = measure(model, method_spec, n_local, ids_N, layers, bar)
+    return measures
+
+
 def choose_layers(given: str, count: int) -> list[int]:
-    """The indices in `given`, ascending and once each, of a model of `count` layers.
+    """Return the indices in `given`, ascending and once each, of a model with `count` layers.
 
     Raises:
-        UsageError: for what is no index.
+        UsageError: for anything that is not the index of a layer.
     """
     if not given.strip():
         return sorted(set(np.linspace(0, count - 1, _PANELS).round().astype(int).tolist()))
@@ -98,24 +111,29 @@ def choose_layers(given: str, count: int) -> list[int]:
     return sorted(chosen)
 
 
-def write(found: Tables, folder: Path) -> None:
-    """The tables as CSV: logits, entropy, hidden-states, summary."""
-    named = {"logits": found.logits, "entropy": found.entropy, "hidden-states": found.states, "summary": found.summary}
+def write_csv(tables: Tables, folder: Path) -> None:
+    """Write the tables as CSV: logits, entropy, hidden-states, summary."""
+    named = {
+        "logits": tables.logits,
+        "entropy": tables.entropy,
+        "hidden-states": tables.states,
+        "summary": tables.summary,
+    }
     for name, table in named.items():
         table.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g", lineterminator="\n")
 
 
-def in_words(found: Tables, n_local: int, n_global: int, length: int) -> str:
-    """What is seen, a line for each method: the means over the layers of `Tables.summary`, which defines them."""
-    layers = ", ".join(map(str, found.summary["layer"].unique()))
+def summarize(tables: Tables, n_local: int, n_global: int, length: int) -> str:
+    """Summarize each method in a line: the means over the layers of `Tables.summary`, which defines them."""
+    layers = ", ".join(map(str, tables.summary["layer"].unique()))
     lines = [
         f"within n_local={n_local} → beyond, in {length} tokens, mean over layers {layers}:",
         f"  {'':<6}  {'highest logit':<15}  {'out of range':<12}  {'entropy (nats)':<15}  drift of hidden states",
     ]
-    for method, mean in found.summary.groupby("method").mean().iterrows():
+    for method, mean in tables.summary.groupby("method").mean().iterrows():
         logit, entropy = (f"{mean[f'{x}_within']:.2f} → {mean[f'{x}_beyond']:.2f}" for x in ("highest", "entropy"))
         lines.append(f"  {method:<6}  {logit:<15}  {mean['logits_outside']:<12.2%}  {entropy:<15}  {mean['drift']:.2f}")
-    full = found.summary[found.summary["method"] == "full"].set_index("layer")["first_tokens"]
+    full = tables.summary[tables.summary["method"] == "full"].set_index("layer")["first_tokens"]
     lines.append(
         f"hidden states of the first {n_global} tokens: up to {full.max():.1f} times as far from the middle as the "
         f"others' (layer {full.idxmax()})"

@@ -1,4 +1,4 @@
-"""What was measured, as tables: one row a bin, a query, a position, and one a layer and method with all in short."""
+"""The measurements as tables: one row a bin, a query, a position; and a summary with one row a layer and method."""
 
 from __future__ import annotations
 
@@ -27,29 +27,29 @@ class Tables:
             n_local and over the last quarter of the text. first_tokens and drift, how far the starting tokens (root
             mean square), and the mean of the last quarter, are from the mean of the trained range, in units of its
             own tokens' root mean square distance.
-        shares: of the variance below n_local, what the two axes hold: by layer, [2].
+        explained_variance: of the variance below n_local, what the two axes hold: by layer, [2].
     """
 
     logits: pd.DataFrame
     entropy: pd.DataFrame
     states: pd.DataFrame
     summary: pd.DataFrame
-    shares: dict[int, np.ndarray]
+    explained_variance: dict[int, np.ndarray]
 
 
-def tables(measures: dict[str, Measures], n_local: int, n_global: int, length: int) -> Tables:
-    """The tables of what `full` and `lambda` were measured at."""
-    logits, entropy, states, summary, shares = [], [], [], [], {}
+def build_tables(measures: dict[str, Measures], n_local: int, n_global: int, length: int) -> Tables:
+    """Build the tables from the measurements of `full` and `lambda`."""
+    logits, entropy, states, summary, explained_variance = [], [], [], [], {}
     for layer in measures["full"].layers:
         full, at = measures["full"].layers[layer].states.double(), measures["full"].state_positions
         center_C = full[(at >= n_global) & (at < n_local)].mean(0)
-        axes_2C, shares[layer] = principal_axes(full[at < n_local])
+        axes_2C, explained_variance[layer] = principal_axes(full[at < n_local])
         for method, measure in measures.items():
-            found, edges = measure.layers[layer], measure.edges
+            measured, edges = measure.layers[layer], measure.edges
             about = {"method": method, "layer": layer}
             by_head = [
                 x.cpu().numpy()
-                for x in (found.logits.pairs, found.logits.total, found.logits.highest, found.logits.lowest)
+                for x in (measured.logits.pairs, measured.logits.total, measured.logits.highest, measured.logits.lowest)
             ]
             pairs, total, highest, lowest = (x.reshape(-1) for x in by_head)
             heads, bins = by_head[0].shape
@@ -64,33 +64,33 @@ def tables(measures: dict[str, Measures], n_local: int, n_global: int, length: i
                 "min": lowest,
             }
             logits.append(pd.DataFrame(of_bins)[pairs > 0])
-            of_queries = {"position": measure.positions, "keys": found.keys, "entropy": found.entropy}
-            entropy.append(pd.DataFrame({**about, **of_queries, "bound": np.log(found.keys)}))
-            from_center_PC = found.states.double() - center_C
+            of_queries = {"position": measure.positions, "keys": measured.keys, "entropy": measured.entropy}
+            entropy.append(pd.DataFrame({**about, **of_queries, "bound": np.log(measured.keys)}))
+            from_center_PC = measured.states.double() - center_C
             pc_P2 = (from_center_PC @ axes_2C.T).numpy()
-            norm_P = found.states.double().norm(dim=1).numpy()
+            norm_P = measured.states.double().norm(dim=1).numpy()
             of_states = {"position": at, "pc1": pc_P2[:, 0], "pc2": pc_P2[:, 1], "norm": norm_P}
             states.append(pd.DataFrame({**about, **of_states}))
 
             far_P = from_center_PC.norm(dim=1).numpy()
             spread = _rms(far_P[(at >= n_global) & (at < n_local)])
             of_layer = {
-                "logits_outside": float(found.logits.outside.sum()) / (found.logits.beyond * heads),
+                "logits_outside": float(measured.logits.outside.sum()) / (measured.logits.beyond * heads),
                 "highest_within": _highest(by_head[2][:, edges[:-1] < n_local]),
                 "highest_beyond": _highest(by_head[2][:, edges[:-1] >= n_local]),
-                "entropy_within": found.entropy[_quarter(measure.positions, n_local)].mean(),
-                "entropy_beyond": found.entropy[_quarter(measure.positions, length)].mean(),
+                "entropy_within": measured.entropy[_quarter(measure.positions, n_local)].mean(),
+                "entropy_beyond": measured.entropy[_quarter(measure.positions, length)].mean(),
                 "first_tokens": _rms(far_P[at < n_global]) / spread,
                 "drift": float(from_center_PC[_quarter(at, length)].mean(0).norm()) / spread,
             }
             summary.append({**about, **of_layer})
-    return Tables(pd.concat(logits), pd.concat(entropy), pd.concat(states), pd.DataFrame(summary), shares)
+    return Tables(pd.concat(logits), pd.concat(entropy), pd.concat(states), pd.DataFrame(summary), explained_variance)
 
 
 def principal_axes(x_PC: torch.Tensor) -> tuple[torch.Tensor, np.ndarray]:
-    """The two directions [2, C] of the largest variance of rows, and their shares of the whole variance [2].
+    """Return the two directions [2, C] of the largest variance of rows, and their shares of the whole variance [2].
 
-    The rows' own mean is taken off first. Each axis points to where its largest component is positive.
+    The rows' mean is subtracted first. Each axis has the sign that makes its largest component positive.
     """
     x_PC = x_PC - x_PC.mean(0)
     _, strength, axes_RC = torch.linalg.svd(x_PC, full_matrices=False)
@@ -100,12 +100,12 @@ def principal_axes(x_PC: torch.Tensor) -> tuple[torch.Tensor, np.ndarray]:
 
 
 def _quarter(positions: np.ndarray, end: int) -> np.ndarray:
-    """Which positions are in the last quarter before `end`."""
+    """Return which positions are in the last quarter before `end`."""
     return (positions >= end * 3 / 4) & (positions < end)
 
 
 def _highest(logits: np.ndarray) -> float:
-    """NaN where no query sees any such key."""
+    """Return the highest logit; NaN if no query sees any such key."""
     return float(logits.max()) if logits.max() > -np.inf else float("nan")
 
 

@@ -1,4 +1,4 @@
-"""What a run reads from the hub and from local files: models, tokenizers, and the data of its tasks.
+"""List what a run reads from the hub and from local files: models, tokenizers, and the data of its tasks.
 
 `huggingface_hub` and `datasets` decide when they are imported whether they may use the network, and this imports them.
 """
@@ -29,7 +29,7 @@ from lminf_eval.methods.spec import LambdaSpec
 from lminf_eval.models.loading import read_config
 from lminf_eval.paths import sha256_of
 from lminf_eval.resume.journal import HOW
-from lminf_eval.sweep.config import read as read_sweep
+from lminf_eval.sweep.config import read_sweep
 from lminf_eval.tasks import corpora
 from lminf_eval.tasks.data_files import find_files
 from lminf_eval.tasks.tokenizer import load_tokenizer
@@ -43,8 +43,8 @@ _SHARD = r"(-\d+-of-\d+)?"
 class Item:
     """One thing that a run needs.
 
-    `resolve(checksums)` fetches it unless the network is off, tries it, and returns what it is, for the JSON; it raises
-    anything where the thing can't be had.
+    `resolve(checksums)` fetches it unless the network is off, tests it, and returns its description for the JSON.
+    If that fails, it may raise any exception.
     """
 
     kind: str
@@ -52,11 +52,11 @@ class Item:
     resolve: Callable[..., dict[str, Any]]
 
 
-def items(config: Path) -> Iterator[Item]:
-    """Everything that the runs of a sweep's file, or of lm-eval's configuration file, need, each once.
+def required_items(config: Path) -> Iterator[Item]:
+    """Yield everything that the runs of a sweep's file, or of lm-eval's configuration file, need, each once.
 
     Raises:
-        UsageError: for a file that can't be read, or is neither.
+        UsageError: for a file that cannot be read, or is neither.
     """
     seen = set()
     for settings in _runs(config):
@@ -77,14 +77,14 @@ def items(config: Path) -> Iterator[Item]:
                 yield item
 
 
-def in_a_line(error: Exception) -> str:
-    """An error in one line, with its type where the line is not our own."""
+def describe_error(error: Exception) -> str:
+    """Return an error as one line, with its type unless it is a `UsageError`."""
     lines = str(error).strip().splitlines() or [""]
     return lines[0].removeprefix("lminf: ") if isinstance(error, UsageError) else f"{type(error).__name__}: {lines[0]}"
 
 
 def _runs(config: Path) -> Iterator[dict[str, Any]]:
-    """lm-eval's settings of each run, with dictionaries and lists where lm-eval takes strings too."""
+    """Yield lm-eval's settings of each run, with strings parsed into dictionaries and lists."""
     try:
         content = EvaluatorConfig.load_yaml_config(config)
     except (FileNotFoundError, TypeError, ValueError) as error:
@@ -94,9 +94,7 @@ def _runs(config: Path) -> Iterator[dict[str, Any]]:
     else:
         runs = [content]
         if unknown := content.keys() - {field.name for field in fields(EvaluatorConfig)}:
-            raise UsageError(
-                f"{config}: unknown key {min(unknown)}: it is no sweep, and lm-eval's own file has none such"
-            )
+            raise UsageError(f"{config}: unknown key {min(unknown)}: neither a sweep nor lm-eval's own file has it")
     for run in runs:
         for name in ("model_args", "metadata"):
             given = run.get(name) or {}
@@ -114,7 +112,7 @@ def _runs(config: Path) -> Iterator[dict[str, Any]]:
 
 
 def _model(kind: str, name: str, args: dict[str, Any], checksums: bool) -> dict[str, Any]:
-    """A model, adapter or tokenizer: a folder as it is, or the files of a repository that transformers will read."""
+    """Resolve a model, adapter or tokenizer: a folder, or the files of a repository that transformers will read."""
     revision = str(args.get("revision") or "main")
     local = Path(name).is_dir()
     if not local and (name.startswith(("/", ".", "~")) or name.count("/") > 1):
@@ -134,18 +132,22 @@ def _model(kind: str, name: str, args: dict[str, Any], checksums: bool) -> dict[
     if kind == "tokenizer" or (kind == "pretrained" and not args.get("tokenizer")):
         load_tokenizer(**args)
     commit = {} if local else {"revision": revision, "commit": folder.name}
-    return {"kind": kind, "name": name, **commit, **_described(folder, [folder / file for file in files], checksums)}
+    return {
+        "kind": kind,
+        "name": name,
+        **commit,
+        **_describe_files(folder, [folder / file for file in files], checksums),
+    }
 
 
 def _snapshot(name: str, kind: str, revision: str | None, cache_dir, token, chosen=None) -> Path:
-    """The folder of a repository in the hub's cache, after those of its files that are `chosen` were fetched."""
+    """Fetch the `chosen` files of a repository, and return its folder in the hub's cache."""
     where = {"repo_type": kind, "revision": revision, "cache_dir": cache_dir, "token": token}
     try:
         if constants.HF_HUB_OFFLINE or chosen is None:
             return Path(snapshot_download(name, local_files_only=True, **where))
-        names = [
-            file.rfilename for file in HfApi(token=token).repo_info(name, repo_type=kind, revision=revision).siblings
-        ]
+        info = HfApi(token=token).repo_info(name, repo_type=kind, revision=revision)
+        names = [file.rfilename for file in getattr(info, "siblings", None) or ()]
         patterns = [re.sub(r"([*?[])", r"[\1]", file) for file in chosen(names)]
         return Path(snapshot_download(name, allow_patterns=patterns, **where))
     except LocalEntryNotFoundError:
@@ -159,7 +161,7 @@ def _snapshot(name: str, kind: str, revision: str | None, cache_dir, token, chos
 
 
 def _chosen(names: Iterable[str], kind: str, args: dict[str, Any]) -> list[str]:
-    """Which files of a repository are read: configs, tokenizer, and the weights in safetensors where there are any."""
+    """Return the files of a repository that are read: configs, tokenizer, and weights, in safetensors if it has any."""
     names = sorted(names)
     prefix = f"{args['subfolder']}/" if args.get("subfolder") and kind in ("pretrained", "tokenizer") else ""
     texts = _TEXTS + ((".py",) if args.get("trust_remote_code") else ())
@@ -179,7 +181,7 @@ def _chosen(names: Iterable[str], kind: str, args: dict[str, Any]) -> list[str]:
 
 
 def _check_weights(folder: Path, files: list[str]) -> None:
-    """Refuse a folder without weights, or without all of them: an index tells the files that there must be."""
+    """Refuse a folder that lacks weights; an index lists the files that it must have."""
     weights = {Path(file).name for file in files if file.endswith((".safetensors", ".bin", ".gguf"))}
     suffix = next((Path(name).suffix for name in weights), None)
     if suffix is None:
@@ -194,7 +196,7 @@ def _check_weights(folder: Path, files: list[str]) -> None:
 
 
 def _task(name: str, metadata: dict[str, Any], include_path: str | None, checksums: bool) -> dict[str, Any]:
-    """A task or group, built as the run will build it, which fetches its data; of passkeys a single one."""
+    """Build a task or group as the run will, which fetches its data; of passkeys, build a single document."""
     if name.startswith("passkey"):
         metadata = metadata | {"documents": 1, "depths": 1}
     manager = _manager(include_path, json.dumps(metadata, sort_keys=True, default=str), name)
@@ -207,7 +209,7 @@ def _task(name: str, metadata: dict[str, Any], include_path: str | None, checksu
 
 
 def _manager(include_path: str | None, metadata: str, name: str) -> TaskManager:
-    """lm-eval's task manager; without lm-eval's own tasks, which take it some ten seconds to list, for one of ours."""
+    """Return lm-eval's task manager; for one of our tasks without lm-eval's own, which take ten seconds to list."""
     ours = include_path is None and _listed(task_folder(), metadata, False)
     return ours if ours and name in ours.all_tasks else _listed(include_path, metadata, True)
 
@@ -218,47 +220,47 @@ def _listed(include_path: str | None, metadata: str, include_defaults: bool) -> 
 
 
 def _sources(task: Task, metadata: dict[str, Any], checksums: bool) -> Iterator[dict[str, Any]]:
-    """The files that a task's data came from; none for what is made on the spot."""
+    """Yield the files that a task's data came from; none for generated data."""
     config = task.config
     if getattr(config.custom_dataset, "__module__", None) == corpora.__name__:
         name = config.custom_dataset.__name__
         if metadata.get("data_files") is not None:
             files = find_files(metadata["data_files"])
-            yield {"name": str(metadata["data_files"]), **_described(Path("/"), files, checksums)}
+            yield {"name": str(metadata["data_files"]), **_describe_files(Path("/"), files, checksums)}
         elif name == "pg19":
             yield _dataset(corpora.PG19_REPO, None, checksums)
         for subset in corpora.PILE_SETS:
             if subset.lower() == name and metadata.get("data_files") is None:
                 file = corpora.pile_subset(subset)
-                yield {"name": f"{corpora.PILE_REPO} {subset}", **_described(file.parent, [file], checksums)}
+                yield {"name": f"{corpora.PILE_REPO} {subset}", **_describe_files(file.parent, [file], checksums)}
     elif config.custom_dataset is None and config.dataset_path and "/" in config.dataset_path:
         yield _dataset(config.dataset_path, (config.dataset_kwargs or {}).get("revision"), checksums)
 
 
 def _dataset(name: str, revision: str | None, checksums: bool) -> dict[str, Any]:
-    """A dataset of the hub, by what of it is in the hub's cache, or in a local folder."""
+    """Describe a dataset by its files in the hub's cache, or in a local folder."""
     local = Path(name).is_dir()
     folder = Path(name) if local else _snapshot(name, "dataset", revision, None, None)
     files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return {"name": name, **({} if local else {"commit": folder.name}), **_described(folder, files, checksums)}
+    return {"name": name, **({} if local else {"commit": folder.name}), **_describe_files(folder, files, checksums)}
 
 
 # ---------------------------------------------------------------------- files
 
 
-def _described(folder: Path, files: Iterable[Path], checksums: bool) -> dict[str, Any]:
-    """Sizes in bytes and, on demand, SHA-256 of files in `folder`.
+def _describe_files(folder: Path, files: Iterable[Path], checksums: bool) -> dict[str, Any]:
+    """Return sizes in bytes and, with `checksums`, SHA-256 of files in `folder`.
 
     Raises:
-        UsageError: a file of the hub's cache is not the one that the hub has.
+        UsageError: if a file of the hub's cache differs from the hub's.
     """
     described = []
     for file in files:
-        said = {"path": file.absolute().relative_to(folder.absolute()).as_posix(), "bytes": file.stat().st_size}
+        entry = {"path": file.absolute().relative_to(folder.absolute()).as_posix(), "bytes": file.stat().st_size}
         if checksums:
-            said["sha256"] = sha256_of(file)
+            entry["sha256"] = sha256_of(file)
             promised = file.resolve().name  # the cache names big files by their SHA-256
-            if file.is_symlink() and re.fullmatch("[0-9a-f]{64}", promised) and promised != said["sha256"]:
+            if file.is_symlink() and re.fullmatch("[0-9a-f]{64}", promised) and promised != entry["sha256"]:
                 raise UsageError(f"{file} is damaged: its SHA-256 is not the hub's; delete {file.resolve()}")
-        described.append(said)
+        described.append(entry)
     return {"folder": str(folder.absolute()), "files": described}

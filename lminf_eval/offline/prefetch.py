@@ -1,4 +1,4 @@
-"""`lminf prepare`: all that a run reads is fetched and tried beforehand, so that the run itself needs no network."""
+"""Fetch and test everything that a run reads, so that the run itself needs no network (`lminf prepare`)."""
 
 from __future__ import annotations
 
@@ -15,28 +15,30 @@ from rich.text import Text
 
 from lminf_eval import __version__
 from lminf_eval.errors import UsageError
+from lminf_eval.utils.atomic_write import write_text
+from lminf_eval.utils.formatting import format_bytes
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 _PATIENCE = 10  # seconds that the hub has to answer
 
 
-def prepare(config: Path, check: bool = False, output: Path | None = None) -> int:
+def prefetch(config: Path, check: bool = False, output: Path | None = None) -> int:
     """Fetch the models and data of a sweep's file or of lm-eval's own configuration file, and build every task.
 
-    What was resolved is written as JSON to `output`, by default CONFIG.prepared.json: names, commits, sizes in bytes
-    and SHA-256. With `check`, or where the hub does not answer, nothing is fetched; with `check` nothing is written
-    either, and files that are not what the JSON says are missing ones.
+    Write what was resolved as JSON to `output`, by default CONFIG.prepared.json: names, commits, sizes in bytes and
+    SHA-256. With `check`, or if the hub does not answer, fetch nothing; with `check` also write nothing, and count
+    files that differ from the JSON as missing.
 
     Returns:
-        0, or 1 where anything is missing, after a line for each.
+        0, or 1 if anything is missing, after a line for each.
 
     Raises:
-        UsageError: for a file that can't be read, or is neither.
+        UsageError: for a file that cannot be read, or is neither.
     """
     console = Console(highlight=False, soft_wrap=True)
     record = output or config.with_name(f"{config.stem}.prepared.json")
     if not check and (reason := _unreachable()):
-        console.print(Text(f"nothing can be fetched ({reason}); looking at what is here"))
+        console.print(Text(f"cannot fetch anything ({reason}); checking the local files only"))
     if check or reason:
         os.environ.update(OFFLINE)
     # These read the variables when they are imported.
@@ -48,12 +50,12 @@ def prepare(config: Path, check: bool = False, output: Path | None = None) -> in
         disable_progress_bars()
     logging.getLogger("lm_eval.api").setLevel(logging.ERROR)  # it explains --metadata at every task
     found, missing = [], []
-    for item in manifest.items(config):
+    for item in manifest.required_items(config):
         with console.status(Text(f"{item.kind} {item.name}")):
             try:
                 resolved = item.resolve(checksums=not check)
-            except Exception as error:  # a task is anyone's code: whatever stops it is told, and the next one tried
-                resolved, line = None, manifest.in_a_line(error)
+            except Exception as error:  # a task is anyone's code: report whatever stops it, and go on
+                resolved, line = None, manifest.describe_error(error)
         if resolved is None and line not in missing:  # what one task lacks, the next one may too
             missing.append(line)
             console.print(Text(f"missing  {item.kind} {item.name}: {line}", style="red"))
@@ -61,18 +63,21 @@ def prepare(config: Path, check: bool = False, output: Path | None = None) -> in
             found.append(resolved)
             console.print(Text(f"ok       {item.kind} {item.name}{_summary(resolved)}"))
     if check and record.is_file():
-        missing += [line for line in _changed(record) if not console.print(Text(f"missing  {line}", style="red"))]
+        changed = _changed(record)
+        for line in changed:
+            console.print(Text(f"missing  {line}", style="red"))
+        missing += changed
     if not check and not missing:
         try:
-            record.write_text(json.dumps({"lminf_eval": __version__, "resolved": found}, indent=1) + "\n")
+            write_text(record, json.dumps({"lminf_eval": __version__, "resolved": found}, indent=1) + "\n")
         except OSError as error:
-            raise UsageError(f"output {record}: it can't be written ({error.strerror})") from error
-        console.print(Text(f"All is here; HF_HUB_OFFLINE=1 keeps a run from asking the hub. Written: {record}"))
+            raise UsageError(f"output {record}: cannot be written ({error.strerror})") from error
+        console.print(Text(f"Everything is available; set HF_HUB_OFFLINE=1 to run without the hub. Written: {record}"))
     return int(bool(missing))
 
 
 def _unreachable() -> str:
-    """Why the hub can't be reached, or nothing where it can: asked once, since its client tries for half a minute."""
+    """Return why the hub cannot be reached, or "" if it can. Ask once, since its client retries for half a minute."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return "HF_HUB_OFFLINE is set"
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
@@ -85,20 +90,20 @@ def _unreachable() -> str:
         # The hub's own client may know certificates that Python does not.
         return "" if isinstance(reason, ssl.SSLError) else f"{endpoint} does not answer: {reason}"
     except ValueError:
-        raise UsageError(f"HF_ENDPOINT={endpoint}: it must be an address with https:// or http://") from None
+        raise UsageError(f"HF_ENDPOINT={endpoint}: must be an address with https:// or http://") from None
     return ""
 
 
 def _summary(resolved: dict) -> str:
-    """Commit and size of what was resolved, for its line."""
+    """Return commit and size of what was resolved, for its line."""
     parts = [resolved, *resolved.get("data", [])]
     size = sum(file["bytes"] for part in parts for file in part.get("files", []))
     commits = [part["commit"][:12] for part in parts if "commit" in part]
-    return "".join([*(f", {commit}" for commit in commits), f", {size / 1e6:.1f} MB" if size else ""])
+    return "".join([*(f", {commit}" for commit in commits), f", {format_bytes(size)}" if size else ""])
 
 
 def _changed(record: Path) -> list[str]:
-    """Files that the JSON has and that are gone, or of another size."""
+    """Return the files of the JSON that are gone, or have another size."""
     try:
         entries = json.loads(record.read_text())["resolved"]
         parts = [part for entry in entries for part in (entry, *entry.get("data", []))]

@@ -1,4 +1,4 @@
-"""What a file of `lminf bench` tells, as a table."""
+"""Read a results file of `lminf bench` as a table."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ METHODS = {"plain": "full", "hf": "hf"}  # what a bench's sides are called in ot
 
 
 def read_bench(raw: dict[str, Any]) -> pd.DataFrame:
-    """A row for each side of each record that a figure shows: case, part, line, length, median, low and high.
+    """Return a row for each side of each record in the figures: case, part, line, length, median, low and high.
 
-    `line` is the side, with its n_local where it has one; values are a token's seconds, or bytes.
+    `line` is the side, with its n_local if it has one; values are a token's seconds, or bytes.
 
     Raises:
         ValueError: if `raw` is not laid out as `lminf bench` writes it.

@@ -36,7 +36,7 @@ _LATEX = {
 
 
 def read_json(text: str) -> Any:
-    """`json.loads`, but halves of surrogate pairs, which no encoding can write again, become question marks."""
+    """Parse JSON; halves of surrogate pairs, which no encoding can write again, become question marks."""
     value = json.loads(text)
     if "\\ud" in text.lower():
         value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", errors="replace"))
@@ -44,18 +44,18 @@ def read_json(text: str) -> Any:
 
 
 def file_name(file: Path) -> str:
-    """A path as text; bytes in it that are not UTF-8 become question marks."""
+    """Return a path as text; bytes that are not UTF-8 become question marks."""
     return os.fsencode(file).decode("utf-8", errors="replace")
 
 
 def plain(text: str) -> str:
-    """`text` on one line, without control, formatting or unassigned characters: safe for a terminal."""
+    """Return `text` on one line, without control, formatting or unassigned characters: safe for a terminal."""
     text = re.sub(r"\s+", " ", text)
     return "".join(c for c in text if c in _JOINERS or unicodedata.category(c) not in _UNSEEN).strip()
 
 
 def shorten(text: str, longest: int = 60) -> str:
-    """`text` with its middle left out where it is longer than `longest` characters."""
+    """Return `text`, with its middle left out if it is longer than `longest` characters."""
     if len(text) <= longest:
         return text
     head = (longest - 1) // 2
@@ -63,7 +63,7 @@ def shorten(text: str, longest: int = 60) -> str:
 
 
 def latex(text: str) -> str:
-    """`text` for a LaTeX table, shortened; letters that a plain pdflatex lacks become their code points."""
+    """Escape `text` for a LaTeX table, and shorten it; letters that plain pdflatex lacks become their code points."""
     written = "".join(_latex_character(character) for character in shorten(plain(text)))
     return written.replace("--", "-{}-").replace("--", "-{}-")  # two hyphens would be set as a dash
 
@@ -77,18 +77,18 @@ def _latex_character(character: str) -> str:
 
 
 def markdown(text: str) -> str:
-    """`text` for a cell of a Markdown table; an underscore inside a word needs no escape."""
+    """Escape `text` for a cell of a Markdown table; an underscore inside a word needs no escape."""
     text = re.sub(r"([\\`*\[\]|!#~$])", r"\\\1", plain(text))
     text = re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", text)
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def spreadsheet(text: str) -> str:
-    """`text` for a CSV cell that a spreadsheet will not take for a formula (OWASP, "CSV Injection")."""
+    """Escape `text` for a CSV cell, so that no spreadsheet takes it for a formula (OWASP, "CSV Injection")."""
     text = plain(text)
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
 def html(text: str) -> str:
-    """`text` for HTML that no template writes (templates escape by themselves)."""
+    """Escape `text` for HTML that is not written by a template (templates escape by themselves)."""
     return escape(plain(text), quote=True)

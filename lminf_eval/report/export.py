@@ -13,12 +13,12 @@ from lminf_eval.report import escape
 
 
 def tidy_csv(results: pd.DataFrame) -> str:
-    """CSV with every digit, and NaN and inf by their names; no text in it is a spreadsheet's formula."""
+    """Return CSV with every digit, NaN and inf by name, and no text that a spreadsheet takes for a formula."""
     return _texts(results, escape.spreadsheet).to_csv(index=False, na_rep="NaN", lineterminator="\n")
 
 
 def tidy_parquet(results: pd.DataFrame) -> bytes:
-    """The same as parquet."""
+    """Return the same as parquet."""
     out = io.BytesIO()
     _texts(results, escape.plain).to_parquet(out, index=False)
     return out.getvalue()

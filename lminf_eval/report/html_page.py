@@ -1,4 +1,4 @@
-"""One self-contained page of all results: it opens from disk, fetches nothing, and reads without JavaScript."""
+"""One self-contained page of all results: it opens from disk, loads nothing, and works without JavaScript."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ import pandas as pd
 from lminf_eval import __version__
 from lminf_eval.errors import UsageError
 from lminf_eval.report import escape, export, formats
-from lminf_eval.report.captions import show
 from lminf_eval.report.figures.figure import Plot
 from lminf_eval.report.figures.style import INK
-from lminf_eval.report.pivot import Table, arrange, choose
-from lminf_eval.report.repro_command import command_of
-from lminf_eval.report.run_metadata import compact, environment_line, ran, table, text
-from lminf_eval.report.sample_store import Evidence
+from lminf_eval.report.pivot import Table, pivot, select_metrics
+from lminf_eval.report.repro_command import reproduction_command
+from lminf_eval.report.run_metadata import compact, environment_line, find_backend, table, text
+from lminf_eval.report.sample_store import SampleStore
+from lminf_eval.utils.formatting import format_metric
 from lminf_eval.utils.tokens import format_tokens
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -30,16 +30,16 @@ MOST_ANSWERS = 300  # rows of passkey answers in one page, unless two for each r
 FILTERS = ("model", "method", "task", "length", "metric")
 
 
-def page(evidence: Evidence, plots: list[Plot], baseline: str = "") -> str:
-    """The whole page as HTML. `baseline` is as for `table.arrange`; a table that lacks it goes without."""
-    collection = evidence.collection
+def render_page(store: SampleStore, plots: list[Plot], baseline: str = "") -> str:
+    """Return the whole page as HTML. `baseline` is as for `pivot.pivot`; a table without it shows no comparison."""
+    collection = store.collection
     results = collection.results
-    tables = _tables(evidence, baseline)
-    rows = [_row(result, evidence.standard_error(result)) for _, result in results.iterrows()]
+    tables = _tables(store, baseline)
+    rows = [_row(result, store.standard_error(result)) for _, result in results.iterrows()]
     script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
     environments: dict[str, int] = {}
     return (
-        formats.environment()
+        formats.page_environment()
         .get_template("report.html")
         .render(
             version=__version__,
@@ -51,10 +51,10 @@ def page(evidence: Evidence, plots: list[Plot], baseline: str = "") -> str:
             figures=[(plot, inline_svg(plot, f"figure{i}")) for i, plot in enumerate(plots)],
             rows=rows,
             filters={name: _choices(rows, name) for name in FILTERS},
-            answers=_answers(evidence),
-            runs=[_run(evidence, name, environments) for name in collection.runs],
+            answers=_answers(store),
+            runs=[_run(store, name, environments) for name in collection.runs],
             environments=list(environments),
-            problems=[*collection.problems, *evidence.problems],
+            problems=[*collection.problems, *store.problems],
             notes=collection.notes,
             models=results["model_path"].nunique(),
             methods=results["method"].nunique(),
@@ -67,12 +67,15 @@ def page(evidence: Evidence, plots: list[Plot], baseline: str = "") -> str:
 
 
 def inline_svg(plot: Plot, prefix: str) -> str:
-    """The figure for use inside a page: ids of its own, the page's text colour for ink, and a width to be read at."""
+    """Return the figure for use inside a page, with unique ids, the page's text colour as ink, and a readable width."""
     svg = plot.svg()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\b(id="|href="#|url\(#)', rf"\1{prefix}-", svg)
-    width = float(re.search(r'viewBox="0 0 ([\d.]+) ', svg)[1])
+    box = re.search(r'viewBox="0 0 ([\d.]+) ', svg)
+    if box is None:
+        raise ValueError("matplotlib wrote an SVG without a viewBox")
+    width = float(box[1])
     size = f"min-width: {0.9 * width:.0f}px; max-width: {1.7 * width:.0f}px"
     label = escape.html(f"{plot.title}. {plot.caption}")
     svg = re.sub(r"^<svg [^>]*?(viewBox=\S+ \S+ \S+ \S+)[^>]*>", rf'<svg \1 role="img" style="{size}">', svg)
@@ -81,31 +84,31 @@ def inline_svg(plot: Plot, prefix: str) -> str:
 
 
 def data_url(content: str | bytes, kind: str) -> str:
-    """`content` as a link that a browser can save without asking anyone for it."""
+    """Return `content` as a link that a browser can save without a server."""
     content = content.encode("utf-8") if isinstance(content, str) else content
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def _tables(evidence: Evidence, baseline: str) -> list[Table]:
-    """A table for each family of tasks that has lengths, and one for all the tasks that have none."""
-    results = choose(evidence.collection.results)
+def _tables(store: SampleStore, baseline: str) -> list[Table]:
+    """Return a table for each family of tasks that has lengths, and one for all tasks that have none."""
+    results = select_metrics(store.collection.results)
     has_lengths = results.groupby("family")["length"].transform("count") > 0
     groups = [group for _, group in results[has_lengths].groupby("family")]
     groups += [results[~has_lengths]] if not has_lengths.all() else []
     several = results["model_path"].nunique() > 1
     rows = ("model", "method") if several else ("method",)
-    return [_compared(evidence, group, rows, baseline) for group in groups]
+    return [_compared(store, group, rows, baseline) for group in groups]
 
 
-def _compared(evidence: Evidence, results: pd.DataFrame, rows: Sequence[str], baseline: str) -> Table:
+def _compared(store: SampleStore, results: pd.DataFrame, rows: Sequence[str], baseline: str) -> Table:
     try:
-        return arrange(evidence, results, rows, baseline=baseline)
+        return pivot(store, results, rows, baseline=baseline)
     except UsageError:  # these tasks were not run with the baseline, or with several that answer to it
-        return arrange(evidence, results, rows)
+        return pivot(store, results, rows)
 
 
 def _with_downloads(table: Table, number: int) -> dict[str, Any]:
-    writers = {"csv": formats.comma_separated, "md": formats.markdown, "tex": formats.latex}
+    writers = {"csv": formats.csv_text, "md": formats.markdown, "tex": formats.latex}
     kinds = {"csv": "text/csv", "md": "text/markdown", "tex": "application/x-tex"}
     names = dict.fromkeys(column.group for column in table.columns)
     return {
@@ -116,7 +119,7 @@ def _with_downloads(table: Table, number: int) -> dict[str, Any]:
 
 
 def _row(result: pd.Series, stderr: float) -> dict[str, Any]:
-    """One line of the table of all results."""
+    """Return one line of the table of all results."""
     return {
         "model": result["model"],
         "method": result["method"],
@@ -124,28 +127,28 @@ def _row(result: pd.Series, stderr: float) -> dict[str, Any]:
         "length": format_tokens(result["length"]),
         "tokens": "" if math.isnan(result["length"]) else f"{result['length']:.0f}",
         "metric": result["metric"] + ("" if result["filter"] == "none" else f" ({result['filter']})"),
-        "value": result["diverged"] or show(result["value"]),
+        "value": result["diverged"] or format_metric(result["value"]),
         "exact": repr(float(result["value"])),
         "diverged": result["diverged"],
         "past": result["past_trained"],
-        "stderr": "" if math.isnan(stderr) or result["diverged"] else show(stderr),
+        "stderr": "" if math.isnan(stderr) or result["diverged"] else format_metric(stderr),
         "n": "" if math.isnan(result["n"]) else f"{result['n']:.0f}",
         "run": result["run"],
     }
 
 
 def _choices(rows: list[dict[str, Any]], name: str) -> list[str]:
-    """What a filter offers: every value of the column, lengths by size."""
+    """Return the choices of a filter: every value of the column, lengths by size."""
     by = (lambda row: float(row["tokens"] or 0)) if name == "length" else (lambda row: row[name])
     return list(dict.fromkeys(row[name] for row in sorted(rows, key=by) if row[name]))
 
 
-def _answers(evidence: Evidence) -> list[dict[str, Any]]:
-    """Passkey answers, one right and one wrong for each depth; thinned out evenly where they are many."""
-    results = evidence.collection.results
+def _answers(store: SampleStore) -> list[dict[str, Any]]:
+    """Return passkey answers, one right and one wrong for each depth; thinned out evenly if there are many."""
+    results = store.collection.results
     groups = []
     for _, result in results[results["metric"] == "acc"].iterrows():
-        samples = evidence.samples(result["run"], result["task"])
+        samples = store.samples(result["run"], result["task"])
         if samples is None or samples["key"].isna().all():
             continue
         planned = samples["depth_target"]
@@ -170,17 +173,17 @@ def _answer(result: pd.Series, sample: pd.Series) -> dict[str, Any]:
     }
 
 
-def _run(evidence: Evidence, name: str, environments: dict[str, int]) -> dict[str, Any]:
-    """What the page tells of one run. Its environment is put into `environments`, once for all runs that share it."""
-    run = evidence.collection.runs[name]
-    results = evidence.collection.results
+def _run(store: SampleStore, name: str, environments: dict[str, int]) -> dict[str, Any]:
+    """Return what the page shows about one run. Add its environment to `environments`, once if runs share it."""
+    run = store.collection.runs[name]
+    results = store.collection.results
     first = results[results["run"] == name].iloc[0]
     config, environment = table(run.raw.get("config")), text(run.raw.get("pretty_env_info"))
     own = table(config.get("lminf"))
     brief = re.sub(r"^(Flags|Vulnerability [^:]*):.*\n?", "", environment, flags=re.MULTILINE).strip()
     facts = {
         "Model": first["model_path"],
-        "Model settings": ", ".join(f"{key}={value}" for key, value in ran(run.raw)[2].items()),
+        "Model settings": ", ".join(f"{key}={value}" for key, value in find_backend(run.raw)[2].items()),
         "Attention": ", ".join(f"{key}={text(value)}" for key, value in own.items() if key != "model_args"),
         "Parameters": f"{count:,}" if isinstance(count := config.get("model_num_parameters"), int) else "",
         "Data type": first["dtype"],
@@ -207,7 +210,7 @@ def _run(evidence: Evidence, name: str, environments: dict[str, int]) -> dict[st
         "model": first["model"],
         "method": first["method"],
         "date": first["date"],
-        "command": command_of(run.raw, bool(run.samples)),
+        "command": reproduction_command(run.raw, bool(run.samples)),
         "facts": {label: value for label, value in facts.items() if value},
         "environment": environments.setdefault(brief, len(environments)) if brief else None,
     }

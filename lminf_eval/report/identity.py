@@ -10,10 +10,10 @@ import pandas as pd
 
 from lminf_eval.report.run_metadata import METHOD_SETTINGS
 
-OF_THE_RUN = ("model_path", "backend", "attention", *METHOD_SETTINGS, "other", "dtype", "weights")
-OF_THE_TASK = ("length", "task", "n_shot", "task_settings", "task_version", "n", "limit", "subset")
-HOW_ASKED = ("prompt", "generation", "seeds")
-IDENTITY = (*OF_THE_RUN, *OF_THE_TASK, *HOW_ASKED, "metric", "filter")
+RUN_COLUMNS = ("model_path", "backend", "attention", *METHOD_SETTINGS, "other", "dtype", "weights")
+TASK_COLUMNS = ("length", "task", "n_shot", "task_settings", "task_version", "n", "limit", "subset")
+PROMPT_COLUMNS = ("prompt", "generation", "seeds")
+IDENTITY = (*RUN_COLUMNS, *TASK_COLUMNS, *PROMPT_COLUMNS, "metric", "filter")
 
 
 def newest(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:

@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import math
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
+from lminf_eval.report.results_file import Run
 from lminf_eval.report.run_metadata import number, table
-from lminf_eval.report.samples import SamplesError, measured
+from lminf_eval.report.samples import SamplesError, metric_totals
 from lminf_eval.report.tasks import documents, members
-
-if TYPE_CHECKING:
-    from lminf_eval.report.load import Run
 
 METRIC = re.compile(r"[1-9]\d{0,11}")
 SCORE = "score"  # what such a metric is called here, with its name as the length
@@ -24,24 +22,24 @@ ABSENT = -1.0
 
 
 def is_length(metric: str) -> bool:
-    """Return whether the name of a metric is a number of tokens."""
+    """Return True if the name of a metric is a number of tokens."""
     return METRIC.fullmatch(metric) is not None
 
 
 def was_run(raw: dict[str, Any], task: str, key: str) -> bool:
-    """Return whether the task, or each task of a group, had documents of the length that `key` names."""
+    """Return True if the task, or each task of a group, had documents of the length that `key` names."""
     results = table(raw.get("results"))
     values = [table(results.get(name)).get(key) for name in {task, *members(raw, task)}]
     return ABSENT not in [number(value) for value in values]
 
 
-def present(samples: pd.DataFrame, metric: str, filter_name: str) -> pd.DataFrame:
-    """Return `samples.measured` of one metric; of a length, over the documents that have it."""
-    found = measured(samples, metric, filter_name)
-    return found[found["total"] != ABSENT] if is_length(metric) else found
+def documents_at_length(samples: pd.DataFrame, metric: str, filter_name: str) -> pd.DataFrame:
+    """Return `samples.metric_totals` of one metric; of a length, over the documents that have it."""
+    totals = metric_totals(samples, metric, filter_name)
+    return totals[totals["total"] != ABSENT] if is_length(metric) else totals
 
 
-def count(run: Run, task: str, key: str) -> float:
+def count_documents(run: Run, task: str, key: str) -> float:
     """Return how many documents a task, or a group's tasks together, had at the length that `key` names.
 
     If a task was run at several lengths, only its samples tell; NaN without them, or if they lack documents.
@@ -66,5 +64,5 @@ def _count(run: Run, task: str, key: str) -> float:
         return math.nan
     if samples is None:
         return math.nan
-    counts = {name: float(len(present(samples, name, filter_name or "none"))) for name in ran}
+    counts = {name: float(len(documents_at_length(samples, name, filter_name or "none"))) for name in ran}
     return counts.get(metric, math.nan) if sum(counts.values()) == whole else math.nan

@@ -1,6 +1,6 @@
 """Folders of lm-eval's results JSON, from any model and version, as one tidy table.
 
-`load` never raises for what it finds in a file: what cannot be read is listed with the reason.
+`load_results` never raises for the content of a file: files that cannot be read are listed with the reason.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ from lminf_eval.errors import UsageError
 from lminf_eval.report.benches import read_bench
 from lminf_eval.report.escape import file_name, read_json
 from lminf_eval.report.identity import newest
-from lminf_eval.report.lengths import SCORE, count, is_length, was_run
+from lminf_eval.report.lengths import SCORE, count_documents, is_length, was_run
+from lminf_eval.report.results_file import Run
 from lminf_eval.report.run_metadata import describe_run, higher_is_better
-from lminf_eval.report.samples import DATE_IN_NAME, SamplesError, read_samples, sample_files
+from lminf_eval.report.samples import DATE_IN_NAME, sample_files
 from lminf_eval.report.tasks import describe_task
 
 LARGEST_RESULTS_FILE = 256 * 2**20  # bytes; lm-eval's are below one MiB, other tools' JSON may be anything
 NOT_METRICS = {"alias", "name", "sample_len", "sample_count", "samples"}
 NO_RESULT = "bypass"  # the metric that stands in for all others under --predict_only
 DEEPEST = 100  # tables within tables; lm-eval's files have ten
-DIVERGED_PERPLEXITY = 1000.0  # where the LM-Infinite paper stops telling numbers apart
+DIVERGED_PERPLEXITY = 1000.0  # above it, the LM-Infinite paper does not distinguish values
 
 
 @dataclass(frozen=True)
@@ -40,42 +41,13 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Run:
-    """One results file: its JSON as read, and the samples files next to it, by task."""
-
-    name: str
-    file: Path
-    raw: dict[str, Any]
-    samples: dict[str, Path]
-    _read: dict[str, pd.DataFrame | SamplesError] = field(default_factory=dict, repr=False)
-
-    def read(self, task: str) -> pd.DataFrame | None:
-        """Return the task's samples (see `samples.read_samples`), read once; None if there is no file of them.
-
-        Raises:
-            SamplesError: if they cannot be read.
-        """
-        if task not in self.samples:
-            return None
-        if task not in self._read:
-            try:
-                self._read[task] = read_samples(self.samples[task])
-            except SamplesError as error:
-                self._read[task] = error
-        found = self._read[task]
-        if isinstance(found, SamplesError):
-            raise found
-        return found
-
-
-@dataclass(frozen=True)
 class Collection:
     """Everything read.
 
-    `results` has one row for each run, task, metric and filter; its columns are those of `describe.describe_run` and
+    `results` has one row for each run, task, metric and filter; the columns are of `run_metadata.describe_run` and
     `tasks.describe_task`, and run, metric, logged_as (the metric's name in the file), filter, value, stderr, diverged
     ("", "NaN", "inf" or ">1000"), higher_is_better, n (documents), past_trained and file. `benches` are files of
-    `lminf bench`; if there is nothing else, `results` has neither rows nor columns.
+    `lminf bench`; if there is nothing else, `results` has no rows and no columns.
     """
 
     results: pd.DataFrame
@@ -85,10 +57,10 @@ class Collection:
     benches: list[dict[str, Any]] = field(default_factory=list)
 
 
-def load(paths: Iterable[Path | str], trained_length: int | None = None) -> Collection:
+def load_results(paths: Iterable[Path | str], trained_length: int | None = None) -> Collection:
     """Read every results file in `paths` (files, or folders searched to any depth).
 
-    `trained_length` (tokens), where given, is taken for every model.
+    `trained_length` (tokens), if given, is used for every model.
 
     Raises:
         UsageError: if a path does not exist, or if no path holds a single result or bench.
@@ -126,7 +98,7 @@ def load(paths: Iterable[Path | str], trained_length: int | None = None) -> Coll
 
 
 def _grouped(problems: list[Problem]) -> list[Problem]:
-    """`problems` with files of one name and one reason, such as the config of each of many models, told as one."""
+    """Merge problems with the same file name and reason, such as the config of each of many models."""
     groups: dict[tuple[str, str], list[Problem]] = {}
     for problem in problems:
         groups.setdefault((Path(problem.file).name, problem.reason), []).append(problem)
@@ -223,7 +195,7 @@ def _measurement(run: Run, task: str, key: str, value: float) -> dict[str, Any]:
     """Return the columns of one number; a metric that names a length has that length, and its own documents."""
     metric, _, filter_name = key.partition(",")
     better = higher_is_better(run.raw, task, metric)
-    told = {
+    columns = {
         "metric": metric,
         "logged_as": metric,
         "filter": filter_name or "none",
@@ -232,13 +204,13 @@ def _measurement(run: Run, task: str, key: str, value: float) -> dict[str, Any]:
         "higher_is_better": better,
     }
     if is_length(metric):
-        told |= {"metric": SCORE, "length": float(metric), "n": count(run, task, key)}
-        told["higher_is_better"] = True if better is None else better
-    return told
+        columns |= {"metric": SCORE, "length": float(metric), "n": count_documents(run, task, key)}
+        columns["higher_is_better"] = True if better is None else better
+    return columns
 
 
 def diverged(metric: str, value: float) -> str:
-    """How a value that has run away is shown: "NaN", "inf", ">1000" (perplexities), or "" where it has not."""
+    """Return how a diverged value is shown: "NaN", "inf", ">1000" (perplexities); "" if it has not diverged."""
     if math.isnan(value):
         return "NaN"
     if math.isinf(value):
@@ -258,9 +230,9 @@ def _number(value: Any) -> float | None:
 
 
 def _trained_length(results: pd.DataFrame) -> pd.Series:
-    """What each run tells, or where it tells nothing what another run of the same model does."""
-    told = results["trained_length"]
-    return told.fillna(told.groupby(results["model_path"]).transform("max"))
+    """Return what each run records, or if it records nothing, what another run of the same model does."""
+    recorded = results["trained_length"]
+    return recorded.fillna(recorded.groupby(results["model_path"]).transform("max"))
 
 
 def _orphaned_samples(paths: Iterable[Path | str], runs: Iterable[Run]) -> list[Problem]:

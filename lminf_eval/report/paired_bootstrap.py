@@ -1,8 +1,8 @@
 """How sure a number is, and whether one method is better than another on the same documents.
 
 Every metric handled here is a smooth function g of a ratio of sums over documents, g(Σ total / Σ weight): a mean
-(weight 1), a perplexity exp(-Σ log-likelihood / Σ tokens), bits per byte, and so on. Which g it is is not guessed from
-the metric's name: `find_link` takes the one that gives back, from the documents, the value that lm-eval reported.
+(weight 1), a perplexity exp(-Σ log-likelihood / Σ tokens), bits per byte, and so on. The metric's name does not decide
+which g it is: `find_metric_form` takes the one that reproduces, from the documents, the value that lm-eval reported.
 
 Intervals are percentile bootstrap intervals over documents (Efron and Tibshirani, An Introduction to the Bootstrap,
 1993, section 13.3). Two methods are compared by drawing the *same* documents for both (a paired bootstrap; Koehn,
@@ -25,7 +25,7 @@ NORMAL_QUANTILE = 1.959964  # of a standard normal, two-sided at LEVEL
 # test cannot reach 5% with fewer than six documents that differ, so nothing is called significant on fewer.
 FEWEST_DIFFERING = 6
 
-LINKS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+METRIC_FORMS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "mean": lambda ratio: ratio,
     "exp(-mean)": lambda ratio: np.exp(-ratio),
     "exp(mean)": np.exp,
@@ -40,7 +40,7 @@ class Comparison:
     """One method against another: `estimate` is a - b, or a / b, with its interval, on the documents both have.
 
     `documents` counts the documents both have, `differing` those of them on which the two differ, `unmatched` those
-    that only one has. `how` tells the evidence: "paired bootstrap", "standard errors" (independent samples, no
+    that only one has. `how` names the evidence: "paired bootstrap", "standard errors" (independent samples, no
     documents at hand) or "none".
     """
 
@@ -54,44 +54,45 @@ class Comparison:
     significant: bool = False
 
 
-def evaluate(documents: pd.DataFrame, link: str) -> float:
-    """The metric over `documents` (columns total and weight, one row a document)."""
+def evaluate(documents: pd.DataFrame, form: str) -> float:
+    """Return the metric over `documents` (columns total and weight, one row a document)."""
     total, weight = documents[["total", "weight"]].to_numpy(float).sum(axis=0)  # unlike pandas', this sum keeps NaN
     with np.errstate(all="ignore"):
-        return float(LINKS[link](total / weight))
+        return float(METRIC_FORMS[form](total / weight))
 
 
-def find_link(measured: Iterable[tuple[pd.DataFrame, float]]) -> str | None:
-    """The first of `LINKS` under which every (documents, reported value) pair agrees; None where there is none.
+def find_metric_form(measured: Iterable[tuple[pd.DataFrame, float]]) -> str | None:
+    """Return the first of `METRIC_FORMS` that fits every (documents, reported value) pair; None if none does.
 
-    Values that are not finite cannot tell one function from another and are passed over.
+    Values that are not finite are skipped, since they fit any form.
     """
     finite = [(documents, value) for documents, value in measured if np.isfinite(value) and len(documents)]
     if not finite:
         return None
-    return next((link for link in LINKS if all(gives(documents, link, value) for documents, value in finite)), None)
+    fits = (form for form in METRIC_FORMS if all(reproduces(documents, form, value) for documents, value in finite))
+    return next(fits, None)
 
 
-def gives(documents: pd.DataFrame, link: str, value: float) -> bool:
-    """Whether the metric over `documents` is the reported `value`, to the digits that samples are written with."""
-    return bool(np.isclose(evaluate(documents, link), value, rtol=1e-6, atol=1e-12, equal_nan=True))
+def reproduces(documents: pd.DataFrame, form: str, value: float) -> bool:
+    """Return True if the metric over `documents` is the reported `value`, to the digits that samples have."""
+    return bool(np.isclose(evaluate(documents, form), value, rtol=1e-6, atol=1e-12, equal_nan=True))
 
 
-def bootstrap_interval(documents: pd.DataFrame, link: str, higher_is_better: bool) -> tuple[float, float, float]:
-    """(standard error, low, high) of the metric; NaN each where a single document leaves nothing to draw from."""
+def bootstrap_interval(documents: pd.DataFrame, form: str, higher_is_better: bool) -> tuple[float, float, float]:
+    """Return (standard error, low, high) of the metric; all NaN if there are fewer than two documents."""
     if len(documents) < 2:
         return np.nan, np.nan, np.nan
-    drawn = _replicates(documents, link, higher_is_better)
+    drawn = _replicates(documents, form, higher_is_better)
     low, high = _percentiles(drawn)
     with np.errstate(invalid="ignore"):
         return float(np.std(drawn, ddof=1)), low, high
 
 
-def compare(a: pd.DataFrame, b: pd.DataFrame, link: str, higher_is_better: bool, ratio: bool = False) -> Comparison:
-    """`a` against `b` by a paired bootstrap over the documents whose index is in both.
+def compare(a: pd.DataFrame, b: pd.DataFrame, form: str, higher_is_better: bool, ratio: bool = False) -> Comparison:
+    """Compare `a` with `b` by a paired bootstrap over the documents that are in both.
 
-    A value that is not finite counts as the worst there is: a method whose perplexity is NaN has lost. It is
-    significant when the interval leaves out "no difference" and at least `FEWEST_DIFFERING` documents differ.
+    A value that is not finite counts as the worst possible: a method whose perplexity is NaN has lost. The difference
+    is significant if its interval excludes "no difference" and at least `FEWEST_DIFFERING` documents differ.
     """
     common = a.index.intersection(b.index)
     unmatched = len(a) + len(b) - 2 * len(common)
@@ -99,18 +100,18 @@ def compare(a: pd.DataFrame, b: pd.DataFrame, link: str, higher_is_better: bool,
         return Comparison(np.nan, np.nan, np.nan, "none", unmatched=unmatched)
     a, b = a.loc[common], b.loc[common]
     contrast, nothing = (_ratio, 1.0) if ratio else (_difference, 0.0)
-    estimate = float(contrast(_point(a, link, higher_is_better), _point(b, link, higher_is_better)))
+    estimate = float(contrast(_point(a, form, higher_is_better), _point(b, form, higher_is_better)))
     differing = int((a[["total", "weight"]].to_numpy() != b[["total", "weight"]].to_numpy()).any(axis=1).sum())
     if len(common) < 2:
         return Comparison(estimate, np.nan, np.nan, "none", 1, differing, unmatched)
-    drawn = contrast(_replicates(a, link, higher_is_better), _replicates(b, link, higher_is_better))
+    drawn = contrast(_replicates(a, form, higher_is_better), _replicates(b, form, higher_is_better))
     low, high = _percentiles(drawn)
     significant = differing >= FEWEST_DIFFERING and (low > nothing or high < nothing)
     return Comparison(estimate, low, high, "paired bootstrap", len(common), differing, unmatched, significant)
 
 
 def compare_by_errors(a: tuple[float, float, float], b: tuple[float, float, float], ratio: bool = False) -> Comparison:
-    """a - b, or a / b, from (value, standard error, documents) alone, as independent samples.
+    """Compare a with b from (value, standard error, documents) alone, as independent samples.
 
     What is left when the documents are not at hand; wider than the paired interval, since nothing cancels. The
     difference is taken as normal, of a ratio its logarithm (the delta method).
@@ -133,26 +134,26 @@ def compare_by_errors(a: tuple[float, float, float], b: tuple[float, float, floa
 
 @lru_cache(maxsize=4)
 def _draws(n: int) -> np.ndarray:
-    """[replicates, n]: how often each of n documents is drawn in each replicate; always the same for the same n."""
+    """Return [replicates, n]: how often each replicate draws each of n documents; always the same for the same n."""
     replicates = int(np.clip(10_000_000 // n, 1_000, 10_000))
     random = np.random.default_rng(0)
     return np.stack([np.bincount(random.integers(0, n, n), minlength=n) for _ in range(replicates)]).astype(np.float32)
 
 
-def _replicates(documents: pd.DataFrame, link: str, higher_is_better: bool) -> np.ndarray:
-    """[replicates]: the metric on each draw; the worst infinity where a draw holds a document that is not finite."""
+def _replicates(documents: pd.DataFrame, form: str, higher_is_better: bool) -> np.ndarray:
+    """Return [replicates]: the metric on each draw; the worst infinity if a draw has a document that is not finite."""
     values = documents[["total", "weight"]].to_numpy(float)
     broken = ~np.isfinite(values).all(axis=1)
     draws = _draws(len(values))
     with np.errstate(all="ignore"):
         sums = draws @ np.where(broken[:, None], 0.0, values)
-        drawn = LINKS[link](sums[:, 0] / sums[:, 1])
+        drawn = METRIC_FORMS[form](sums[:, 0] / sums[:, 1])
     hit = draws @ broken.astype(np.float32) > 0
     return _worst_for_nan(np.where(hit, np.nan, drawn), higher_is_better)
 
 
-def _point(documents: pd.DataFrame, link: str, higher_is_better: bool) -> np.ndarray:
-    return _worst_for_nan(np.array(evaluate(documents, link)), higher_is_better)
+def _point(documents: pd.DataFrame, form: str, higher_is_better: bool) -> np.ndarray:
+    return _worst_for_nan(np.array(evaluate(documents, form)), higher_is_better)
 
 
 def _worst_for_nan(values: np.ndarray, higher_is_better: bool) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Results arranged as a table: what stands in which cell, which is best, and how sure that is."""
+"""Pivot results into a table: which cell shows what, which is best, and how certain that is."""
 
 from __future__ import annotations
 
@@ -6,29 +6,39 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import pandas as pd
 
 from lminf_eval.errors import UsageError
-from lminf_eval.report.captions import sentence
-from lminf_eval.report.identity import HOW_ASKED, OF_THE_RUN, OF_THE_TASK
+from lminf_eval.report.captions import format_comparison
+from lminf_eval.report.identity import PROMPT_COLUMNS, RUN_COLUMNS, TASK_COLUMNS
 from lminf_eval.report.paired_bootstrap import Comparison
 from lminf_eval.report.run_metadata import METHOD_SETTINGS, text
-from lminf_eval.report.sample_store import MEASURE, Evidence
+from lminf_eval.report.sample_store import MEASURE, SampleStore
 from lminf_eval.utils.tokens import format_tokens
 
-NOT_AXES = (
+NON_AXIS_COLUMNS = (
     *("run", "value", "stderr", "diverged", "higher_is_better", "past_trained", "file", "seconds", "date", "logged_as"),
 )
-WHAT = ("family", "metric", "filter")  # what is measured; a part of the columns unless the rows tell
+MEASURED_COLUMNS = ("family", "metric", "filter")  # what is measured; a part of the columns unless the rows tell
 PER_TOKEN = ("token_perplexity", "nll", "nll_tail")
 PRIMARY = ("token_perplexity", "acc", "exact_match", "word_perplexity")  # a family's metric, unless one is asked for
-TELLING = ("model", "method", "attention", "backend", "task", "length")  # values that need no name beside them
+SELF_EXPLANATORY = (
+    "model",
+    "method",
+    "attention",
+    "backend",
+    "task",
+    "length",
+)  # values that need no name next to them
 # What results that would share a cell may differ in, in the order in which it is added to the rows or the columns.
-APART_IN_ROWS = tuple(dict.fromkeys(("model", "method", "backend", "other", "model_path", *HOW_ASKED, *OF_THE_RUN)))
-APART_IN_COLUMNS = OF_THE_TASK
+DISTINGUISHING_ROWS = tuple(
+    dict.fromkeys(("model", "method", "backend", "other", "model_path", *PROMPT_COLUMNS, *RUN_COLUMNS))
+)
+DISTINGUISHING_COLUMNS = TASK_COLUMNS
 # What the baseline of a result has in common with it, if there are several baselines.
-ALIKE = (*HOW_ASKED, "n_shot", "task_settings", "task_version", "subset")
+SHARED_WITH_BASELINE = (*PROMPT_COLUMNS, "n_shot", "task_settings", "task_version", "subset")
 # What is clear from another difference between two results: a method's settings are in its name.
 IMPLIED = {"method": ("backend", "attention", *METHOD_SETTINGS), "model": ("model_path", "weights", *METHOD_SETTINGS)}
 
@@ -44,13 +54,13 @@ class Cell:
 
     @property
     def ratio(self) -> bool:
-        """Whether it is compared by ratio, as perplexities are, and not by difference."""
+        """Return True if it is compared by ratio, as perplexities are, and not by difference."""
         return "perplexity" in self.result["metric"]
 
 
 @dataclass(frozen=True)
 class Column:
-    """`group` tells what is measured, and spans neighbours that share it; `n` is NaN where the cells differ in it."""
+    """`group` names what is measured, and spans neighbours that share it; `n` is NaN if the cells differ in it."""
 
     group: str
     label: str
@@ -70,8 +80,8 @@ class Table:
     notes: list[str] = field(default_factory=list)
 
 
-def choose(results: pd.DataFrame, metrics: Sequence[str] = ()) -> pd.DataFrame:
-    """The results of `metrics`, or without any named those of one metric for each family of tasks.
+def select_metrics(results: pd.DataFrame, metrics: Sequence[str] = ()) -> pd.DataFrame:
+    """Return the results of `metrics`; if none are named, those of one metric for each family of tasks.
 
     Raises:
         UsageError: for a metric that no result has.
@@ -84,18 +94,18 @@ def choose(results: pd.DataFrame, metrics: Sequence[str] = ()) -> pd.DataFrame:
     return results[results["metric"].isin(metrics)]
 
 
-def arrange(
-    evidence: Evidence,
+def pivot(
+    store: SampleStore,
     results: pd.DataFrame,
     rows: Sequence[str] = ("model", "method"),
     columns: Sequence[str] = ("length",),
     baseline: str = "",
 ) -> Table:
-    """`results` (rows of `evidence`'s) as a table of `rows` by `columns`, which are names of recovered columns.
+    """Pivot `results` (rows of the store's) into a table of `rows` by `columns`, which are names of its columns.
 
-    Results that would share a cell are told apart by whatever they differ in, added to the rows or the columns.
-    `baseline` names a method, an attention or a backend: each cell gets its difference to, or for perplexities its
-    ratio over, that one's result for the same model.
+    If results would share a cell, the columns in which they differ are added to the rows or the columns. `baseline`
+    names a method, an attention or a backend: each cell then shows its difference to (for perplexities its ratio over)
+    the baseline's result for the same model.
 
     Raises:
         UsageError: for a column or a baseline that the results do not have.
@@ -108,7 +118,7 @@ def arrange(
     at_row, at_column = ({key: i for i, key in enumerate(keys)} for keys in (row_keys, column_keys))
     places = zip(_keys(labels[row_names]), _keys(labels[column_names]), results.index, strict=True)
     cells = {
-        (at_row[row], at_column[column]): Cell(results.loc[at], evidence.standard_error(results.loc[at]))
+        (at_row[row], at_column[column]): Cell(results.loc[at], store.standard_error(results.loc[at]))
         for row, column, at in places
     }
     heads = [
@@ -116,23 +126,23 @@ def arrange(
         for i in range(len(column_keys))
     ]
     table = Table(row_names, row_keys, heads, cells)
-    _mark_best(table, evidence)
+    _mark_best(table, store)
     if baseline:
-        _against(table, evidence, baseline)
+        _against(table, store, baseline)
     return table
 
 
 def primary_metrics(results: pd.DataFrame) -> dict[str, str]:
-    """The metric that stands for each family of tasks."""
-    chosen = {}
-    for family, metrics in results.groupby("family", sort=False)["metric"]:
-        present = set(metrics)
-        chosen[family] = next((metric for metric in PRIMARY if metric in present), metrics.iloc[0])
+    """Return the main metric of each family of tasks."""
+    chosen: dict[str, str] = {}
+    for family, group in results.groupby("family", sort=False):
+        present = group["metric"].tolist()
+        chosen[str(family)] = next((metric for metric in PRIMARY if metric in present), present[0])
     return chosen
 
 
-def label_of(name: str) -> Callable[[object], str]:
-    """The function that writes a value of column `name`."""
+def label_of(name: str) -> Callable[[Any], str]:
+    """Return the function that formats values of column `name`."""
     return format_tokens if name == "length" else _plain_label
 
 
@@ -143,7 +153,7 @@ def _plain_label(value: object) -> str:
 
 
 def _axes(results: pd.DataFrame, rows: list[str], columns: list[str]) -> tuple[list[str], list[str]]:
-    known = [name for name in results.columns if name not in NOT_AXES]
+    known = [name for name in results.columns if name not in NON_AXIS_COLUMNS]
     for name in [*rows, *columns]:
         if name not in known:
             raise UsageError(f"column {name!r}: the results have {', '.join(known)}")
@@ -152,15 +162,18 @@ def _axes(results: pd.DataFrame, rows: list[str], columns: list[str]) -> tuple[l
     asked = {*rows, *columns}
     if {"task", "family", "metric"} & set(rows):
         implied = {"family"} if "task" in rows else set()
-        rows = [*rows, *(name for name in WHAT if name not in asked | implied and results[name].nunique() > 1)]
+        rows = [
+            *rows,
+            *(name for name in MEASURED_COLUMNS if name not in asked | implied and results[name].nunique() > 1),
+        ]
     else:
-        columns = [*(name for name in WHAT if name not in asked), *columns]
-    for name in (*APART_IN_ROWS, *APART_IN_COLUMNS):
+        columns = [*(name for name in MEASURED_COLUMNS if name not in asked), *columns]
+    for name in (*DISTINGUISHING_ROWS, *DISTINGUISHING_COLUMNS):
         together = results.groupby([*rows, *columns], dropna=False, sort=False)
         if (together.size() <= 1).all():
             break
         if name not in {*rows, *columns} and (together[name].nunique(dropna=False) > 1).any():
-            (rows if name in APART_IN_ROWS else columns).append(name)
+            (rows if name in DISTINGUISHING_ROWS else columns).append(name)
     return rows, columns
 
 
@@ -178,10 +191,10 @@ def _distinct(labels: pd.DataFrame) -> list[tuple[str, ...]]:
 
 def _column(names: list[str], results: list[pd.Series]) -> Column:
     first = results[0]
-    what = [first[name] for name in WHAT if name in names and (name, first[name]) != ("filter", "none")]
+    what = [first[name] for name in MEASURED_COLUMNS if name in names and (name, first[name]) != ("filter", "none")]
     if what and len({result["metric"] for result in results}) == 1:
         what.append({True: "↑", False: "↓"}.get(first["higher_is_better"], ""))
-    label = [_written(name, first) for name in names if name not in WHAT]
+    label = [_written(name, first) for name in names if name not in MEASURED_COLUMNS]
     ns = {result["n"] for result in results}
     return Column(
         group=" ".join(part for part in what if part),
@@ -196,7 +209,7 @@ def _measure(cell: Cell) -> tuple[str, ...]:
 
 
 def _competitors(table: Table) -> list[list[Cell]]:
-    """The cells that compete, wherever they stand: of one measure, the methods of one model, or else the models.
+    """Return the groups of cells that compete: of one measure, the methods of one model, or else the models.
 
     Values per token never compete between models: a token is not the same piece of text for two tokenizers.
     """
@@ -209,7 +222,7 @@ def _competitors(table: Table) -> list[list[Cell]]:
     return within or [cells for cells in by_measure.values() if len(cells) > 1]
 
 
-def _mark_best(table: Table, evidence: Evidence) -> None:
+def _mark_best(table: Table, store: SampleStore) -> None:
     for cells in _competitors(table):
         better_up = cells[0].result["higher_is_better"]
         if pd.isna(better_up):
@@ -220,16 +233,20 @@ def _mark_best(table: Table, evidence: Evidence) -> None:
         best, second = (cells[i] for i in ranked[:2])
         if not math.isfinite(best.result["value"]):
             continue
-        comparison = evidence.compare(best.result, second.result)
+        comparison = store.compare(best.result, second.result)
         if comparison.significant:
             best.mark, second.mark = "best", "second"
-        table.notes.append(f"{_contest(best.result, second.result)} = {sentence(comparison)}")
+        table.notes.append(f"{_contest(best.result, second.result)} = {format_comparison(comparison)}")
 
 
 def _contest(best: pd.Series, second: pd.Series) -> str:
     """ "passkey acc 16k, a model: lambda − window": what was measured, and what tells the two apart."""
-    differing = [name for name in (*APART_IN_ROWS, *APART_IN_COLUMNS) if _written(name, best) != _written(name, second)]
-    implied = {name for told in differing for name in IMPLIED.get(told, ())}
+    differing = [
+        name
+        for name in (*DISTINGUISHING_ROWS, *DISTINGUISHING_COLUMNS)
+        if _written(name, best) != _written(name, second)
+    ]
+    implied = {name for column in differing for name in IMPLIED.get(column, ())}
     differing = [name for name in differing if name not in implied]
     names = (" ".join(_written(name, result) for name in differing) for result in (best, second))
     length = format_tokens(best["length"])
@@ -240,12 +257,12 @@ def _contest(best: pd.Series, second: pd.Series) -> str:
 
 
 def _written(name: str, result: pd.Series) -> str:
-    """A value as a label; with the column's name, unless the value tells what it is."""
+    """Return a value as a label, with the column's name unless the value explains itself."""
     value = label_of(name)(result[name])
-    return value if name in TELLING or not value else f"{name}={value}"
+    return value if name in SELF_EXPLANATORY or not value else f"{name}={value}"
 
 
-def _against(table: Table, evidence: Evidence, baseline: str) -> None:
+def _against(table: Table, store: SampleStore, baseline: str) -> None:
     by_measure = defaultdict(list)
     for cell in table.cells.values():
         result = cell.result
@@ -257,10 +274,12 @@ def _against(table: Table, evidence: Evidence, baseline: str) -> None:
     for cell in table.cells.values():
         found = by_measure.get((_measure(cell), cell.result["model_path"]), [])
         found = [one for one in found if one.result["method"] == baseline] or found
-        found = [one for one in found if all(one.result[name] == cell.result[name] for name in ALIKE)] or found
+        found = [
+            one for one in found if all(one.result[name] == cell.result[name] for name in SHARED_WITH_BASELINE)
+        ] or found
         if len(found) > 1:
             several = ", ".join(sorted({one.result["method"] for one in found}))
             raise UsageError(f"baseline {baseline}: several results answer to that ({several}); give a whole method")
         if found and found[0] is not cell:
-            cell.versus = evidence.compare(cell.result, found[0].result, cell.ratio)
+            cell.versus = store.compare(cell.result, found[0].result, cell.ratio)
     table.baseline = baseline

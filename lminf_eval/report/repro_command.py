@@ -6,15 +6,15 @@ import json
 import shlex
 from typing import Any
 
-from lminf_eval.report.run_metadata import ran, table, text
+from lminf_eval.report.run_metadata import find_backend, table, text
 from lminf_eval.report.tasks import SEEDS, length_in_name, metadata, shots, tokens
 
 
-def command_of(raw: dict[str, Any], logged_samples: bool) -> str:
-    """A command line that asks for what the results JSON `raw` records, quoted for a POSIX shell."""
+def reproduction_command(raw: dict[str, Any], logged_samples: bool) -> str:
+    """Return a command line that reproduces the run that the results JSON `raw` records, quoted for a POSIX shell."""
     config = table(raw.get("config"))
     tasks = list(table(raw.get("configs"))) or list(table(raw.get("results")))
-    backend, _, args = ran(raw)
+    backend, _, args = find_backend(raw)
     if backend == "CUSTOM":
         return "# lm-eval was given a model object; no command asks for the same"
     words = ["lm_eval", "--model", backend, "--tasks", ",".join(tasks)]

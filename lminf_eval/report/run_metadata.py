@@ -33,7 +33,7 @@ def describe_run(file: Path, raw: dict[str, Any]) -> dict[str, Any]:
     config = table(raw.get("config"))
     own = table(config.get("lminf"))
     date = run_date(file, raw)
-    backend, path, args = ran(raw)
+    backend, path, args = find_backend(raw)
     path = path or f"{backend} {date}"  # a model without a name is like no other
     attention = text(own.get("attention")) or args.get("attention", "lambda") if backend == MODEL_NAME else backend
     used = [name for name in METHOD_SETTINGS if attention in GOES_WITH[name]]
@@ -70,7 +70,7 @@ def describe_run(file: Path, raw: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def ran(raw: dict[str, Any]) -> tuple[str, str, dict[str, str]]:
+def find_backend(raw: dict[str, Any]) -> tuple[str, str, dict[str, str]]:
     """Return (backend, model, model arguments) of a run; the model is "" if nothing names it.
 
     If lm-eval was given a model object, it writes the model's path in the backend's place and no arguments that count;
@@ -103,7 +103,7 @@ def _chosen(own: dict[str, Any]) -> dict[str, str]:
 
 
 def higher_is_better(raw: dict[str, Any], task: str, metric: str) -> bool | None:
-    """What the file says, or what the metric's name does; None where neither tells."""
+    """Return what the file says, else what the metric's name implies; None if neither says it."""
     said = table(table(raw.get("higher_is_better")).get(task)).get(metric)
     if isinstance(said, bool):
         return said
@@ -113,7 +113,7 @@ def higher_is_better(raw: dict[str, Any], task: str, metric: str) -> bool | None
 
 
 def model_args(given: Any) -> dict[str, str]:
-    """`--model_args` as a table of texts, from a table, from "a=1,b=2", or from JSON in a string; secrets hidden."""
+    """Return `--model_args` as a table of texts, from a table, "a=1,b=2", or JSON in a string; secrets hidden."""
     if isinstance(given, str):
         try:
             given = json.loads(given) if given.lstrip().startswith("{") else _pairs(given)
@@ -129,7 +129,7 @@ def _pairs(given: str) -> dict[str, str]:
 
 
 def trained_length(raw: dict[str, Any], args: dict[str, str], backend: str) -> float:
-    """The length in tokens that the model was trained at, where the file tells; else NaN.
+    """Return the model's training length in tokens, if the file contains it; else NaN.
 
     Under `lminf` that is n_local if it was not set but taken from the model. For other backends it is `max_length`, the
     model's own maximum unless an argument overrides it.
@@ -142,7 +142,7 @@ def trained_length(raw: dict[str, Any], args: dict[str, str], backend: str) -> f
 
 
 def run_date(file: Path, raw: dict[str, Any]) -> str:
-    """When the run started, ISO 8601 in UTC: as the file says, as its name does, or when the file was last written."""
+    """Return when the run started, ISO 8601 in UTC: from the file, from its name, or when it was last written."""
     try:
         return _iso(datetime.fromtimestamp(number(raw.get("date")), timezone.utc))
     except (ValueError, OverflowError, OSError):
@@ -161,7 +161,7 @@ def _iso(moment: datetime) -> str:
 
 
 def hardware(environment: str) -> str:
-    """The GPUs, or without any the processor, that lm-eval's environment text names."""
+    """Return the GPUs, or if there are none the processor, in lm-eval's environment text."""
     gpus = [name.strip() for name in re.findall(r"^GPU \d+: (.+)$", environment, re.MULTILINE)]
     single = environment_line(environment, "GPU models and configuration")
     if not gpus and single and not re.match(r"Could not collect|No CUDA|N/A", single):
@@ -174,34 +174,34 @@ def hardware(environment: str) -> str:
 
 
 def environment_line(environment: str, name: str) -> str:
-    """The value of one "name: value" line."""
+    """Return the value of one "name: value" line."""
     found = re.search(rf"^{re.escape(name)}:[ \t]*(\S.*)$", environment, re.MULTILINE)
     return found[1].strip() if found else ""
 
 
 def short_name(path: str) -> str:
-    """A hub's name as it is; of a folder on a disk, its last part."""
+    """Return a hub name unchanged, and of a folder on a disk its last part."""
     local = path.startswith(("/", ".", "~", "\\")) or re.match(r"[A-Za-z]:[\\/]", path)
     return (re.split(r"[\\/]", path.rstrip("\\/"))[-1] or path) if local else path
 
 
 def table(value: Any) -> dict[str, Any]:
-    """`value` where it is a table, else an empty one."""
+    """Return `value` if it is a table, else an empty one."""
     return value if isinstance(value, dict) else {}
 
 
 def text(value: Any) -> str:
-    """`value` as text; "" for None."""
+    """Return `value` as text; "" for None."""
     return "" if value is None else str(value)
 
 
 def compact(value: Any) -> str:
-    """A table or a list as JSON on one line; "" where there is nothing in it."""
+    """Return a table or a list as JSON on one line; "" if it is empty."""
     return (value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)) if value else ""
 
 
 def number(value: Any) -> float:
-    """`value` as a float, NaN where it is none."""
+    """Return `value` as a float; NaN if it is not a number."""
     try:
         return float(value)
     except (TypeError, ValueError, OverflowError):

@@ -25,30 +25,30 @@ class SamplesError(ValueError):
 
 
 def sample_files(results_file: Path, raw: dict[str, Any]) -> dict[str, Path]:
-    """The samples files beside `results_file`, by task: those with its date, or the only one there is of a task."""
+    """Return the samples files next to `results_file`, by task: the one with its date, or a task's only one."""
     date = DATE_IN_NAME.search(results_file.name)
     try:
-        beside = {file.name: file for file in results_file.parent.iterdir() if file.suffix == ".jsonl"}
+        siblings = {file.name: file for file in results_file.parent.iterdir() if file.suffix == ".jsonl"}
     except OSError:  # a folder that may be entered but not listed
         return {}
     found = {}
     for task in raw["results"]:
         start = f"samples_{task}_"
         if date:
-            names = {f"{start}{date[0]}.jsonl"} & beside.keys()
+            names = sorted({f"{start}{date[0]}.jsonl"} & siblings.keys())
         else:
-            names = [name for name in beside if name.startswith(start) and DATE_IN_NAME.match(name, len(start))]
+            names = [name for name in siblings if name.startswith(start) and DATE_IN_NAME.match(name, len(start))]
         if len(names) == 1:
-            found[task] = beside[names.pop()]
+            found[task] = siblings[names.pop()]
     return found
 
 
 def read_samples(file: Path) -> pd.DataFrame:
-    """One row for each document and filter, indexed by document (its id and the hash of its content).
+    """Return one row for each document and filter, indexed by document (its id and the hash of its content).
 
-    Columns: filter, response (what the model said, shortened), target, the document's depth, key, n_tokens and
-    boundaries where it has them, loglikelihoods (a list, of requests that asked for some), and metrics (a table of
-    lm-eval's own values for the document: a number each, or a pair of numbers that its aggregation sums apart).
+    Columns: filter, response (the model's answer, shortened), target, the document's depth, key, n_tokens and
+    boundaries if it has them, loglikelihoods (a list, if the requests asked for some), and metrics (a table of
+    lm-eval's own values for the document: a number each, or a pair of numbers that its aggregation sums separately).
 
     Raises:
         SamplesError: if the file cannot be read, or a line is not a sample of lm-eval.
@@ -68,12 +68,12 @@ def read_samples(file: Path) -> pd.DataFrame:
     return pd.DataFrame(rows).set_index("document")
 
 
-def measured(samples: pd.DataFrame, metric: str, filter_name: str = "none") -> pd.DataFrame:
-    """The columns total and weight of one metric (see `statistics`), indexed by document; empty where it has none."""
+def metric_totals(samples: pd.DataFrame, metric: str, filter_name: str = "none") -> pd.DataFrame:
+    """Return the columns total and weight of one metric (see `paired_bootstrap`), by document; empty if it has none."""
     chosen = samples[samples["filter"] == filter_name]
-    pairs = {document: _pair(metrics.get(metric)) for document, metrics in chosen["metrics"].items()}
-    pairs = {document: pair for document, pair in pairs.items() if pair}
-    return pd.DataFrame(pairs.values(), columns=["total", "weight"], index=list(pairs), dtype=float)
+    metrics = zip(chosen.index, chosen["metrics"], strict=True)
+    pairs = {document: pair for document, values in metrics if (pair := _pair(values.get(metric)))}
+    return pd.DataFrame(list(pairs.values()), columns=["total", "weight"], index=list(pairs), dtype=float)
 
 
 def _row(sample: dict[str, Any]) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def _row(sample: dict[str, Any]) -> dict[str, Any]:
 
 
 def _pair(value: Any) -> tuple[float, float] | None:
-    """(total, weight) of a document's value: a number counts once, a pair is lm-eval's (log-likelihood, units)."""
+    """Return (total, weight) of a document's value: a number has weight 1, a pair is (log-likelihood, units)."""
     if isinstance(value, (bool, int, float)):
         value = (value, 1)
     if not isinstance(value, (list, tuple)) or len(value) != 2:
@@ -113,7 +113,7 @@ def _first_text(responses: Any) -> str:
 
 
 def _loglikelihoods(responses: Any) -> list[float]:
-    """One number a request, of the texts that lm-eval writes: "-12.5", or ["-12.5", "False"] with is_greedy."""
+    """Return one number a request, from lm-eval's texts: "-12.5", or ["-12.5", "False"] with is_greedy."""
     try:
         return [float(_first_text(response)) for response in responses]
     except (TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""What a results file says about a task: its length, its documents, and the settings that change its answers.
+"""Read a task's length, its documents, and the settings that affect its answers from a results file.
 
 A group of tasks has no settings of its own: it has those of its tasks.
 """
@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 from collections.abc import Callable
 from typing import Any
 
-from lminf_eval.report.run_metadata import compact, model_args, number, ran, table, text
-from lminf_eval.utils.tokens import UNITS
+from lminf_eval.report.run_metadata import compact, find_backend, model_args, number, table, text
+from lminf_eval.utils.tokens import parse_tokens, split_length
 
-LENGTH_IN_NAME = re.compile(r"_(\d+)([km])$")
-LENGTH = re.compile(r"(\d+)([km]?)")
 SEEDS = ("random_seed", "numpy_seed", "torch_seed", "fewshot_seed")
 UNSET_LENGTH = {"babilong_qa": "0k"}  # by the start of a task's name: the length lm-eval runs it at by default
 
@@ -24,7 +21,7 @@ def describe_task(raw: dict[str, Any], task: str, measured: dict[str, Any]) -> d
     """Return the columns that every metric of one task shares. `length` is in tokens, NaN for tasks that have none."""
     return {
         "task": task,
-        "family": LENGTH_IN_NAME.sub("", task),
+        "family": split_length(task)[0],
         "length": length(raw, task),
         "task_version": text(table(raw.get("versions")).get(task)),
         "task_settings": _shared(raw, task, _settings),
@@ -40,7 +37,8 @@ def describe_task(raw: dict[str, Any], task: str, measured: dict[str, Any]) -> d
 def members(raw: dict[str, Any], task: str) -> list[str]:
     """Return the tasks of a group, those of its groups included; of a task, itself alone."""
     found: dict[str, None] = {}
-    groups, seen, left = table(raw.get("group_subtasks")), set(), [task]
+    groups, left = table(raw.get("group_subtasks")), [task]
+    seen: set[str] = set()
     while left:
         name = left.pop(0)
         parts = groups.get(name)
@@ -52,9 +50,9 @@ def members(raw: dict[str, Any], task: str) -> list[str]:
     return list(found) or [task]
 
 
-def _shared(raw: dict[str, Any], task: str, told: Callable[[dict[str, Any], str], str]) -> str:
-    """Return what `told` says of the task, or of a group's tasks, each once."""
-    return "; ".join(dict.fromkeys(told(raw, name) for name in members(raw, task)))
+def _shared(raw: dict[str, Any], task: str, describe: Callable[[dict[str, Any], str], str]) -> str:
+    """Return what `describe` says about the task, or about a group's tasks, each text once."""
+    return "; ".join(dict.fromkeys(describe(raw, name) for name in members(raw, task)))
 
 
 def task_config(raw: dict[str, Any], task: str) -> dict[str, Any]:
@@ -64,7 +62,7 @@ def task_config(raw: dict[str, Any], task: str) -> dict[str, Any]:
 
 def metadata(raw: dict[str, Any], task: str) -> dict[str, Any]:
     """Return what was set for the task: its metadata without the model's arguments, which lm-eval adds to it."""
-    _, _, args = ran(raw)
+    _, _, args = find_backend(raw)
     added = {"version", "config_source", *args, *model_args(table(raw.get("config")).get("model_args"))}
     return {key: value for key, value in table(task_config(raw, task).get("metadata")).items() if key not in added}
 
@@ -80,41 +78,43 @@ def _length(raw: dict[str, Any], task: str) -> float:
     config, given = task_config(raw, task), metadata(raw, task)
     if config.get("dataset_path") and not {"custom_dataset", "class"} & config.keys():
         return length_in_name(task)  # `--metadata` is for all tasks of a run; this one has its documents from elsewhere
-    told = tokens(given.get("length"))
-    if told > 0:
-        return told
+    length_set = tokens(given.get("length"))
+    if length_set > 0:
+        return length_set
     unset = next((default for start, default in UNSET_LENGTH.items() if task.startswith(start)), None)
-    told = tokens(given.get("max_seq_lengths", unset))
-    return length_in_name(task) if math.isnan(told) else told
+    longest = tokens(given.get("max_seq_lengths", unset))
+    return length_in_name(task) if math.isnan(longest) else longest
 
 
 def length_in_name(task: str) -> float:
-    """Return the tokens that "passkey_4k" tells; NaN for a name that tells none."""
-    named = LENGTH_IN_NAME.search(task)
-    return tokens(named[0][1:]) if named else math.nan
+    """Return the length in a name such as "passkey_4k", in tokens; NaN if it has none."""
+    _, named = split_length(task)
+    return math.nan if named is None else float(named)
 
 
 def tokens(value: Any) -> float:
     """Return the tokens that 4096, "4096", "4k" or a list of one of them says; NaN for anything else."""
     if isinstance(value, list) and len(value) == 1:
         (value,) = value
-    said = LENGTH.fullmatch(value.lower()) if isinstance(value, str) else None
-    told = number(said[1]) * UNITS.get(said[2], 1) if said else number(value)
-    return told if 0 <= told < math.inf else math.nan
+    try:
+        count = float(parse_tokens(value, least=0)) if isinstance(value, str) else number(value)
+    except ValueError:
+        count = number(value)
+    return count if 0 <= count < math.inf else math.nan
 
 
 def documents(raw: dict[str, Any], task: str, measured: dict[str, Any]) -> float:
-    """Return how many documents a task, or a group of tasks, was measured on; NaN if the file does not tell."""
+    """Return how many documents a task, or a group of tasks, was measured on; NaN if the file does not say."""
     counts, parts = table(raw.get("n-samples")), members(raw, task)
     if task not in counts and parts != [task]:
         return sum(documents(raw, part, {}) for part in parts)
     of_task = table(counts.get(task))
-    told = [number(of_task.get("effective")), number(measured.get("sample_len")), number(of_task.get("original"))]
-    return next((count for count in told if not math.isnan(count)), math.nan)
+    candidates = [number(of_task.get("effective")), number(measured.get("sample_len")), number(of_task.get("original"))]
+    return next((count for count in candidates if not math.isnan(count)), math.nan)
 
 
 def shots(raw: dict[str, Any], task: str) -> str:
-    """Return the number of examples before each question, or "" if the file does not tell.
+    """Return the number of examples before each question, or "" if the file does not say.
 
     Formats differ: a table `n-shot`, the task's config, and in the oldest one number for the whole run.
     """
@@ -135,7 +135,7 @@ def _settings(raw: dict[str, Any], task: str) -> str:
 
 
 def _generation(raw: dict[str, Any], task: str) -> dict[str, Any]:
-    """Return what generation was asked for: the task's own settings under those of the run; {} if it generates none."""
+    """Return the generation settings: the task's own, overridden by those of the run; {} if it generates no text."""
     config, given = task_config(raw, task), table(raw.get("config")).get("gen_kwargs")
     if config.get("output_type", "generate_until") != "generate_until":
         return {}
@@ -144,7 +144,7 @@ def _generation(raw: dict[str, Any], task: str) -> dict[str, Any]:
 
 
 def _prompt(raw: dict[str, Any], task: str) -> str:
-    """Return what stands around the question: the chat template and the system prompt, by their hashes."""
+    """Return what surrounds the question: the chat template and the system prompt, by their hashes."""
     parts = {"chat": _digest(raw, "chat_template"), "system": _digest(raw, "system_instruction")}
     if parts["chat"] and raw.get("fewshot_as_multiturn") and shots(raw, task) != "0":
         parts["multiturn"] = "True"
@@ -152,8 +152,8 @@ def _prompt(raw: dict[str, Any], task: str) -> str:
 
 
 def _digest(raw: dict[str, Any], name: str) -> str:
-    told, whole = text(raw.get(f"{name}_sha")), text(raw.get(name))
-    return told[:8] or (hashlib.sha256(whole.encode("utf-8", "replace")).hexdigest()[:8] if whole else "")
+    digest, whole = text(raw.get(f"{name}_sha")), text(raw.get(name))
+    return digest[:8] or (hashlib.sha256(whole.encode("utf-8", "replace")).hexdigest()[:8] if whole else "")
 
 
 def _seeds(raw: dict[str, Any], task: str) -> str:
@@ -165,15 +165,15 @@ def _seeds(raw: dict[str, Any], task: str) -> str:
         chosen |= {"fewshot_seed"}
     if "custom_dataset" in config or "random" in text(config.get("process_docs")):
         chosen |= {"random_seed", "numpy_seed"}
-    told = table(raw.get("config"))
-    return " ".join(f"{name[:-5]}={told[name]}" for name in SEEDS if name in chosen and told.get(name) is not None)
+    config = table(raw.get("config"))
+    return " ".join(f"{name[:-5]}={config[name]}" for name in SEEDS if name in chosen and config.get(name) is not None)
 
 
 def _may_sample(raw: dict[str, Any], task: str) -> bool:
     if task_config(raw, task).get("output_type", "generate_until") != "generate_until":
         return False
-    asked = _generation(raw, task)
-    return text(asked.get("do_sample")).lower() != "false" and number(asked.get("temperature")) != 0
+    settings = _generation(raw, task)
+    return text(settings.get("do_sample")).lower() != "false" and number(settings.get("temperature")) != 0
 
 
 def _subset(raw: dict[str, Any], task: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors.torch import save_file
 
 from lminf_eval.cache.window_cache import LambdaCache, LayerCache
 from lminf_eval.errors import UsageError
+from lminf_eval.utils.atomic_write import atomic_path
 
 logger = logging.getLogger(f"lm_eval.{__name__}")  # lm-eval shows the loggers below its own name
 
@@ -78,15 +78,11 @@ class Checkpoints:
         }
         tensors = {f"{i}.{name}": getattr(layer, name) for i, layer in cache.layers.items() for name in _TENSORS}
         tensors |= {"log_probs": torch.from_numpy(found[0]), "greedy": torch.from_numpy(found[1])}
-        partial = self._current.with_suffix(f".{os.getpid()}.partial")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_file({n: t.contiguous() for n, t in tensors.items()}, partial, {"numbers": json.dumps(numbers)})
-            with partial.open("rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(partial, self._current)
+            with atomic_path(self._current, sync=True) as partial:
+                save_file({n: t.contiguous() for n, t in tensors.items()}, partial, {"numbers": json.dumps(numbers)})
         except (OSError, SafetensorError) as error:
-            partial.unlink(missing_ok=True)
             raise UsageError(f"journal={self.folder.parent}: a checkpoint can't be written: {error}") from error
 
     def done(self) -> None:

@@ -1,1 +1,1 @@
-"""Grids of evaluations: one stock lm_eval run a cell, here or on SLURM, each resumed where it stopped."""
+"""Grids of evaluations: one stock lm_eval run a cell, here or on SLURM, each resumed if interrupted."""

@@ -1,4 +1,4 @@
-"""A cell's folder: what lm-eval is told, what it wrote, and whether that is whole.
+"""A cell's folder: the input of lm-eval, its output, and whether that is complete.
 
 OUTPUT/journal/                      the answers of all cells, see `journal.py`
 OUTPUT/logs/CELL.log                 what lm-eval said, every try after the other
@@ -24,12 +24,13 @@ import yaml
 
 from lminf_eval.errors import UsageError
 from lminf_eval.sweep.config import Cell
+from lminf_eval.utils.atomic_write import move_into_place, write_text
 
 _MARKS = ("alias", "name", "sample_len", "sample_count")  # entries of a task's results that are no metrics
 
 
 class CellFolder:
-    """Where the cell `cell` of the sweep in `output` is kept."""
+    """The folder of the cell `cell` of the sweep in `output`."""
 
     def __init__(self, output: Path, cell: Cell):
         self.output, self.cell = output.absolute(), cell
@@ -38,24 +39,24 @@ class CellFolder:
         self.failed = self.path / "failed.txt"
         self.log = self.output / "logs" / f"{cell.id}.log"
 
-    def prepare(self) -> None:
-        """Make the folder, ready for lm-eval to be started.
+    def create(self) -> None:
+        """Create the folder, ready for lm-eval to start.
 
         Raises:
-            UsageError: if it can't be written.
+            UsageError: if it cannot be written.
         """
         content = self.cell.config(self.output / "journal", self.attempt)
         try:
             for folder in (self.path, self.log.parent):
                 folder.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(self.attempt, ignore_errors=True)
-            _write(self.config, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+            write_text(self.config, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
         except OSError as error:
-            raise UsageError(f"{self.path}: {error.strerror}; --output must be a folder that can be written") from error
+            raise UsageError(f"{self.path}: {error.strerror}; --output must be a writable folder") from error
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[int | None]:
-        """The lock's file descriptor, or None where another process works on this cell.
+        """Yield the lock's file descriptor, or None if another process works on this cell.
 
         The lock belongs to whoever has the descriptor open, so a child that inherits it holds it when we are killed.
         """
@@ -63,14 +64,14 @@ class CellFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
-            raise UsageError(f"{self.path}: {error.strerror}; --output must be a folder that can be written") from error
+            raise UsageError(f"{self.path}: {error.strerror}; --output must be a writable folder") from error
         try:
             yield lock if _take(lock, fcntl.LOCK_EX) else None
         finally:
             os.close(lock)
 
     def running(self) -> bool:
-        """Whether a process works on this cell now, here or on another machine that shares the folder."""
+        """Return True if a process works on this cell now, here or on another machine that shares the folder."""
         try:
             lock = os.open(self.path / "lock", os.O_RDONLY)
         except OSError:
@@ -80,29 +81,26 @@ class CellFolder:
         finally:
             os.close(lock)
 
-    def keep(self) -> None:
-        """Make what lm-eval wrote the cell's result.
+    def accept_result(self) -> None:
+        """Make the output of lm-eval the cell's result.
 
         Raises:
-            ValueError: if it isn't complete, saying what is wrong with it.
+            ValueError: if it is incomplete; the message says what is wrong.
         """
         read_result(self.attempt, self.cell)
-        for file in self.attempt.rglob("*"):
-            _flush(file)
         if self.result.exists():  # a damaged one
             shutil.rmtree(self.path / "damaged", ignore_errors=True)
-            os.replace(self.result, self.path / "damaged")
-        os.replace(self.attempt, self.result)
-        _flush(self.path)
+            move_into_place(self.result, self.path / "damaged")
+        move_into_place(self.attempt, self.result, sync=True)
         self.failed.unlink(missing_ok=True)
 
-    def fail(self, reason: str) -> None:
-        """Note why the cell could not be done; on a full disk the note is left out."""
+    def record_failure(self, reason: str) -> None:
+        """Record why the cell failed; on a full disk the note is left out."""
         with contextlib.suppress(OSError):
-            _write(self.failed, reason + "\n")
+            write_text(self.failed, reason + "\n")
 
     def state(self) -> tuple[str, str]:
-        """("done", ""), ("running", ""), ("failed", reason), or ("missing", what is known)."""
+        """Return ("done", ""), ("running", ""), ("failed", reason), or ("missing", what is known)."""
         if self.result.exists():
             try:
                 read_result(self.result, self.cell)
@@ -118,10 +116,10 @@ class CellFolder:
 
 
 def read_result(folder: Path, cell: Cell) -> dict[str, Any]:
-    """lm-eval's results JSON in `folder`, if it and the samples beside it are whole.
+    """Read lm-eval's results JSON in `folder`, if it and the samples next to it are complete.
 
     Raises:
-        ValueError: if something is missing or damaged, saying what.
+        ValueError: if something is missing or damaged; the message says what.
     """
     files = sorted(folder.glob("*/results_*.json"))
     if not files:
@@ -129,7 +127,7 @@ def read_result(folder: Path, cell: Cell) -> dict[str, Any]:
     try:
         raw = json.loads(files[-1].read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{files[-1].name} can't be read ({error})") from None
+        raise ValueError(f"{files[-1].name} cannot be read ({error})") from None
     if not isinstance(raw, dict) or not isinstance(raw.get("results"), dict) or not raw["results"]:
         raise ValueError(f"{files[-1].name} has no table of results")
     for task, measured in raw["results"].items():
@@ -160,17 +158,3 @@ def _take(lock: int, kind: int) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-def _write(file: Path, text: str) -> None:
-    partial = file.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, file)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -19,7 +19,7 @@ from lminf_eval.errors import UsageError
 from lminf_eval.harness.plugin import MODEL_NAME, task_folder
 from lminf_eval.methods.spec import LambdaSpec, closest
 from lminf_eval.resume.journal import HOW
-from lminf_eval.utils.tokens import parse_tokens
+from lminf_eval.utils.tokens import parse_tokens, split_length
 
 # lm-eval's own keys that a sweep fills in itself, and those that change how a run is done or shown, and no answer.
 _FILLED = {"config", "model_args", "output_path", "tasks"}
@@ -33,11 +33,10 @@ _COMMON = {
     *("pretrained", "tokenizer", "revision", "subfolder", "dtype", "add_bos_token", "max_length", "peft"),
     *("trust_remote_code", "device_map", "parallelize", "prefix_sharing", "attn_implementation", "use_fast_tokenizer"),
 }
-_LENGTH = re.compile(r"(.+)_(\d+)([km])")
 
 
 class Resources(BaseModel):
-    """What one cell is given, in SLURM's own units; `lminf sweep run` takes `processes` alone."""
+    """The resources of one cell, in SLURM's own units; `lminf sweep run` uses only `processes`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -95,7 +94,7 @@ class Cell:
     Attributes:
         task: lm-eval's name of it.
         settings: lm-eval's other keys; `settings["model"]` is the backend.
-        length: in tokens, where the task is one of ours.
+        length: in tokens, if the task is one of ours.
     """
 
     model_args: dict[str, Any]
@@ -110,7 +109,7 @@ class Cell:
 
     @property
     def method(self) -> str:
-        """The attention and what else the method sets, as in `lambda n_local=1024`."""
+        """Return the attention and the method's other settings, as in `lambda n_local=1024`."""
         own = {n: self.model_args[n] for n in LambdaSpec.model_fields if n in self.model_args and n not in HOW}
         if self.settings["model"] != MODEL_NAME:
             return self.settings["model"]
@@ -118,21 +117,21 @@ class Cell:
 
     @property
     def label(self) -> str:
-        """The task's name, with the length where it has another one than its name says."""
+        """Return the task's name, with the length if it differs from the one in the name."""
         length = (self.settings.get("metadata") or {}).get("length")
-        return self.task if length is None else _LENGTH.sub(r"\1", self.task) + f"_{length}"
+        return self.task if length is None else f"{split_length(self.task)[0]}_{length}"
 
     @property
     def id(self) -> str:
-        """The cell's name in files: readable, then a hash of all that changes an answer: an edit makes a new cell."""
+        """Return the cell's name in files: readable, with a hash of all that affects answers."""
         settings = {name: value for name, value in self.settings.items() if name not in _SHOWN}
         args = {name: value for name, value in self.model_args.items() if name not in HOW}
         counted = json.dumps([args, self.task, settings], sort_keys=True, default=str)
-        said = [re.sub(r"[^\w.-]+", "-", part, flags=re.ASCII)[:48] for part in (self.model, self.method, self.label)]
-        return "__".join([*said, hashlib.sha256(counted.encode()).hexdigest()[:8]])
+        parts = [re.sub(r"[^\w.-]+", "-", part, flags=re.ASCII)[:48] for part in (self.model, self.method, self.label)]
+        return "__".join([*parts, hashlib.sha256(counted.encode()).hexdigest()[:8]])
 
     def config(self, journal: Path, output: Path) -> dict[str, Any]:
-        """The cell as a configuration file of lm-eval."""
+        """Return the cell as a configuration file of lm-eval."""
         keeps = {"journal": str(journal)} if self.settings["model"] == MODEL_NAME else {}
         return {
             **self.settings,
@@ -142,17 +141,17 @@ class Cell:
         }
 
 
-def read(file: Path) -> list[Cell]:
-    """The cells of a sweep's file, in its order: models, then methods, then tasks.
+def read_sweep(file: Path) -> list[Cell]:
+    """Read the cells of a sweep's file, in its order: models, then methods, then tasks.
 
     Raises:
-        UsageError: for a file that can't be read, an unknown key (naming the nearest known one), an impossible value or
-            an unknown task.
+        UsageError: for a file that cannot be read, an unknown key (the message names the nearest known one), an invalid
+            value or an unknown task.
     """
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{file}: it can't be read ({getattr(error, 'strerror', error)})") from error
+        raise UsageError(f"{file}: cannot be read ({getattr(error, 'strerror', error)})") from error
     except yaml.YAMLError as error:
         raise UsageError(f"{file}: it is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
@@ -164,7 +163,7 @@ def read(file: Path) -> list[Cell]:
 
 
 def cells(content: Mapping[str, Any]) -> list[Cell]:
-    """The cells of a sweep; see `read`."""
+    """Return the cells of a sweep; see `read_sweep`."""
     sweep = _checked(_Sweep, content, "")
     _refuse_twins("models", sweep.models)
     _refuse_twins("methods", [{"attention": "lambda", **method} for method in sweep.methods])
@@ -195,7 +194,7 @@ def _refuse_twins(name: str, entries: list[dict[str, Any]]) -> None:
 
 
 def _checked(kind: type[BaseModel], content: Any, where: str):
-    """`content` as a `kind`, errors in one line."""
+    """Validate `content` as a `kind`; errors become one line."""
     try:
         return kind.model_validate(content)
     except ValidationError as error:
@@ -216,7 +215,7 @@ def _sentence(message: str) -> str:
 
 
 def _settings(given: Mapping[str, Any], where: str, own: set[str]) -> dict[str, Any]:
-    """`given` if every key is one of lm-eval's configuration file, with a value of its type."""
+    """Return `given` if every key is one of lm-eval's configuration file and has a value of its type."""
     from lm_eval.config.evaluate_config import EvaluatorConfig
 
     types = typing.get_type_hints(EvaluatorConfig)
@@ -236,7 +235,7 @@ def _settings(given: Mapping[str, Any], where: str, own: set[str]) -> dict[str, 
 
 
 def _check_args(args: Mapping[str, Any], backend: str) -> None:
-    """Refuse what `--model lminf` would: an argument that doesn't exist, a value that the attention can't have."""
+    """Refuse what `--model lminf` would: an unknown argument, or an invalid value."""
     if backend != MODEL_NAME:
         return
     own = {name: value for name, value in args.items() if name in LambdaSpec.model_fields}
@@ -244,18 +243,19 @@ def _check_args(args: Mapping[str, Any], backend: str) -> None:
     if args.keys() - own.keys() - _COMMON - HOW:
         from lminf_eval.harness.model_args import check_names
 
-        check_names(args)
+        check_names(dict(args))
 
 
 def _tasks(entries: Iterable[_Task], settings: Mapping[str, Any]) -> Iterator[tuple[str, int | None, dict, dict]]:
-    """(lm-eval's name, length, lm-eval's keys for it, resources) of each task and length."""
+    """Yield (lm-eval's name, length, lm-eval's keys for it, resources) of each task and length."""
     ours = _our_tasks()
-    families = {match[1] for name in ours if (match := _LENGTH.fullmatch(name))}
+    families = {split_length(name)[0] for name in ours}
+    lengths: list[int | None]
     for entry in entries:
-        own = _settings(entry.model_extra, f"tasks.{entry.task}.", set(_Task.model_fields))
+        own = _settings(entry.model_extra or {}, f"tasks.{entry.task}.", set(_Task.model_fields))
         if entry.task in families:
             names = [name for name in ours if name.startswith(f"{entry.task}_")]
-            lengths = [_tokens(length) for length in entry.lengths] if entry.lengths else [ours[n] for n in names]
+            lengths = [_tokens(length) for length in entry.lengths or ()] or [ours[name] for name in names]
         elif entry.lengths:
             raise UsageError(f"tasks.{entry.task}: it takes no lengths; {', '.join(sorted(families))} do")
         else:
@@ -272,14 +272,14 @@ def _tasks(entries: Iterable[_Task], settings: Mapping[str, Any]) -> Iterator[tu
 
 
 def _our_tasks() -> dict[str, int]:
-    """Lengths in tokens of the tasks in our folder, by name, the shortest first."""
+    """Return the lengths in tokens of the tasks in our folder, by name, the shortest first."""
     stems = (file.stem for file in Path(task_folder()).glob("*/*.yaml"))
-    lengths = {stem: _tokens(match[2] + match[3]) for stem in stems if (match := _LENGTH.fullmatch(stem))}
+    lengths = {stem: length for stem in stems if (length := split_length(stem)[1]) is not None}
     return dict(sorted(lengths.items(), key=lambda item: item[1]))
 
 
 def _home(value: Any) -> Any:
-    """A path that begins with ~ as a shell would hand it on."""
+    """Expand a path that begins with ~ as a shell does."""
     return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from lminf_eval.sweep.cell import CellFolder, read_result
 from lminf_eval.sweep.config import Cell
+from lminf_eval.utils.tokens import split_length
 
 _DOCUMENTS = {"passkey": 20, "pydocs_ppl": 4, "pg19_ppl": 100}  # of our tasks; the others' number depends on the length
 _NEW_TOKENS = {"passkey": 16}
@@ -52,7 +53,7 @@ def measured_rates(folders: Iterable[CellFolder]) -> dict[tuple[str, str], float
 
 def _tokens(cell: Cell) -> int | None:
     """An upper bound, each document's shared prefixes computed once."""
-    family = re.sub(r"_\d+[km]$", "", cell.task)
+    family, _ = split_length(cell.task)
     metadata, limit = cell.settings.get("metadata") or {}, cell.settings.get("limit")
     documents = metadata.get("documents", _DOCUMENTS.get(family))
     if "data_files" in metadata:

@@ -1,4 +1,4 @@
-"""Working through a sweep's cells: each one a stock lm-eval in a process of its own."""
+"""Run a sweep's cells: each one is a stock lm-eval in its own process."""
 
 from __future__ import annotations
 
@@ -20,75 +20,75 @@ _FULL = 2**16  # bytes free on a disk that counts as full
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one try of a cell ended.
+    """How one attempt at a cell ended.
 
-    `end` is "done", "failed", "stopped" (we were asked to) or "elsewhere" (another process works on it); `status` the
+    `state` is "done", "failed", "stopped" (we were asked to) or "elsewhere" (another process works on it); `status` the
     exit status that says so: 0, lm-eval's own, `STOPPED`, or 128 and the signal that killed it.
     """
 
-    end: str
+    state: str
     reason: str = ""
     status: int = 0
 
 
 class Runner:
-    """Runs cells one after the other, until a signal asks to stop; the signal is handed on to the running one."""
+    """Run cells one after the other, until a signal asks to stop; the running cell receives the signal, too."""
 
     def __init__(self):
-        self.asked = False
+        self.stop_requested = False
         self._child: subprocess.Popen | None = None
 
-    def listen(self) -> None:
-        """Take SIGTERM and SIGUSR1 from now on."""
+    def install_handlers(self) -> None:
+        """Handle SIGTERM and SIGUSR1 from now on."""
         for number in SIGNALS:
-            signal.signal(number, self._ask)
+            signal.signal(number, self._request_stop)
 
-    def _ask(self, *_) -> None:
-        self.asked = True
+    def _request_stop(self, *_) -> None:
+        self.stop_requested = True
         if self._child is not None and self._child.poll() is None:
             self._child.send_signal(signal.SIGTERM)
 
-    def run(self, folder: CellFolder) -> Outcome:
-        """One try of a cell that isn't done."""
+    def run_cell(self, folder: CellFolder) -> Outcome:
+        """Run an unfinished cell once."""
         with folder.locked() as lock:
             if lock is None:
                 return Outcome("elsewhere", "another process works on it")
-            if folder.state()[0] == "done" or self.asked:
-                return Outcome("stopped", status=STOPPED) if self.asked else Outcome("done")
-            folder.prepare()
-            said = folder.log.stat().st_size if folder.log.exists() else 0
+            if folder.state()[0] == "done" or self.stop_requested:
+                return Outcome("stopped", status=STOPPED) if self.stop_requested else Outcome("done")
+            folder.create()
+            log_start = folder.log.stat().st_size if folder.log.exists() else 0
             status = self._lm_eval(folder, lock)
-            if status == STOPPED or (self.asked and status):
+            if status == STOPPED or (self.stop_requested and status):
                 return Outcome("stopped", status=STOPPED)
             reason = ""
             if status < 0:
                 reason, status = f"killed by {signal.Signals(-status).name}", 128 - status
             elif status:
-                reason = _reason(folder.log, said)
+                reason = _reason(folder.log, log_start)
             else:
                 try:
-                    folder.keep()
+                    folder.accept_result()
                 except ValueError as error:
                     reason, status = str(error), 1
             if not status:
                 return Outcome("done")
             if shutil.disk_usage(folder.path).free < _FULL:
-                reason = f"the disk of {folder.output} is full; all answers before are kept ({reason})"
-            folder.fail(reason)
+                reason = f"the disk of {folder.output} is full; all earlier answers are saved ({reason})"
+            folder.record_failure(reason)
             return Outcome("failed", reason, status)
 
     def _lm_eval(self, folder: CellFolder, lock: int) -> int:
         with folder.log.open("ab") as log:
             self._child = subprocess.Popen(
-                command(folder, os.environ), stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[lock]
+                lm_eval_command(folder, os.environ), stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[lock]
             )
-            if self.asked:  # between the start and its being noted
+            if self.stop_requested:  # between the start and its being noted
                 self._child.send_signal(signal.SIGTERM)
             return self._child.wait()
 
 
-def command(folder: CellFolder, environment: Mapping[str, str]) -> list[str]:
-    """The command that runs a cell: lm-eval, by torchrun where it has several processes, by srun on several nodes."""
+def lm_eval_command(folder: CellFolder, environment: Mapping[str, str]) -> list[str]:
+    """Return the command of a cell: lm-eval, under torchrun for several processes, under srun for several nodes."""
     resources = folder.cell.resources
     words = ["lm_eval", "run", "--config", str(folder.config)]
     if resources.nodes * resources.processes == 1:
@@ -104,27 +104,27 @@ def command(folder: CellFolder, environment: Mapping[str, str]) -> list[str]:
     return [*srun, *launch, *meeting, "-m", *words]
 
 
-def run_all(folders: list[CellFolder], runner: Runner, tell: Callable[[CellFolder, Outcome | None], None]) -> int:
-    """Try every cell once, and return the exit status for all.
+def run_all(folders: list[CellFolder], runner: Runner, report: Callable[[CellFolder, Outcome | None], None]) -> int:
+    """Run every cell once, and return the exit status for all.
 
-    `tell` is called with None before a cell and with its outcome after it. The status is 0 where all is done, `STOPPED`
-    where a signal asked to stop, the failed cell's own where there is one cell, else 1.
+    `report` is called with None before a cell and with its outcome after it. The status is 0 if all are done, `STOPPED`
+    if a signal asked to stop, the failed cell's own status if there is only one cell, else 1.
     """
     statuses = []
     for folder in folders:
-        tell(folder, None)
-        outcome = runner.run(folder)
-        tell(folder, outcome)
-        if outcome.end == "stopped":
+        report(folder, None)
+        outcome = runner.run_cell(folder)
+        report(folder, outcome)
+        if outcome.state == "stopped":
             return STOPPED
         statuses.append(outcome.status)
     return statuses[0] if len(statuses) == 1 else int(any(statuses))
 
 
 def _reason(log: Path, start: int) -> str:
-    """What the log says last from byte `start` on: a `UsageError`'s line, or else whatever it is."""
+    """Return the last line of the log from byte `start` on, preferably that of a `UsageError`."""
     with log.open("rb") as file:
         file.seek(max(start, log.stat().st_size - 20_000))
         lines = [line.strip() for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()]
-    told = [line for line in lines if line.startswith("lminf: ")]
-    return (told or lines or ["lm-eval said nothing"])[-1].removeprefix("lminf: ")[:_REASON_LENGTH]
+    errors = [line for line in lines if line.startswith("lminf: ")]
+    return (errors or lines or ["lm-eval printed nothing"])[-1].removeprefix("lminf: ")[:_REASON_LENGTH]

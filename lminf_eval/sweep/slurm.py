@@ -13,21 +13,23 @@ from lminf_eval.sweep.cell import CellFolder
 from lminf_eval.sweep.config import Resources
 
 
-def script() -> Path:
+def sbatch_script() -> Path:
     """Return the path of the array script."""
     return data_folder("slurm") / "sweep.sbatch"
 
 
-def submit(file: Path, output: Path, folders: list[CellFolder], cells: list[int], at_once: int | None) -> Iterator[str]:
-    """Send the cells of these numbers, and say what was sent.
+def submit_arrays(
+    file: Path, output: Path, folders: list[CellFolder], cells: list[int], max_concurrent: int | None
+) -> Iterator[str]:
+    """Submit the cells with these numbers; yield a line about each array.
 
-    The arrays read a copy of `file`, kept in `output`: editing it afterwards does not change what was submitted.
+    The arrays read a copy of `file` in `output`, so editing the file later does not change what was submitted.
 
     Raises:
-        UsageError: if there is no sbatch, or it refuses.
+        UsageError: if sbatch is missing or refuses.
     """
     if shutil.which("sbatch") is None:
-        raise UsageError("sbatch: there is none on this machine; submit from a login node of the cluster")
+        raise UsageError("sbatch: not found on this machine; submit from a login node of the cluster")
     logs, copies = output / "logs", output / "submitted"
     try:
         for folder in (logs, copies):
@@ -37,11 +39,11 @@ def submit(file: Path, output: Path, folders: list[CellFolder], cells: list[int]
         copy = copies / f"{number:03d}-{file.name}"
         copy.write_bytes(content)
     except OSError as error:
-        raise UsageError(f"{output}: {error.strerror}; --output must be a folder that can be written") from error
+        raise UsageError(f"{output}: {error.strerror}; --output must be a writable folder") from error
     for resources, numbers in _by_resources(folders, cells).items():
-        words = [*sbatch_options(resources), *_array(numbers, at_once)]
+        words = [*sbatch_options(resources), *_array(numbers, max_concurrent)]
         words += [f"--job-name=lminf-{file.stem}", f"--output={logs.absolute()}/slurm-%A_%a.log"]
-        command = ["sbatch", "--parsable", *words, str(script()), str(copy.absolute()), str(output.absolute())]
+        command = ["sbatch", "--parsable", *words, str(sbatch_script()), str(copy.absolute()), str(output.absolute())]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             reason = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
@@ -50,7 +52,7 @@ def submit(file: Path, output: Path, folders: list[CellFolder], cells: list[int]
 
 
 def sbatch_options(resources: Resources) -> list[str]:
-    """What a cell is given, in sbatch's words."""
+    """Return the options of sbatch for a cell's resources."""
     options = {
         "time": resources.time,
         "nodes": resources.nodes,
@@ -74,7 +76,7 @@ def _by_resources(folders: list[CellFolder], cells: list[int]) -> dict[Resources
     return groups
 
 
-def _array(numbers: list[int], at_once: int | None) -> list[str]:
+def _array(numbers: list[int], max_concurrent: int | None) -> list[str]:
     """--array=0-3,7%2"""
     ranges: list[list[int]] = []
     for number in numbers:
@@ -82,5 +84,5 @@ def _array(numbers: list[int], at_once: int | None) -> list[str]:
             ranges[-1][1] = number
         else:
             ranges.append([number, number])
-    said = ",".join(str(low) if low == high else f"{low}-{high}" for low, high in ranges)
-    return [f"--array={said}" + (f"%{at_once}" if at_once else "")]
+    indices = ",".join(str(low) if low == high else f"{low}-{high}" for low, high in ranges)
+    return [f"--array={indices}" + (f"%{max_concurrent}" if max_concurrent else "")]

@@ -36,7 +36,7 @@ class Pieces:
         self._remembered: OrderedDict[str, Tokens] = OrderedDict()
 
     def encode(self, text: str) -> Tokens:
-        """Token ids [n], and the characters [n, 2] that each token covers."""
+        """Return token ids [n], and the characters [n, 2] that each token covers."""
         if len(text) < 2 * PIECE:
             return self._encoded(text)
         starts = range(0, len(text) - PIECE // 2, PIECE)  # the last piece is up to a half longer
@@ -73,7 +73,7 @@ class Pieces:
 
 @lru_cache(maxsize=4)
 def pieces(tokenizer: PreTrainedTokenizerBase) -> Pieces:
-    """The one `Pieces` of a tokenizer, and of those equal to it: a task and a model load the same one each."""
+    """Return the `Pieces` of a tokenizer, shared by all tokenizers equal to it: task and model each load their own."""
     return _by_text.setdefault(fingerprint_tokenizer(tokenizer), Pieces(tokenizer))
 
 
@@ -88,8 +88,10 @@ def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
 _by_text: WeakValueDictionary[str, Pieces] = WeakValueDictionary()
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, text: str, with_specials: Callable[[str], Sequence[int]]) -> np.ndarray:
-    """Token ids [n] as `with_specials` gives them, which adds special tokens before and after a text, or none."""
+def encode(
+    tokenizer: PreTrainedTokenizerBase, text: str, with_specials: Callable[[str], Sequence[int] | np.ndarray]
+) -> np.ndarray:
+    """Return token ids [n] as `with_specials` gives them; it may add special tokens before and after a text."""
     if len(text) >= 2 * PIECE and tokenizer.is_fast:
         head = text[:PIECE]
         whole, bare = list(with_specials(head)), pieces(tokenizer).encode(head)[0].tolist()
@@ -101,7 +103,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, with_specials: Callabl
 
 
 def _joint(before: Tokens, after: Tokens, border: int) -> tuple[int, int] | None:
-    """The index into each piece's tokens at which they are joined; None where too few agree."""
+    """Return the index into each piece's tokens at which they are joined; None if too few tokens agree."""
     begins, rows = [], []
     for ids, spans in (before, after):
         low = int(np.searchsorted(spans[:, 0], border - _OVERLAP))
@@ -110,6 +112,6 @@ def _joint(before: Tokens, after: Tokens, border: int) -> tuple[int, int] | None
         rows.append(
             [(token, *span) for token, span in zip(ids[low:high].tolist(), spans[low:high].tolist(), strict=True)]
         )
-    match = SequenceMatcher(None, *rows, autojunk=False).find_longest_match()
+    match = SequenceMatcher(None, rows[0], rows[1], autojunk=False).find_longest_match()
     middle = match.size // 2
     return (begins[0] + match.a + middle, begins[1] + match.b + middle) if match.size >= _AGREED else None

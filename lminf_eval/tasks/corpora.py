@@ -1,14 +1,14 @@
 """The corpora of the perplexity tasks: where each one's texts come from.
 
-Each function is a `custom_dataset` of lm-eval. It takes the task's metadata and returns `lengths.cut_documents`'s
-documents; `data_files` in the metadata (see `localdata.read_texts`) takes the place of the corpus's own source.
+Each function is a `custom_dataset` of lm-eval. It takes the task's metadata and returns the documents of
+`documents.cut_documents`; `data_files` in the metadata (see `data_files.read_texts`) replaces the corpus's own source.
 """
 
 import hashlib
 import logging
-import os
 import platform
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -24,6 +24,7 @@ from lminf_eval.errors import UsageError, first_line
 from lminf_eval.paths import cache_home
 from lminf_eval.tasks.data_files import read_rows, read_texts
 from lminf_eval.tasks.documents import Text, cut_documents
+from lminf_eval.utils.atomic_write import atomic_path
 
 logger = logging.getLogger(f"lm_eval.{__name__}")  # under lm-eval's own, which shows it
 
@@ -33,7 +34,7 @@ PILE_SETS = ("ArXiv", "OpenWebText2")
 
 
 def pydocs(**metadata: Any) -> dict[str, Dataset]:
-    """The reference manual's topics that every CPython carries, as four documents.
+    """Return the reference manual's topics that every CPython carries, as four documents.
 
     Document d is the whole circle of topics begun a d-th quarter round, so each is as long as the whole text. The text
     is that of the running Python; the documents record its version and the text's SHA-256.
@@ -42,25 +43,25 @@ def pydocs(**metadata: Any) -> dict[str, Dataset]:
 
 
 def pg19(**metadata: Any) -> dict[str, Dataset]:
-    """PG-19's test set: 100 books from Project Gutenberg (Rae et al. 2019, arXiv 1911.05507)."""
+    """Return PG-19's test set: 100 books from Project Gutenberg (Rae et al. 2019, arXiv 1911.05507)."""
     return cut_documents("pg19", _local(metadata) or _pg19(), metadata)
 
 
 def arxiv(**metadata: Any) -> dict[str, Dataset]:
-    """ArXiv papers in the Pile's validation set (Gao et al. 2020, arXiv 2101.00027)."""
+    """Return ArXiv papers in the Pile's validation set (Gao et al. 2020, arXiv 2101.00027)."""
     return cut_documents("arxiv", _local(metadata, "ArXiv") or _pile("ArXiv"), metadata)
 
 
 def openwebtext2(**metadata: Any) -> dict[str, Dataset]:
-    """OpenWebText2 pages in the Pile's validation set (Gao et al. 2020, arXiv 2101.00027)."""
+    """Return OpenWebText2 pages in the Pile's validation set (Gao et al. 2020, arXiv 2101.00027)."""
     return cut_documents("openwebtext2", _local(metadata, "OpenWebText2") or _pile("OpenWebText2"), metadata)
 
 
 def pile_subset(name: str) -> Path:
-    """The parquet file, in the cache, of one of `PILE_SETS`; made on first use, all of them in one reading of the Pile.
+    """Return the cached parquet file of one of `PILE_SETS`; the first call makes all of them in one pass over the Pile.
 
     Raises:
-        UsageError: the Pile's validation file cannot be had.
+        UsageError: if the Pile's validation file cannot be downloaded.
     """
     folder = cache_home() / "pile-val"
     wanted = folder / f"{name}.parquet"
@@ -78,23 +79,27 @@ def pile_subset(name: str) -> Path:
 
 
 def _filter_pile(source: Path, folder: Path) -> None:
-    """Split the Pile's file into `folder`/NAME.parquet for each of `PILE_SETS`, which appear only when complete."""
+    """Split the Pile's file into `folder`/NAME.parquet for each of `PILE_SETS`, which appear only when complete.
+
+    The caller holds the folder's lock.
+    """
     logger.info("Reading %s once for %s", source, ", ".join(PILE_SETS))
     schema = pa.schema([("text", pa.large_string())])
-    partial = {name: folder / f"{name}.partial" for name in PILE_SETS}
-    writers = {name: pq.ParquetWriter(path, schema) for name, path in partial.items()}
     pending: dict[str, list[str]] = {name: [] for name in PILE_SETS}
-    for text, name in read_rows(source, "text"):
-        if text is not None and name in pending:
-            pending[name].append(text)
-            if len(pending[name]) == 256:
-                writers[name].write_table(pa.table({"text": pending[name]}, schema=schema))
-                pending[name].clear()
-    for name, writer in writers.items():
-        writer.write_table(pa.table({"text": pending[name]}, schema=schema))
-        writer.close()
-    for name, path in partial.items():
-        os.replace(path, folder / f"{name}.parquet")
+    with ExitStack() as files:
+        partial = {
+            name: files.enter_context(atomic_path(folder / f"{name}.parquet", exclusive=True)) for name in PILE_SETS
+        }
+        writers = {name: pq.ParquetWriter(path, schema) for name, path in partial.items()}
+        for text, name in read_rows(source, "text"):
+            if text is not None and name in pending:
+                pending[name].append(text)
+                if len(pending[name]) == 256:
+                    writers[name].write_table(pa.table({"text": pending[name]}, schema=schema))
+                    pending[name].clear()
+        for name, writer in writers.items():
+            writer.write_table(pa.table({"text": pending[name]}, schema=schema))
+            writer.close()
 
 
 def _local(metadata: dict[str, Any], pile_set: str | None = None) -> Iterator[Text] | None:

@@ -16,7 +16,7 @@ from lminf_eval.errors import UsageError, first_line
 
 logger = logging.getLogger(f"lm_eval.{__name__}")  # under lm-eval's own, which shows it
 
-# One document: its text, or None where it is none (broken UTF-8, not a string), and `meta.pile_set_name` if it has one.
+# One document: its text, or None if it has none (broken UTF-8, not a string), and `meta.pile_set_name` if it has one.
 Row = tuple[str | None, str | None]
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -26,7 +26,7 @@ _SUFFIXES = (".parquet", ".jsonl", ".jsonl.zst", ".txt")
 def read_texts(
     data_files: str | list[str], text_column: str = "text", pile_set: str | None = None
 ) -> Iterator[tuple[str, str]]:
-    """The documents of local files, as pairs of where it is ("FILE:ROW") and its text.
+    """Yield the documents of local files, each as its place ("FILE:ROW") and its text.
 
     A .txt file is one document; the other formats hold one a row, its text in `text_column`. A row that is no text is
     skipped, and each file's skipped rows are counted in the log.
@@ -54,7 +54,7 @@ def read_texts(
 
 
 def find_files(data_files: str | list[str]) -> list[Path]:
-    """The files that `data_files` (see `read_texts`) stands for, sorted within each entry."""
+    """Return the files that `data_files` (see `read_texts`) names, sorted within each entry."""
     entries = [data_files] if isinstance(data_files, str) else data_files
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, str) for entry in entries):
         raise UsageError(f"data_files={data_files!r}: a path, a folder, a glob, or a list of them is needed")
@@ -72,7 +72,7 @@ def find_files(data_files: str | list[str]) -> list[Path]:
 
 
 def read_rows(path: Path, text_column: str) -> Iterator[Row]:
-    """The rows of one file; its format is told by its suffix. Raises as `read_texts` does."""
+    """Yield the rows of one file, whose suffix names its format. Raises the errors of `read_texts`."""
     try:
         if path.name.endswith(".parquet"):
             yield from _parquet(path, text_column)
@@ -111,7 +111,7 @@ def _parquet(path: Path, text_column: str) -> Iterator[Row]:
 
 
 def _unpacked_lines(packed: BinaryIO) -> Iterator[bytes]:
-    """The lines of a zstandard stream of any number of frames. zstandard's own reader takes a cut one for its end."""
+    """Yield the lines of a zstandard stream of any number of frames; zstandard's own reader misses a truncated one."""
     frame, line = zstandard.ZstdDecompressor().decompressobj(), b""
     while chunk := packed.read(1 << 20):
         while chunk:

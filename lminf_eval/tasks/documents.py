@@ -30,12 +30,12 @@ _SEARCHED = 256  # cuts tried, each a token shorter, before a document is given 
 
 
 def tail_start(length: int) -> int:
-    """The token of a document of `length` at which its last eighth begins."""
+    """Return the token of a document of `length` at which its last eighth begins."""
     return length * TAIL[0] // TAIL[1]
 
 
 def cut_documents(corpus: str, texts: Iterable[Text], metadata: dict[str, Any]) -> dict[str, Dataset]:
-    """The documents of a perplexity task: the first `length` tokens of every text that has as many.
+    """Cut the documents of a perplexity task: the first `length` tokens of every text that has as many.
 
     Metadata: `length` in tokens; `buckets` (16, fewer below 128 tokens), how many prefixes of growing length are
     scored, 1 for the whole document alone; and the model arguments that name the tokenizer.
@@ -87,7 +87,7 @@ def cut_documents(corpus: str, texts: Iterable[Text], metadata: dict[str, Any]) 
 
 
 def _first_tokens(tokenizer: TaskTokenizer, text: str, count: int) -> Tokens:
-    """Tokens of the text's beginning: all of it, or well over `count` tokens."""
+    """Return tokens of the text's beginning: all of it, or well over `count` tokens."""
     sample = text[:_SAMPLE]
     characters = int(1.1 * count * len(sample) / max(1, len(tokenizer.encode_bare(sample)))) + 1000
     while True:
@@ -123,7 +123,7 @@ def _cut(
 
 
 def _stable_cut(tokenizer: TaskTokenizer, text: str, ids: np.ndarray, offsets: np.ndarray, count: int) -> int:
-    """The largest number of tokens, at most `count`, after which a cut leaves the tokens before it alone; 0 for none.
+    """Return the most tokens, at most `count`, after which a cut does not change the tokens before it; 0 for none.
 
     A cut is judged by the tokens right before it, the only ones that it can change in byte-pair encodings.
     """

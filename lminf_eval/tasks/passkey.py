@@ -29,7 +29,7 @@ _QUESTION = "What is the pass key? The pass key is"
 
 
 def build(**metadata: Any) -> dict[str, Dataset]:
-    """The documents of a passkey task, for lm-eval's `custom_dataset`.
+    """Build the documents of a passkey task, for lm-eval's `custom_dataset`.
 
     Metadata: `length` in tokens; `documents` (20); `depths`, how many evenly spread depths they share (one each);
     `seed` (0); and the model arguments that name the tokenizer. A seed gives the same keys and depths at every length.
@@ -41,7 +41,7 @@ def build(**metadata: Any) -> dict[str, Dataset]:
     Raises:
         UsageError: a value is out of range, or the length is too short for the prompt without any filler.
     """
-    length = metadata.get("length")
+    length: Any = metadata.get("length")
     documents = metadata.get("documents", 20)
     depths = metadata.get("depths", documents)
     seed = metadata.get("seed", 0)
@@ -71,18 +71,18 @@ def build(**metadata: Any) -> dict[str, Dataset]:
 
 
 def prompt(doc: dict[str, Any]) -> str:
-    """The text of a document of `build`."""
+    """Return the text of a document of `build`."""
     return _prompt(doc["key"], doc["before"], doc["after"])
 
 
 def score(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """`acc`: whether the first number of five digits in the answer is the key; "71,432" is such a number, too."""
+    """Return `acc`: 1 if the first number of five digits in the answer is the key; "71,432" is such a number, too."""
     numbers = (re.sub(r"\D", "", found) for found in _NUMBER.findall(results[0]))
     return {"acc": float(next((number for number in numbers if len(number) == 5), None) == doc["key"])}
 
 
 def spread_depths(count: int) -> list[float]:
-    """`count` depths from 0 to 1, evenly spread, in an order whose every beginning is spread too; one is the middle.
+    """Return `count` depths from 0 to 1, evenly spread, as is each prefix of the list; a single one is the middle.
 
     The order is that of bit-reversed indices (van der Corput): 0, then about a half, a quarter, three quarters, ...
     """
@@ -106,7 +106,7 @@ class _Sizer:
     """Finds the most filler that keeps a prompt within `length` tokens.
 
     In most tokenizers a filler sentence costs the same number of tokens wherever it stands, which a few short prompts
-    reveal. The size that follows is checked on the whole prompt, and corrected where a tokenizer does otherwise.
+    reveal. The size that follows is checked on the whole prompt, and corrected if a tokenizer does otherwise.
     """
 
     def __init__(self, tokenizer: TaskTokenizer, length: int):

@@ -1,7 +1,7 @@
 """Perplexity over long documents, and the curve of it along them, within lm-eval's own protocol.
 
-A document is scored by one rolling likelihood for each of its prefixes (see `lengths.cut_documents`). The responses in
-the samples file of any model are therefore the log-likelihoods, in nats, of the first `boundaries[i]` tokens, and their
+A document is scored by one rolling likelihood for each of its prefixes (see `documents.cut_documents`). In the samples
+file of any model, the responses are therefore the log-likelihoods, in nats, of the first `boundaries[i]` tokens; their
 differences are those of the stretches in between.
 """
 
@@ -29,7 +29,7 @@ class PerplexityTask(ConfigurableTask):
         super().__init__(config={key: value for key, value in config.items() if key != "class"})
 
     def construct_requests(self, doc: dict[str, Any], ctx: str, **kwargs: Any) -> list[Instance]:
-        """One request for each of the document's prefixes, the whole document last."""
+        """Return one request for each of the document's prefixes, the whole document last."""
         return [
             Instance(
                 request_type="loglikelihood_rolling",
@@ -42,7 +42,7 @@ class PerplexityTask(ConfigurableTask):
         ]
 
     def process_results(self, doc: dict[str, Any], results: Sequence[float]) -> dict[str, Share]:
-        """The document's `shares`; a log-likelihood that is NaN is kept, and its place told in the log."""
+        """Return the document's `metric_contributions`; log a warning for a log-likelihood that is NaN, and keep it."""
         for boundary, value in zip(doc["boundaries"], results, strict=True):
             if math.isnan(value):
                 logger.warning(
@@ -51,8 +51,8 @@ class PerplexityTask(ConfigurableTask):
         return super().process_results(doc, results)
 
 
-def shares(doc: dict[str, Any], results: Sequence[float]) -> dict[str, Share]:
-    """A document's share in each metric, from the log-likelihoods [boundaries] of its prefixes, in nats."""
+def metric_contributions(doc: dict[str, Any], results: Sequence[float]) -> dict[str, Share]:
+    """Return a document's share in each metric, from the log-likelihoods [boundaries] of its prefixes, in nats."""
     whole = float(results[-1])
     tokens, size = (whole, doc["n_tokens"]), (whole, doc["n_bytes"])
     result = {"token_perplexity": tokens, "nll": tokens, "byte_perplexity": size, "bits_per_byte": size}

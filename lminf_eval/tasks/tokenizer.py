@@ -32,30 +32,30 @@ class TaskTokenizer:
     prefix: str
 
     def encode(self, text: str) -> np.ndarray:
-        """Token ids [n] as the model is given them, special tokens included."""
+        """Return token ids [n] as the model gets them, special tokens included."""
         special = True if self.add_bos_token is None else self.add_bos_token
         special = special and not self._has_prefix(text)
         return encode(self.tokenizer, text, lambda part: self._ids(part, special))
 
     def encode_bare(self, text: str) -> np.ndarray:
-        """Token ids [n] of the text alone, without special tokens."""
+        """Return token ids [n] of the text alone, without special tokens."""
         return pieces(self.tokenizer).encode(text)[0] if self.tokenizer.is_fast else self._ids(text, False)
 
     def offsets(self, text: str) -> Tokens:
-        """Token ids [n] of the text alone, and the characters [n, 2] that each token covers, from and to.
+        """Return token ids [n] of the text alone, and the characters [n, 2] that each token covers, from and to.
 
         Raises:
-            UsageError: the tokenizer is a Python-only one, which does not know the offsets.
+            UsageError: if the tokenizer is a Python-only one, which does not know the offsets.
         """
         if not self.tokenizer.is_fast:
             raise UsageError(
-                f"tokenizer {self.tokenizer.name_or_path!r} does not tell where its tokens lie in the text; "
+                f"tokenizer {self.tokenizer.name_or_path!r} does not know the positions of its tokens in the text; "
                 "perplexity tasks need a fast tokenizer (use_fast_tokenizer=True, or another `tokenizer`)"
             )
         return pieces(self.tokenizer).encode(text)
 
     def n_special(self, text: str) -> int:
-        """How many special tokens `encode` adds to this text."""
+        """Return the number of special tokens that `encode` adds to this text."""
         head = text[: len(self.prefix) + 16]
         return len(self.encode(head)) - len(self.encode_bare(head))
 
@@ -68,13 +68,13 @@ class TaskTokenizer:
 
 
 def load_tokenizer(**metadata: Any) -> TaskTokenizer:
-    """The tokenizer that lm-eval's `hf` would load from the model arguments in a task's metadata.
+    """Load the tokenizer that lm-eval's `hf` would load from the model arguments in a task's metadata.
 
     Reads `pretrained`, `tokenizer` (a name, a folder or a tokenizer object), `revision`, `subfolder`, `gguf_file`,
     `use_fast_tokenizer`, `trust_remote_code`, `add_bos_token` and `prefix_token_id`; ignores everything else.
 
     Raises:
-        UsageError: there is no tokenizer to load, it cannot be loaded, or it encodes text to nothing.
+        UsageError: if no tokenizer is named, it cannot be loaded, or it encodes text to nothing.
     """
     given, pretrained = metadata.get("tokenizer"), metadata.get("pretrained")
     if given is not None and not isinstance(given, str):
@@ -83,7 +83,7 @@ def load_tokenizer(**metadata: Any) -> TaskTokenizer:
         name = given or (pretrained if isinstance(pretrained, str) else getattr(pretrained, "name_or_path", None))
         if not name:
             raise UsageError(_MISSING)
-        options = {"revision": str(metadata.get("revision") or "main")}
+        options: dict[str, Any] = {"revision": str(metadata.get("revision") or "main")}
         options["trust_remote_code"] = bool(metadata.get("trust_remote_code", False))
         if not given and metadata.get("gguf_file") is not None:
             options["gguf_file"] = metadata["gguf_file"]

@@ -1,4 +1,4 @@
-"""What the C library does with freed memory, where models run on a CPU."""
+"""Control what the C library does with freed memory, for models on a CPU."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # as malloc.h numbers them
 
 
 def keep_freed_memory() -> None:
-    """Keep what is freed for this process's next tensors, where the C library is glibc; elsewhere nothing is done.
+    """Keep freed memory for this process's next tensors if the C library is glibc; otherwise do nothing.
 
-    glibc gives large blocks back to the system at once, and the next chunk's tensors are paid for again, page by page.
+    glibc returns large blocks to the system at once, so the next chunk's tensors fault in their pages again.
     """
     if sys.platform != "linux":
         return

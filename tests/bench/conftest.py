@@ -4,8 +4,8 @@ import logging
 
 import pytest
 
-from lminf_eval.bench.benchmark_model import Subject
-from lminf_eval.bench.options import parse
+from lminf_eval.bench.benchmark_model import BenchmarkModel
+from lminf_eval.bench.options import parse_options
 
 
 @pytest.fixture(autouse=True)
@@ -23,12 +23,19 @@ def make_options():
 
     def make(**changes):
         model = {"pretrained": "", "shape": "tiny", "dtype": "auto", "device": "cpu", "threads": None}
-        cases = {"n_local": "32", "lengths": "48,96", "cases": "prefill,decode", "batches": "", "runs": 2, "vs": False}
-        return parse(**model | cases | {"model_args": "chunk_size=16,n_global=4"} | changes)
+        cases = {
+            "n_local": "32",
+            "lengths": "48,96",
+            "cases": "prefill,decode",
+            "batches": "",
+            "runs": 2,
+            "baselines": False,
+        }
+        return parse_options(**model | cases | {"model_args": "chunk_size=16,n_global=4"} | changes)
 
     return make
 
 
 @pytest.fixture
 def subject(make_options):
-    return Subject(make_options())
+    return BenchmarkModel(make_options())

@@ -4,17 +4,17 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from lminf_eval.bench.baselines import rivals, sliding
-from lminf_eval.bench.benchmark_model import Subject
-from lminf_eval.bench.cases import attention, ceilings, decode, memory, prefill, prefix, short
-from lminf_eval.bench.prefilled_caches import lambda_state, plain_bytes, plain_state
+from lminf_eval.bench.baselines import load_baselines, sliding
+from lminf_eval.bench.benchmark_model import BenchmarkModel
+from lminf_eval.bench.cases import attention, decode, hardware_limits, memory, prefill, prefix, short
+from lminf_eval.bench.prefilled_caches import cache_bytes, prefilled_lambda_cache, prefilled_plain_cache
 from lminf_eval.bench.record import Record
-from lminf_eval.bench.roofline import Ceilings, Work, full_pairs, lambda_pairs
+from lminf_eval.bench.roofline import HardwareLimits, Work, full_pairs, lambda_pairs
 from lminf_eval.methods.spec import LambdaSpec
 from lminf_eval.models.modules import CACHE_NAMES
 from lminf_eval.models.patching import LambdaModel
 
-MACHINE = Ceilings(1e11, 1e10)
+MACHINE = HardwareLimits(1e11, 1e10)
 
 
 def quiet(line):
@@ -23,7 +23,7 @@ def quiet(line):
 
 def measured(job):
     """The record that a job makes."""
-    record = job.run(job.setting, quiet)
+    record = job.measure(job.setting, quiet)
     assert record.key == job.key
     return record
 
@@ -57,11 +57,11 @@ def test_prefill(subject):
 
 
 def test_what_does_not_fit_the_memory_is_left_out_by_name(subject, monkeypatch):
-    monkeypatch.setattr("lminf_eval.bench.benchmark_model.available", lambda device: 1000)
-    for case in (prefill, decode):
+    monkeypatch.setattr("lminf_eval.bench.benchmark_model.available_memory", lambda device: 1000)
+    for case, needed in ((prefill, "393 kB"), (decode, "49 kB")):
         record = measured(list(case.jobs(subject, MACHINE))[-1])
         assert list(record.values) == ["lambda"]
-        assert list(record.skipped.values()) == ["needs 0.0 GB, 0.0 GB are free"]
+        assert list(record.skipped.values()) == [f"needs {needed}, 1 kB are free"]
 
 
 def test_decode(subject):
@@ -82,7 +82,7 @@ def test_decode(subject):
 def test_a_state_at_a_far_context_is_that_of_a_near_one_moved(subject, rows):
     """What Λ-attention says next depends on the window and the starting tokens, and on no position."""
     lm = subject.lambda_lm(32)
-    near, far = (lambda_state(subject, lm, context, rows, 8) for context in (32 + 12, 32 * 1000 + 12))
+    near, far = (prefilled_lambda_cache(subject, lm, context, rows, 8) for context in (32 + 12, 32 * 1000 + 12))
     assert far.lengths == [32 * 1000 + 12] * rows
     assert far.capacity == 32 * 1000 + 12 + 8
     ids = subject.tokens(rows, 1).to(subject.device)
@@ -98,11 +98,11 @@ def test_the_plain_state_has_the_shape_of_a_real_one(subject):
     ids = subject.tokens(2, 20)
     output = subject.model(input_ids=ids, use_cache=True)
     real = next(output[name] for name in CACHE_NAMES if name in output)
-    made = plain_state(subject, subject.model, 20, 2, "cpu")
+    made = prefilled_plain_cache(subject, subject.model, 20, 2, "cpu")
     assert [layer.keys.shape for layer in made.layers] == [layer.keys.shape for layer in real.layers]
     assert made.get_seq_length() == 20
-    assert plain_bytes(made) == plain_bytes(real) == 2 * 20 * subject.size.kv_bytes
-    assert plain_bytes(plain_state(subject, subject.model, 20, 2, "meta")) == plain_bytes(real)
+    assert cache_bytes(made) == cache_bytes(real) == 2 * 20 * subject.size.kv_bytes
+    assert cache_bytes(prefilled_plain_cache(subject, subject.model, 20, 2, "meta")) == cache_bytes(real)
 
 
 def test_keys_and_values_are_counted_exactly(subject):
@@ -148,7 +148,7 @@ def test_short_generation(subject):
     assert job.setting == {"requests": "generation", "batch": 4}
     record = measured(job)
     assert {side: len(values) for side, values in record.values.items()} == {"lambda": 2, "hf": 2}
-    assert record.reached(MACHINE) == {}
+    assert record.efficiency(MACHINE) == {}
     requests = short.request_set("generation", 512, 32)
     asked = short.instances(subject, requests)
     assert [subject.tokenizer.encode(one.args[0]) for one in asked] == [context for _, context, _ in requests]
@@ -159,7 +159,7 @@ def test_short_generation(subject):
 
 def test_prefix(make_options):
     """Contexts of 50 tokens and more are computed once for all four answers."""
-    subject = Subject(make_options(n_local="256", runs=1))
+    subject = BenchmarkModel(make_options(n_local="256", runs=1))
     record = measured(list(prefix.jobs(subject, MACHINE))[1])
     requests = short.request_set("multiple-choice", 512, 256)
     all_tokens = sum(len(context) + len(continuation) - 1 for _, context, continuation in requests)
@@ -182,7 +182,7 @@ def test_attention_and_the_rest(subject):
     assert list(rest.values) == ["in the pass", "linear layers"]
     assert rest.work["linear layers"].flops == 2 * size.linear * 16
     for record in (first, rest):
-        assert record.rated
+        assert record.compare_rates
         assert all(len(values) == 2 and min(values) > 0 for values in record.values.values())
         assert 0 < record.facts["share of attention in the pass"] < 1
     assert "attend" not in vars(subject.lambda_lm(32).streaming)  # the stopwatch is gone
@@ -191,33 +191,33 @@ def test_attention_and_the_rest(subject):
 def test_the_ceilings_are_those_of_the_fastest_runs():
     values = {"matrix product": [2.0, 1.0], "copy": [4.0, 8.0]}
     record = Record("ceilings", {}, values, work={"matrix product": Work(100.0), "copy": Work(0.0, 80.0)})
-    assert ceilings.ceilings(record) == Ceilings(100.0, 20.0)
+    assert hardware_limits.hardware_limits(record) == HardwareLimits(100.0, 20.0)
 
 
 def test_a_llama_whose_window_slides_is_the_method_without_starting_tokens(make_options):
-    subject = Subject(make_options(dtype="float64"))
+    subject = BenchmarkModel(make_options(dtype="float64"))
     rival = sliding(subject.model, 32, "sdpa")
     assert rival.lm_head.weight is rival.model.embed_tokens.weight
     assert rival.lm_head.weight.data_ptr() == subject.model.lm_head.weight.data_ptr()
     ids = subject.tokens(1, 80)
     theirs = rival(input_ids=ids).logits[0]
     spec, _ = LambdaSpec(attention="window", n_local=32).resolve(subject.config)
-    ours = LambdaModel(subject.twin(), spec)
+    ours = LambdaModel(subject.copy_with_shared_weights(), spec)
     output = ours.hidden(ids, ours.new_cache(1, 80))
     torch.testing.assert_close(theirs, ours.logits(output, output.last_hidden_state[0]), rtol=1e-6, atol=1e-8)
     assert not torch.allclose(theirs, subject.model(input_ids=ids).logits[0], atol=1e-6)
 
 
 def test_rivals_that_are_missing_are_named(subject):
-    found, missing = rivals(subject, 32)
+    found, missing = load_baselines(subject, 32)
     assert list(found) == ["sliding sdpa"]
     assert set(missing) == {"sliding flex", "sliding flash"}
     subject.config.model_type = "gpt_neox"
-    assert rivals(subject, 32)[0] == {}
+    assert load_baselines(subject, 32)[0] == {}
 
 
 def test_rivals_are_measured_too(make_options):
-    subject = Subject(make_options(vs=True))
+    subject = BenchmarkModel(make_options(baselines=True))
     scored = measured(list(prefill.jobs(subject, MACHINE))[1])
     decoded = measured(list(decode.jobs(subject, MACHINE))[3])
     assert list(scored.values) == ["lambda", "hf", "sliding sdpa"]
@@ -228,7 +228,7 @@ def test_rivals_are_measured_too(make_options):
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", [prefill, decode, short, attention, memory, prefix])
 def test_on_cuda(make_options, case):
-    subject = Subject(make_options(device="cuda", dtype="bfloat16", vs=True, batches="2"))
+    subject = BenchmarkModel(make_options(device="cuda", dtype="bfloat16", baselines=True, batches="2"))
     for job in case.jobs(subject, MACHINE):
         record = measured(job)
         runs = 1 if record.unit == "B" else 2
@@ -249,7 +249,7 @@ BUILT = {  # families whose attention has no `sdpa`, or whose key-value heads ha
 def test_any_family_that_runs_can_be_measured(family, make_options, randomise, tmp_path):
     config = CONFIG_MAPPING[family](**BUILT[family], vocab_size=97, intermediate_size=48)
     randomise(AutoModelForCausalLM.from_config(config)).save_pretrained(tmp_path)
-    subject = Subject(make_options(pretrained=str(tmp_path), shape="", dtype="float32"))
+    subject = BenchmarkModel(make_options(pretrained=str(tmp_path), shape="", dtype="float32"))
     for case in (prefill, decode):
         record = measured(list(case.jobs(subject, MACHINE))[-1])
         assert min(seconds for values in record.values.values() for seconds in values) > 0

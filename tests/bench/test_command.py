@@ -6,9 +6,9 @@ import re
 import pytest
 
 from lminf_eval.bench import FORMAT, run
-from lminf_eval.bench.benchmark_model import Subject
+from lminf_eval.bench.benchmark_model import BenchmarkModel
 from lminf_eval.bench.cases import decode, prefill
-from lminf_eval.bench.run import bench
+from lminf_eval.bench.run import run_bench
 from lminf_eval.errors import UsageError
 
 
@@ -24,7 +24,7 @@ def _small_ceilings(monkeypatch):
         {"matrix product": [1.0, 2.0], "copy": [1.0, 2.0]},
         work={"matrix product": Work(1e11), "copy": Work(0.0, 1e10)},
     )
-    monkeypatch.setattr(run.ceilings, "measure", lambda *args: record)
+    monkeypatch.setattr(run.hardware_limits, "measure_hardware", lambda *args: record)
 
 
 def read(file):
@@ -33,11 +33,13 @@ def read(file):
 
 def test_the_file_holds_everything(make_options, tmp_path, capsys):
     file = tmp_path / "new" / "bench.json"
-    assert bench(make_options(), file) == 0
+    assert run_bench(make_options(), file) == 0
     raw = read(file)
     assert raw["format"] == FORMAT
     assert raw["finished"] is True
     assert raw["options"]["lengths"] == [48, 96]
+    assert raw["options"]["vs"] is False  # the format's key of --baselines
+    assert [record["rated"] for record in raw["records"]] == [False] * 7
     assert {"python", "torch", "transformers", "lm-eval", "lminf-eval"} == raw["versions"].keys()
     assert all(raw["versions"].values())
     assert raw["machine"].keys() == {"system", "cpu", "cores", "threads", "memory_bytes", "gpu", "cuda"}
@@ -63,7 +65,7 @@ def test_the_file_holds_everything(make_options, tmp_path, capsys):
 
 
 def test_ctrl_c_leaves_what_was_measured_and_the_same_command_goes_on(make_options, tmp_path, monkeypatch, capsys):
-    file, real, ran = tmp_path / "bench.json", decode.run, []
+    file, real, ran = tmp_path / "bench.json", decode.measure_decode, []
 
     def count(*args):
         ran.append(args[1]["context"])
@@ -71,39 +73,39 @@ def test_ctrl_c_leaves_what_was_measured_and_the_same_command_goes_on(make_optio
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(decode, "run", count)
-    assert bench(make_options(), file) == 130
+    monkeypatch.setattr(decode, "measure_decode", count)
+    assert run_bench(make_options(), file) == 130
     raw = read(file)
     assert not raw["finished"]
     assert [record["case"] for record in raw["records"]] == ["ceilings", "prefill", "prefill", "decode"]
     out, err = capsys.readouterr()
     assert "hf / lambda" in out  # what there is is shown
-    assert f"stopped: {file} holds 3 of 6 measurements; the same command goes on" in err
-    monkeypatch.setattr(prefill, "run", lambda *args: pytest.fail("it was measured before"))
-    assert bench(make_options(), file) == 0
+    assert f"stopped: {file} holds 3 of 6 measurements; the same command resumes" in err
+    monkeypatch.setattr(prefill, "measure_prefill", lambda *args: pytest.fail("it was measured before"))
+    assert run_bench(make_options(), file) == 0
     after = read(file)
     assert after["finished"]
     assert after["records"][:4] == raw["records"]
     assert ran == [0, 32, 32, 48, 96]
-    assert "holds 4 measurements of this bench; going on" in capsys.readouterr().err
+    assert "holds 4 measurements of this bench; resuming" in capsys.readouterr().err
 
 
 def test_a_finished_bench_is_measured_anew(make_options, tmp_path):
     file = tmp_path / "bench.json"
     options = make_options(cases="prefill", lengths="48")
-    assert bench(options, file) == 0
+    assert run_bench(options, file) == 0
     before = read(file)["records"][1]["values"]
-    assert bench(options, file) == 0
+    assert run_bench(options, file) == 0
     assert read(file)["records"][1]["values"] != before
 
 
 def test_another_bench_is_not_written_over(make_options, tmp_path, monkeypatch):
     file = tmp_path / "bench.json"
-    bench(make_options(cases="prefill", lengths="48"), file)
+    run_bench(make_options(cases="prefill", lengths="48"), file)
     before = file.read_bytes()
-    monkeypatch.setattr(Subject, "model", property(lambda self: pytest.fail("weights were read")))
+    monkeypatch.setattr(BenchmarkModel, "model", property(lambda self: pytest.fail("weights were read")))
     with pytest.raises(UsageError, match=r"holds another bench \(options lengths: \[48\], now \[64\]\)"):
-        bench(make_options(cases="prefill", lengths="64"), file)
+        run_bench(make_options(cases="prefill", lengths="64"), file)
     assert file.read_bytes() == before
 
 
@@ -111,21 +113,21 @@ def test_another_bench_is_not_written_over(make_options, tmp_path, monkeypatch):
 def test_nor_is_what_is_no_bench(make_options, tmp_path, content):
     file = tmp_path / "bench.json"
     file.write_text(content)
-    with pytest.raises(UsageError, match=r"bench.json exists and is no bench: name another file"):
-        bench(make_options(), file)
+    with pytest.raises(UsageError, match=r"bench.json exists and is not a bench file: choose another one"):
+        run_bench(make_options(), file)
     assert file.read_text() == content
 
 
 def test_an_output_that_cannot_be_written(make_options, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match=r"output .*bench.json: (Not a directory|File exists)"):
-        bench(make_options(), tmp_path / "file" / "bench.json")
+        run_bench(make_options(), tmp_path / "file" / "bench.json")
 
 
 def test_weights_that_do_not_fit_are_refused_before_they_are_made(make_options, tmp_path, monkeypatch):
-    monkeypatch.setattr("lminf_eval.bench.benchmark_model.available", lambda device: 1000)
-    with pytest.raises(UsageError, match=r"the weights: needs 0\.0 GB, 0\.0 GB are free"):
-        bench(make_options(), tmp_path / "bench.json")
+    monkeypatch.setattr("lminf_eval.bench.benchmark_model.available_memory", lambda device: 1000)
+    with pytest.raises(UsageError, match=r"the weights: needs 427 kB, 1 kB are free"):
+        run_bench(make_options(), tmp_path / "bench.json")
 
 
 def test_a_model_that_cannot_be_run(make_options, tmp_path, tiny_llama):
@@ -133,12 +135,12 @@ def test_a_model_that_cannot_be_run(make_options, tmp_path, tiny_llama):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
     with pytest.raises(UsageError, match="mamba"):
-        bench(make_options(shape="", pretrained=str(folder)), tmp_path / "bench.json")
+        run_bench(make_options(shape="", pretrained=str(folder)), tmp_path / "bench.json")
 
 
 def test_weights_that_cannot_be_read(make_options, tmp_path, tiny_llama):
     folder = tiny_llama()
     (folder / "model.safetensors").write_bytes(b"cut off")
     with pytest.raises(UsageError, match="its weights can't be read"):
-        bench(make_options(shape="", pretrained=str(folder)), tmp_path / "bench.json")
+        run_bench(make_options(shape="", pretrained=str(folder)), tmp_path / "bench.json")
     assert not list(tmp_path.glob("bench.json*"))

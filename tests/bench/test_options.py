@@ -4,7 +4,7 @@ import pytest
 from typer.testing import CliRunner
 
 from lminf_eval.bench import options
-from lminf_eval.bench.options import counts, parse
+from lminf_eval.bench.options import parse_counts, parse_options
 from lminf_eval.cli.app import app
 from lminf_eval.demo.smollm2 import NAME
 from lminf_eval.errors import UsageError
@@ -20,29 +20,29 @@ GOOD = {
     "cases": "decode,prefill",
     "batches": "",
     "runs": 2,
-    "vs": False,
+    "baselines": False,
     "model_args": "",
 }
 
 
 def test_counts():
-    assert counts("lengths", "8k, 2K,500,8k") == (500, 2048, 8192)
+    assert parse_counts("lengths", "8k, 2K,500,8k") == (500, 2048, 8192)
 
 
 def test_what_is_asked_for():
-    asked = parse(**GOOD | {"model_args": "chunk_size=32,n_global=4", "batches": "4,1"})
+    asked = parse_options(**GOOD | {"model_args": "chunk_size=32,n_global=4", "batches": "4,1"})
     assert (asked.lengths, asked.n_local, asked.batches) == ((128, 1024), (64,), (1, 4))
     assert asked.cases == ("prefill", "decode")
     assert asked.model_args == {"chunk_size": 32, "n_global": 4}
     assert asked.batches_or(16) == (1, 4)
-    assert parse(**GOOD).batches_or(1, 16) == (1, 16)
+    assert parse_options(**GOOD).batches_or(1, 16) == (1, 16)
 
 
 def test_without_a_model_it_is_the_demos_where_it_is_there(tmp_path, monkeypatch):
     monkeypatch.setattr(options, "cache_home", lambda: tmp_path)
-    assert parse(**GOOD | {"shape": ""}).shape == "135m"
+    assert parse_options(**GOOD | {"shape": ""}).shape == "135m"
     (tmp_path / NAME).mkdir()
-    assert parse(**GOOD | {"shape": ""}).pretrained == str(tmp_path / NAME)
+    assert parse_options(**GOOD | {"shape": ""}).pretrained == str(tmp_path / NAME)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_without_a_model_it_is_the_demos_where_it_is_there(tmp_path, monkeypatch
 )
 def test_bad_input(change, message):
     with pytest.raises(UsageError, match=message):
-        parse(**GOOD | change)
+        parse_options(**GOOD | change)
 
 
 def test_the_command_refuses_in_one_line(tmp_path):

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from lminf_eval.bench.record import Record
-from lminf_eval.bench.roofline import Ceilings, Work
+from lminf_eval.bench.roofline import HardwareLimits, Work
 
-MACHINE = Ceilings(flops_per_s=1000.0, bytes_per_s=10.0)
+MACHINE = HardwareLimits(peak_flops=1000.0, bandwidth=10.0)
 
 
 @pytest.fixture
@@ -29,12 +29,12 @@ def test_ratios_are_of_runs_that_belong_together(record):
 
 def test_unequal_work_is_compared_by_rate():
     values = {"band": [2.0], "sdpa": [1.0]}
-    rated = Record("attention", {}, values, work={"band": Work(300.0), "sdpa": Work(100.0)}, rated=True)
+    rated = Record("attention", {}, values, work={"band": Work(300.0), "sdpa": Work(100.0)}, compare_rates=True)
     assert rated.ratios()["sdpa"]["median"] == pytest.approx(1.5)  # 150 a second over 100 a second
 
 
 def test_the_fraction_of_the_ceiling(record):
-    assert record.reached(MACHINE) == {"lambda": 0.25, "hf": 0.5}
+    assert record.efficiency(MACHINE) == {"lambda": 0.25, "hf": 0.5}
 
 
 def test_json_holds_all_and_gives_it_back(record):

@@ -5,14 +5,14 @@ import time
 import pytest
 import torch
 
-from lminf_eval.bench.timing import Stopwatch, in_turn
+from lminf_eval.bench.timing import Stopwatch, interleave
 
 
 @pytest.mark.parametrize(("warm", "order"), [(True, "ababab"), (False, "abab")])
 def test_sides_run_in_turn(warm, order):
     ran, told = [], []
     sides = {name: (lambda name=name: ran.append(name)) for name in "ab"}
-    seconds, skipped = in_turn(sides, 2, "cpu", told.append, warm)
+    seconds, skipped = interleave(sides, 2, "cpu", told.append, warm)
     assert "".join(ran) == order
     assert {name: len(values) for name, values in seconds.items()} == {"a": 2, "b": 2}
     assert not skipped
@@ -25,7 +25,7 @@ def test_a_side_out_of_memory_is_left_out_and_the_other_goes_on(monkeypatch):
     def fail():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB\nmore")
 
-    seconds, skipped = in_turn({"a": fail, "b": lambda: None}, 2, "cpu", lambda line: None)
+    seconds, skipped = interleave({"a": fail, "b": lambda: None}, 2, "cpu", lambda line: None)
     assert list(seconds) == ["b"]
     assert len(seconds["b"]) == 2
     assert skipped == {"a": "out of memory: CUDA out of memory. Tried to allocate 9 GiB"}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lminf_eval.bench.roofline import Ceilings, Size, Work, full_pairs, lambda_keys, lambda_pairs
+from lminf_eval.bench.roofline import HardwareLimits, Size, Work, full_pairs, lambda_keys, lambda_pairs
 
 
 def seen(i, n_local, sinks):
@@ -34,6 +34,6 @@ def test_a_model_by_hand(tiny_model):
 
 
 def test_the_longer_of_arithmetic_and_bytes_is_the_floor():
-    machine = Ceilings(flops_per_s=100.0, bytes_per_s=10.0)
-    assert machine.floor(Work(200.0, 10.0)) == 2.0
-    assert machine.floor(Work(100.0, 30.0)) == 3.0
+    machine = HardwareLimits(peak_flops=100.0, bandwidth=10.0)
+    assert machine.roofline_seconds(Work(200.0, 10.0)) == 2.0
+    assert machine.roofline_seconds(Work(100.0, 30.0)) == 3.0

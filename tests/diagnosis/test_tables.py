@@ -6,7 +6,7 @@ import torch
 
 from lminf_eval.diagnosis.logits import LogitStatistics
 from lminf_eval.diagnosis.measure import LayerMeasure, Measures
-from lminf_eval.diagnosis.tables import principal_axes, tables
+from lminf_eval.diagnosis.tables import build_tables, principal_axes
 
 N_LOCAL, LENGTH = 16, 32
 EDGES = np.array([0, 1, 2, 16, 32])
@@ -29,7 +29,7 @@ def found():
     hidden = -torch.inf
     full = made(3.0, [[1.0, 2.0, 3.0, 4.0, 4.5, hidden], [-1.0, -2.0, -3.0, -4.0, -3.5, hidden]])
     ours = made(0.0, [[1.0, 2.0, 3.0, 4.0, 2.5, hidden], [-1.0, -2.0, -3.0, -4.0, -3.5, hidden]])
-    return tables({"full": full, "lambda": ours}, N_LOCAL, 2, LENGTH)
+    return build_tables({"full": full, "lambda": ours}, N_LOCAL, 2, LENGTH)
 
 
 def test_logits_by_head_and_bin(found):
@@ -64,7 +64,9 @@ def test_entropy_and_its_bound(found):
 def test_hidden_states_are_told_in_spreads_of_the_trained_range(found):
     assert found.summary["first_tokens"].tolist() == pytest.approx([7.0, 7.0])
     assert found.summary["drift"].tolist() == pytest.approx([3.0, 0.0], abs=1e-6)
-    assert found.shares[5] == pytest.approx([98 / 112, 14 / 112])  # two starting tokens at ±7, fourteen others at ±1
+    assert found.explained_variance[5] == pytest.approx(
+        [98 / 112, 14 / 112]
+    )  # two starting tokens at ±7, fourteen others at ±1
     first = found.states[found.states["position"] < 2]
     assert first["pc1"].abs().tolist() == pytest.approx([7.0] * 4)
     assert first["pc2"].tolist() == pytest.approx([0.0] * 4, abs=1e-6)

@@ -23,7 +23,7 @@ def lminf(folder, *args):
 
 
 def test_every_case(tmp_path):
-    done = lminf(tmp_path, *TINY, "--runs", "2", "--vs", "--cases", "prefill,decode,short,attention,prefix")
+    done = lminf(tmp_path, *TINY, "--runs", "2", "--baselines", "--cases", "prefill,decode,short,attention,prefix")
     assert done.returncode == 0, done.stderr
     raw = json.loads((tmp_path / "lminf-bench.json").read_text())
     assert raw["finished"]
@@ -62,7 +62,7 @@ def test_ctrl_c_memory_and_figures(tmp_path):
         finally:
             process.kill()
     assert process.returncode == 130, err
-    assert "the same command goes on" in err
+    assert "the same command resumes" in err
     before = json.loads(file.read_text())
     assert not before["finished"]
     done = lminf(tmp_path, *command)

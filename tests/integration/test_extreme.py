@@ -12,7 +12,7 @@ SCRIPT = """
 import json, resource, sys
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
-from lminf_eval.plugin import task_folder
+from lminf_eval.harness.plugin import task_folder
 
 args = json.loads(sys.argv[1])
 manager = TaskManager(include_path=task_folder(), include_defaults=False, metadata=args)

@@ -9,7 +9,7 @@ SCRIPT = """
 import resource, sys
 from pydoc_data.topics import topics
 from lm_eval.api.instance import Instance
-from lminf_eval.adapter import LMInfinite
+from lminf_eval.harness.lm import LMInfinite
 
 folder, length = sys.argv[1], int(sys.argv[2])
 lm = LMInfinite(folder, device="cpu", dtype="float32", n_local=1024)

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from lminf_eval.sweep.cell import CellFolder, read_result
-from lminf_eval.sweep.config import read
+from lminf_eval.sweep.config import read_sweep
 
 pytestmark = pytest.mark.slow
 
@@ -109,7 +109,7 @@ def sweep(tmp_path_factory, tiny_llama) -> Path:
 
 def undisturbed(environment, sweep: Path, output: Path) -> subprocess.Popen:
     """The same work as one lm-eval, without a journal."""
-    first, second = (cell.config(output / "journal", output) for cell in read(sweep))
+    first, second = (cell.config(output / "journal", output) for cell in read_sweep(sweep))
     first["tasks"] += second["tasks"]
     del first["model_args"]["journal"]
     file = sweep.with_name("undisturbed.yaml")
@@ -158,7 +158,7 @@ def test_an_array_survives_a_preemption_and_a_kill(cluster, sweep):
     job = said.split()[1].rstrip(":")
     assert "2 cells" in said
     assert "--array=0-1 " in said
-    preempted, killed = (CellFolder(output, cell) for cell in read(sweep))
+    preempted, killed = (CellFolder(output, cell) for cell in read_sweep(sweep))
 
     def at_work(cell: CellFolder) -> int | None:
         """The cell's process, once it has given some answers."""

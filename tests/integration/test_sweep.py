@@ -14,7 +14,7 @@ import yaml
 
 from lminf_eval.resume.shutdown import STOPPED
 from lminf_eval.sweep.cell import CellFolder, read_result
-from lminf_eval.sweep.config import read
+from lminf_eval.sweep.config import read_sweep
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("sweep-command")]
 
@@ -53,7 +53,7 @@ def saved(folder: Path, content: dict) -> Path:
 
 
 def cells(file: Path, output: Path) -> list[CellFolder]:
-    return [CellFolder(output, cell) for cell in read(file)]
+    return [CellFolder(output, cell) for cell in read_sweep(file)]
 
 
 def answers(cell: CellFolder) -> list:
@@ -158,7 +158,7 @@ def test_a_full_disk_is_told_and_nothing_is_lost(done, tmp_path):
     try:
         status, said = lminf(file, output)
         assert status == 1
-        assert f"the disk of {output} is full; all answers before are kept" in said
+        assert f"the disk of {output} is full; all earlier answers are saved" in said
         assert "Traceback" not in said
         kept = [line for journal in (output / "journal").glob("*.jsonl") for line in journal.read_bytes().split(b"\n")]
         kept = sum(line.startswith(b'{"key"') and line.endswith(b"}") for line in kept)

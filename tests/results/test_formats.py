@@ -10,9 +10,9 @@ import pytest
 from rich.console import Console
 
 from lminf_eval.report import escape, export, formats
-from lminf_eval.report.load import load
-from lminf_eval.report.pivot import arrange, choose
-from lminf_eval.report.sample_store import Evidence
+from lminf_eval.report.load import load_results
+from lminf_eval.report.pivot import pivot, select_metrics
+from lminf_eval.report.sample_store import SampleStore
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -32,8 +32,8 @@ HOSTILE = [
 
 
 def table_of(files, baseline=""):
-    evidence = Evidence(load([files.folder]))
-    return arrange(evidence, choose(evidence.collection.results), baseline=baseline)
+    store = SampleStore(load_results([files.folder]))
+    return pivot(store, select_metrics(store.collection.results), baseline=baseline)
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_markdown_cells(plain_table):
 
 
 def test_csv_has_every_digit_and_says_what_is_marked(plain_table):
-    rows = list(csv.DictReader(io.StringIO(formats.comma_separated(plain_table))))
+    rows = list(csv.DictReader(io.StringIO(formats.csv_text(plain_table))))
     by_method = {row["method"]: row for row in rows}
     assert by_method["full"]["passkey acc ↑ 16k"] == "0.5"
     assert by_method["full"]["passkey acc ↑ 16k remark"] == "runner-up; past trained length"
@@ -153,7 +153,7 @@ def test_markdown_of_hostile_names(hostile_table):
 
 
 def test_csv_of_hostile_names(hostile_table):
-    rows = list(csv.reader(io.StringIO(formats.comma_separated(hostile_table))))
+    rows = list(csv.reader(io.StringIO(formats.csv_text(hostile_table))))
     assert len({len(row) for row in rows}) == 1
     assert not [cell for row in rows for cell in row if cell.startswith(("=", "+", "-", "@", "\t", "\r"))]
     assert any(cell.startswith("'=cmd|") for row in rows for cell in row)
@@ -196,7 +196,7 @@ def test_html_of_plain_and_hostile_names(plain_table, hostile_table):
 
 @pytest.mark.parametrize("end", [".csv", ".parquet"])
 def test_export_has_every_result_and_harmless_texts(hostile_table, lm_eval_files, tmp_path, end):
-    results = load([lm_eval_files.folder]).results
+    results = load_results([lm_eval_files.folder]).results
     file = tmp_path / f"all{end}"
     export.write(results, file)
     read = pd.read_csv(file) if end == ".csv" else pd.read_parquet(file)

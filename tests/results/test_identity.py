@@ -5,9 +5,9 @@ import json
 import pytest
 
 from lminf_eval.report.identity import IDENTITY
-from lminf_eval.report.load import load
-from lminf_eval.report.pivot import APART_IN_COLUMNS, APART_IN_ROWS, WHAT, arrange, choose
-from lminf_eval.report.sample_store import Evidence
+from lminf_eval.report.load import load_results
+from lminf_eval.report.pivot import DISTINGUISHING_COLUMNS, DISTINGUISHING_ROWS, MEASURED_COLUMNS, pivot, select_metrics
+from lminf_eval.report.sample_store import SampleStore
 
 SAMPLED = {"configs__t__output_type": "generate_until", "config__gen_kwargs": {"do_sample": True, "temperature": 0.7}}
 GREEDY = {"configs__t__output_type": "generate_until", "config__gen_kwargs": {"do_sample": False}}
@@ -27,7 +27,7 @@ def measured(lm_eval_files, edit):
             args = changes.get("args", {})
             file = lm_eval_files.write({"t": [{"acc": 1.0}, {"acc": 0.0}]}, "lminf", args, samples=False)
             edit(file, **{name: value for name, value in changes.items() if name != "args"})
-        return load([lm_eval_files.folder])
+        return load_results([lm_eval_files.folder])
 
     return write
 
@@ -74,8 +74,8 @@ def test_what_changes_an_answer_makes_another_measurement_and_another_cell(measu
     seeds = {f"config__{seed}": 1 for seed in SEEDS}
     collection = measured({**seeds, **shared, **known}, {**seeds, **shared, **change})
     assert collection.notes == []
-    evidence = Evidence(collection)
-    assert len(arrange(evidence, choose(collection.results)).cells) == 2
+    store = SampleStore(collection)
+    assert len(pivot(store, select_metrics(collection.results)).cells) == 2
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_a_run_that_does_not_know_its_commit_is_not_taken_for_one_of_two(measure
 
 
 def test_whatever_identifies_a_measurement_can_tell_cells_apart():
-    assert set(IDENTITY) <= {*APART_IN_ROWS, *APART_IN_COLUMNS, *WHAT}
+    assert set(IDENTITY) <= {*DISTINGUISHING_ROWS, *DISTINGUISHING_COLUMNS, *MEASURED_COLUMNS}
 
 
 def test_a_group_has_the_settings_of_its_tasks(lm_eval_files, edit):
@@ -124,7 +124,7 @@ def test_a_group_has_the_settings_of_its_tasks(lm_eval_files, edit):
         edit(file, group_subtasks__both=["a", "b"], config__torch_seed=seed)
         edit(file, **{f"configs__{name}__output_type": "generate_until" for name in "ab"})
         edit(file, **{"n-shot": {"a": 3, "b": 3}, "config__gen_kwargs": {"do_sample": True}})
-    results = load([lm_eval_files.folder]).results
+    results = load_results([lm_eval_files.folder]).results
     assert list(results["seeds"]) == ["random=0 torch=1", "random=0 torch=2"]
     assert set(results["n_shot"]) == {"3"}
 
@@ -139,6 +139,6 @@ def test_shots_of_the_oldest_format_are_the_runs(tmp_path):
             "config": config,
         }
         (tmp_path / f"pythia-70m-{shots}shot.json").write_text(json.dumps(raw))
-    collection = load([tmp_path])
+    collection = load_results([tmp_path])
     assert dict(zip(collection.results["n_shot"], collection.results["value"], strict=True)) == {"0": 0.3, "5": 0.4}
     assert collection.notes == []

@@ -9,9 +9,9 @@ import pytest
 
 from lminf_eval.errors import UsageError
 from lminf_eval.methods.spec import LambdaSpec
-from lminf_eval.report.load import load
+from lminf_eval.report.load import load_results
 from lminf_eval.report.run_metadata import hardware, model_args, short_name
-from lminf_eval.report.samples import SamplesError, measured, read_samples
+from lminf_eval.report.samples import SamplesError, metric_totals, read_samples
 from lminf_eval.utils.tokens import format_tokens
 
 
@@ -20,7 +20,7 @@ def test_both_versions_of_the_format_give_the_same_rows(lm_eval_files, make_pass
         for backend, args in (("hf", {}), ("lminf", {"attention": "lambda", "n_local": "2048"})):
             args = {"pretrained": f"org/model-{version}", "dtype": "float32", **args}
             lm_eval_files.write({"passkey_4k": make_passkeys([1, 1, 0, 1])}, backend, args, version)
-    results = load([lm_eval_files.folder]).results
+    results = load_results([lm_eval_files.folder]).results
     assert len(results) == 4
     apart = ["run", "model", "model_path", "lm_eval_version", "date", "file"]
     for _, pair in results.groupby("method"):
@@ -52,7 +52,7 @@ def test_both_versions_of_the_format_give_the_same_rows(lm_eval_files, make_pass
 def test_a_method_is_named_by_the_settings_it_uses(lm_eval_files, make_passkeys, attention, method):
     settings = {"attention": attention, "n_local": "64", "n_global": "4", "top_k": "5", "rope": "linear"}
     lm_eval_files.write({"passkey_4k": make_passkeys([1])}, args={**settings, "chunk_size": "32", "batch_size": "2"})
-    row = load([lm_eval_files.folder]).results.iloc[0]
+    row = load_results([lm_eval_files.folder]).results.iloc[0]
     assert (row["method"], row["other"]) == (method, "")
 
 
@@ -60,7 +60,7 @@ def test_a_method_is_named_by_the_settings_it_uses(lm_eval_files, make_passkeys,
 @pytest.mark.parametrize("setting", [{"top_k": "5"}, {"rope": "yarn", "rope_factor": "4"}])
 def test_no_method_is_named_by_a_setting_that_it_refuses(lm_eval_files, make_passkeys, attention, setting):
     args = {"attention": attention, "n_local": "64", **setting}
-    row = load([lm_eval_files.write({"passkey_4k": make_passkeys([1])}, args=args)]).results.iloc[0]
+    row = load_results([lm_eval_files.write({"passkey_4k": make_passkeys([1])}, args=args)]).results.iloc[0]
     try:
         LambdaSpec.parse(args)
         refused = False
@@ -73,10 +73,10 @@ def test_past_the_trained_length(lm_eval_files, make_passkeys):
     tasks = {f"passkey_{k}k": make_passkeys([1]) for k in (4, 8, 16)}
     lm_eval_files.write(tasks, "hf")
     lm_eval_files.write(tasks, "lminf", max_length=1 << 20)  # under lminf it is what the evaluation may reach
-    results = load([lm_eval_files.folder]).results
+    results = load_results([lm_eval_files.folder]).results
     assert set(results["trained_length"]) == {8192}
     assert set(results.loc[results["past_trained"], "task"]) == {"passkey_16k"}
-    given = load([lm_eval_files.folder], trained_length=4096).results
+    given = load_results([lm_eval_files.folder], trained_length=4096).results
     assert set(given.loc[given["past_trained"], "task"]) == {"passkey_8k", "passkey_16k"}
 
 
@@ -91,14 +91,14 @@ def test_past_the_trained_length(lm_eval_files, make_passkeys):
 def test_what_the_adapter_settled_on(lm_eval_files, make_passkeys, own, trained, n_local):
     config = {"model": "lminf", "model_args": {"pretrained": "org/model", "attention": "lambda"}, "lminf": own}
     file = lm_eval_files.write({"passkey_4k": make_passkeys([1])}, config=config)
-    row = load([file]).results.iloc[0]
+    row = load_results([file]).results.iloc[0]
     assert row["trained_length"] == pytest.approx(trained, nan_ok=True)
     assert (row["method"], row["n_local"], row["n_global"]) == ("lambda", n_local, 10)
 
 
 def test_no_trained_length_is_no_claim(lm_eval_files, make_passkeys):
     lm_eval_files.write({"passkey_4k": make_passkeys([1])}, "lminf")
-    row = load([lm_eval_files.folder]).results.iloc[0]
+    row = load_results([lm_eval_files.folder]).results.iloc[0]
     assert math.isnan(row["trained_length"])
     assert not row["past_trained"]
 
@@ -107,7 +107,7 @@ def test_of_duplicates_the_newest_counts_and_a_note_tells(lm_eval_files, make_pa
     old = lm_eval_files.write({"passkey_4k": make_passkeys([0, 0])})
     new = lm_eval_files.write({"passkey_4k": make_passkeys([1, 1])}, args={"chunk_size": "512"})
     other = lm_eval_files.write({"passkey_4k": make_passkeys([1, 0, 0])})  # three documents: not the same measurement
-    collection = load([new, old, other, old])
+    collection = load_results([new, old, other, old])
     assert sorted(collection.results["value"]) == pytest.approx([1 / 3, 1.0])
     assert collection.notes == [f"1 result of {old} replaced by newer ones of the same measurement"]
     assert str(old) not in {str(run.file) for run in collection.runs.values()}
@@ -136,12 +136,12 @@ def test_foreign_and_broken_files_are_listed_with_the_reason(lm_eval_files, make
     lm_eval_files.write({"passkey_4k": make_passkeys([1])})
     broken = lm_eval_files.folder / "broken.json"
     broken.write_bytes(content)
-    collection = load([lm_eval_files.folder])
+    collection = load_results([lm_eval_files.folder])
     assert len(collection.results) == 1
     assert {problem.file for problem in collection.problems} == {str(broken)}
     assert reason in collection.problems[0].reason
     with pytest.raises(UsageError, match="no lm-eval result in") as told:
-        load([broken])
+        load_results([broken])
     assert reason in str(told.value)
 
 
@@ -150,7 +150,7 @@ def test_answers_that_were_not_scored_are_no_result(lm_eval_files, make_passkeys
     lm_eval_files.write({"passkey_4k": make_passkeys([1])})
     unscored = {"t": {"alias": "t", "bypass,none": 999, "bypass_stderr,none": "N/A"}}
     lm_eval_files.write({"t": [{"acc": 1.0}]}, samples=False, results=unscored)
-    collection = load([lm_eval_files.folder])
+    collection = load_results([lm_eval_files.folder])
     assert list(collection.results["metric"]) == ["acc"]
     assert [problem.reason for problem in collection.problems] == [
         "holds no result: its answers were not scored (--predict_only)"
@@ -162,7 +162,7 @@ def test_many_files_of_one_name_and_reason_are_told_once(lm_eval_files, make_pas
     for folder in "abc":
         (lm_eval_files.folder / folder).mkdir()
         (lm_eval_files.folder / folder / "done.json").write_text("{}")
-    problems = load([lm_eval_files.folder]).problems
+    problems = load_results([lm_eval_files.folder]).problems
     assert [problem.file for problem in problems] == [str(lm_eval_files.folder / "a" / "done.json")]
     assert problems[0].reason.endswith("(and 2 more of that name)")
 
@@ -175,24 +175,24 @@ def test_an_entry_of_any_wrong_type_breaks_nothing(lm_eval_files, make_passkeys,
     names = json.loads(lm_eval_files.write({"passkey_4k": make_passkeys([1, 0])}).read_text()).keys()
     for name in names - {"results"}:
         file = lm_eval_files.write({"passkey_4k": make_passkeys([1, 0])}, **{name: value})
-        results = load([file]).results
+        results = load_results([file]).results
         assert list(results["value"]) == [0.5], name
     for inner in ("config", "configs", "versions", "n-samples", "higher_is_better", "n-shot"):
         key = "model_args" if inner == "config" else "passkey_4k"
         file = lm_eval_files.write({"passkey_4k": make_passkeys([1, 0])}, **{inner: {key: value}})
-        assert list(load([file]).results["value"]) == [0.5], inner
+        assert list(load_results([file]).results["value"]) == [0.5], inner
 
 
 def test_nan_and_infinity_however_they_are_written(lm_eval_files):
     written = {"a,none": None, "b,none": "NaN", "c,none": math.nan, "d,none": math.inf, "token_perplexity,none": 1e4}
     file = lm_eval_files.write({"passkey_4k": [{"acc": 1.0}]}, results={"t": {**written, "e,none": True}})
-    found = dict(load([file]).results.set_index("metric")["diverged"])
+    found = dict(load_results([file]).results.set_index("metric")["diverged"])
     assert found == {"a": "NaN", "b": "NaN", "c": "NaN", "d": "inf", "token_perplexity": ">1000", "e": ""}
 
 
 def test_keys_of_before_filters(lm_eval_files):
     file = lm_eval_files.write({"t": [{"acc": 1.0}]}, results={"t": {"acc": 0.5, "acc_stderr": 0.1}})
-    row = load([file]).results.iloc[0]
+    row = load_results([file]).results.iloc[0]
     assert (row["metric"], row["filter"], row["value"], row["stderr"]) == ("acc", "none", 0.5, 0.1)
 
 
@@ -200,7 +200,7 @@ def test_keys_of_before_filters(lm_eval_files):
 def test_a_length_that_is_none_leaves_the_one_in_the_name(lm_eval_files, make_passkeys, length):
     configs = {"passkey_4k": {"metadata": {"length": length}}}
     file = lm_eval_files.write({"passkey_4k": make_passkeys([1])}, configs=configs)
-    assert load([file]).results.iloc[0]["length"] == 4096
+    assert load_results([file]).results.iloc[0]["length"] == 4096
 
 
 def test_groups_count_the_documents_of_their_tasks(lm_eval_files):
@@ -210,20 +210,20 @@ def test_groups_count_the_documents_of_their_tasks(lm_eval_files):
         results={"both": {"acc,none": 0.375, "alias": "both"}},
         group_subtasks={"both": ["a", "b"]},
     )
-    assert load([file]).results.iloc[0]["n"] == 8
+    assert load_results([file]).results.iloc[0]["n"] == 8
 
 
 def test_groups_of_each_other_are_read(lm_eval_files):
     parts = {"both": ["a", "other"], "other": ["both"]}
     file = lm_eval_files.write({"a": [{"acc": 1.0}] * 3}, results={"both": {"acc,none": 0.5}}, group_subtasks=parts)
-    assert load([file]).results.iloc[0]["n"] == 3
+    assert load_results([file]).results.iloc[0]["n"] == 3
 
 
 def test_samples_without_their_results_are_listed(lm_eval_files, make_passkeys):
     file = lm_eval_files.write({"passkey_4k": make_passkeys([1])})
     lm_eval_files.write({"passkey_4k": make_passkeys([1])})
     file.unlink()
-    collection = load([lm_eval_files.folder])
+    collection = load_results([lm_eval_files.folder])
     assert [problem.reason.partition(":")[0] for problem in collection.problems] == [
         "samples without their results file"
     ]
@@ -233,35 +233,35 @@ def test_samples_without_their_results_are_listed(lm_eval_files, make_passkeys):
 def test_results_renamed_by_hand_keep_their_samples(lm_eval_files, make_passkeys):
     file = lm_eval_files.write({"passkey_4k": make_passkeys([1])})
     renamed = file.rename(file.with_name("best.json"))
-    assert list(load([renamed]).runs["run1"].samples) == ["passkey_4k"]
+    assert list(load_results([renamed]).runs["run1"].samples) == ["passkey_4k"]
 
 
 def test_a_file_name_need_not_be_text(lm_eval_files, make_passkeys):
     file = lm_eval_files.write({"passkey_4k": make_passkeys([1])})
     file.rename(os.fsdecode(os.fsencode(file.parent) + b"/\xff.json"))
     (file.parent / os.fsdecode(b"\xfe.json")).write_text("{}")
-    collection = load([lm_eval_files.folder])
+    collection = load_results([lm_eval_files.folder])
     assert collection.results["file"].iloc[0].endswith("/\ufffd.json")
     assert collection.problems[0].file.endswith("/\ufffd.json")
 
 
 def test_missing_and_empty_paths(tmp_path):
     with pytest.raises(UsageError, match=r"nowhere does not exist"):
-        load([tmp_path / "nowhere"])
+        load_results([tmp_path / "nowhere"])
     with pytest.raises(UsageError, match="no lm-eval result in"):
-        load([tmp_path])
+        load_results([tmp_path])
 
 
 def test_samples_keep_what_is_used_and_not_the_prompt(lm_eval_files, make_texts):
     file = lm_eval_files.write({"pydocs_ppl_2k": make_texts([[3.0, 2.0], [3.5, 2.5]])})
-    samples = read_samples(load([file]).runs["run1"].samples["pydocs_ppl_2k"])
+    samples = read_samples(load_results([file]).runs["run1"].samples["pydocs_ppl_2k"])
     assert samples["boundaries"].iloc[1] == [1024, 2048]
     assert samples["loglikelihoods"].iloc[1] == [-3584.0, -6144.0]
     assert "prompt" not in samples.to_json()
-    found = measured(samples, "token_perplexity")
+    found = metric_totals(samples, "token_perplexity")
     assert found["total"].tolist() == [-5120.0, -6144.0]
     assert found["weight"].tolist() == [2048.0, 2048.0]
-    assert measured(samples, "absent").empty
+    assert metric_totals(samples, "absent").empty
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,11 @@ import pytest
 from rich.console import Console
 
 from lminf_eval.report import export, formats
-from lminf_eval.report.figures.plots import plots
-from lminf_eval.report.html_page import page
-from lminf_eval.report.load import load
-from lminf_eval.report.pivot import arrange, choose
-from lminf_eval.report.sample_store import Evidence
+from lminf_eval.report.figures.plots import draw_figures
+from lminf_eval.report.html_page import render_page
+from lminf_eval.report.load import load_results
+from lminf_eval.report.pivot import pivot, select_metrics
+from lminf_eval.report.sample_store import SampleStore
 
 FILES = sorted(Path(__file__).with_name("data").glob("*/*.json*"))
 ODD = [
@@ -60,13 +60,13 @@ def test_mutated_files(tmp_path, lm_eval_files, make_passkeys, seed):
         copy.parent.mkdir(exist_ok=True)
         copy.write_text(text[: dice.randrange(len(text))] if dice.random() < 0.1 else text)
     lm_eval_files.write({"passkey_4k": make_passkeys([1, 0])})  # whatever becomes of the others
-    collection = load([tmp_path])
+    collection = load_results([tmp_path])
     assert "passkey_4k" in set(collection.results["task"])
-    evidence = Evidence(collection)
-    table = arrange(evidence, choose(collection.results))
-    assert len(table.cells) == len(choose(collection.results))
-    for write in (formats.markdown, formats.latex, formats.comma_separated, formats.html):
+    store = SampleStore(collection)
+    table = pivot(store, select_metrics(collection.results))
+    assert len(table.cells) == len(select_metrics(collection.results))
+    for write in (formats.markdown, formats.latex, formats.csv_text, formats.html):
         assert write(table).encode()
     formats.terminal(table, Console(file=io.StringIO(), width=200))
     assert export.tidy_parquet(collection.results)
-    assert len(page(evidence, plots(evidence) if seed < 3 else []).encode()) > 10_000
+    assert len(render_page(store, draw_figures(store) if seed < 3 else []).encode()) > 10_000

@@ -11,8 +11,8 @@ from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM
 
 from lminf_eval.harness.lm import UNBOUNDED, LMInfinite
-from lminf_eval.report.load import load
-from lminf_eval.report.repro_command import command_of
+from lminf_eval.report.load import load_results
+from lminf_eval.report.repro_command import reproduction_command
 
 TASK = """
 task: choose
@@ -56,7 +56,7 @@ def evaluate(manager, tmp_path):
 def test_model_objects_of_three_methods_are_three_measurements(evaluate, folder, tmp_path):
     for attention in ("lambda", "full", "window"):
         evaluate(LMInfinite(folder, attention=attention, device="cpu"))
-    collection = load([tmp_path])
+    collection = load_results([tmp_path])
     assert collection.notes == []
     assert list(collection.results["method"]) == ["full", "lambda", "window"]
     assert set(collection.results["backend"]) == {"lminf"}
@@ -68,7 +68,7 @@ def test_a_model_object_and_a_name_give_the_same_measurement(evaluate, folder, t
     evaluate(LMInfinite(folder, device="cpu", **args | {"dtype": torch.float32}))
     evaluate("lminf", model_args={"pretrained": folder, **args}, device="cpu")
     evaluate("lminf", model_args=f"pretrained={folder},n_local=64,dtype=float32,add_bos_token=True", device="cpu")
-    collection = load([tmp_path])
+    collection = load_results([tmp_path])
     assert list(collection.results["method"]) == ["lambda n_local=64"]
     assert list(collection.results["other"]) == ["add_bos_token=True,dtype=float32"]
     assert len(collection.notes) == 2
@@ -77,14 +77,14 @@ def test_a_model_object_and_a_name_give_the_same_measurement(evaluate, folder, t
 def test_arguments_beside_a_model_object_are_not_believed(evaluate, folder, tmp_path):
     """lm-eval ignores them, and writes them into the results."""
     evaluate(LMInfinite(folder, attention="full", device="cpu"), model_args="pretrained=another,attention=window")
-    row = load([tmp_path]).results.iloc[0]
+    row = load_results([tmp_path]).results.iloc[0]
     assert (row["method"], row["model_path"]) == ("full", folder)
 
 
 def test_a_model_in_memory_and_hf_objects_are_told_apart(evaluate, folder, tmp_path):
     evaluate(LMInfinite(AutoModelForCausalLM.from_pretrained(folder), tokenizer=folder, device="cpu", n_local=64))
     evaluate(HFLM(folder, device="cpu"))
-    results = load([tmp_path]).results
+    results = load_results([tmp_path]).results
     assert list(results["method"]) == ["CUSTOM", "lambda n_local=64"]
     assert set(results["model_path"]) == {folder}
 
@@ -92,20 +92,22 @@ def test_a_model_in_memory_and_hf_objects_are_told_apart(evaluate, folder, tmp_p
 def test_hf_objects_of_two_lengths_are_two_measurements(evaluate, folder, tmp_path):
     for max_length in (256, 512):
         evaluate(HFLM(folder, device="cpu", max_length=max_length))
-    assert len(load([tmp_path]).results) == 2
+    assert len(load_results([tmp_path]).results) == 2
 
 
 def test_models_without_a_name_are_never_one_measurement(lm_eval_files, make_passkeys):
     config = {"model": "", "model_args": None, "lminf": {"attention": "lambda", "n_local": 64}}
     for _ in range(2):
         lm_eval_files.write({"passkey_4k": make_passkeys([1])}, config=config, model_source="CUSTOM")
-    assert len(load([lm_eval_files.folder]).results) == 2
+    assert len(load_results([lm_eval_files.folder]).results) == 2
 
 
 def test_the_command_names_the_model_and_the_method_of_an_object(evaluate, folder):
-    words = command_of(evaluate(LMInfinite(folder, attention="window", n_local=64, device="cpu")), False)
+    words = reproduction_command(evaluate(LMInfinite(folder, attention="window", n_local=64, device="cpu")), False)
     assert f"--model lminf --tasks choose --model_args pretrained={folder},attention=window,n_local=64" in words
-    assert command_of(evaluate(HFLM(folder, device="cpu")), False).startswith("# lm-eval was given a model object")
+    assert reproduction_command(evaluate(HFLM(folder, device="cpu")), False).startswith(
+        "# lm-eval was given a model object"
+    )
 
 
 def test_the_results_say_the_longest_that_was_scored_as_max_length(evaluate, folder):

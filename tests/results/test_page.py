@@ -12,13 +12,13 @@ import pandas as pd
 import pytest
 
 from lminf_eval.errors import UsageError
-from lminf_eval.report.commands import report
-from lminf_eval.report.figures.plots import plots
-from lminf_eval.report.html_page import page
-from lminf_eval.report.load import load
-from lminf_eval.report.pivot import arrange, choose
-from lminf_eval.report.repro_command import command_of
-from lminf_eval.report.sample_store import Evidence
+from lminf_eval.report.figures.plots import draw_figures
+from lminf_eval.report.html_page import render_page
+from lminf_eval.report.load import load_results
+from lminf_eval.report.outputs import write_report
+from lminf_eval.report.pivot import pivot, select_metrics
+from lminf_eval.report.repro_command import reproduction_command
+from lminf_eval.report.sample_store import SampleStore
 
 VOID = {"meta", "br", "link", "input"}
 LARGEST = 5_000_000  # bytes, for 500 results
@@ -55,8 +55,8 @@ class Reader(HTMLParser):
 
 
 def page_of(files) -> str:
-    evidence = Evidence(load([files.folder]))
-    return page(evidence, plots(evidence), "full")
+    store = SampleStore(load_results([files.folder]))
+    return render_page(store, draw_figures(store), "full")
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def written(lm_eval_files, make_passkeys, make_texts):
 
 def test_every_result_stands_in_the_page_with_its_exact_value(written):
     text = page_of(written)
-    results = load([written.folder]).results
+    results = load_results([written.folder]).results
     rows = [row for row in Reader(text).rows if len(row) == 9][1:]
     assert len(rows) == len(results) == 8
     exact = re.findall(r'<td class="number[^"]*" data-value="([^"]*)">\d', text)
@@ -107,7 +107,7 @@ def test_ids_are_unique_and_links_lead_somewhere(written):
 
 def test_downloads_hold_the_data(written):
     links = {a["download"]: a["href"] for _, a in Reader(page_of(written)).elements if "download" in a}
-    results = load([written.folder]).results
+    results = load_results([written.folder]).results
     files = {name: base64.b64decode(link.partition("base64,")[2]) for name, link in links.items()}
     values = pd.read_csv(io.BytesIO(files["results.csv"]), dtype={"value": str})["value"]  # pandas 2 would round them
     assert values.map(float).tolist() == results["value"].tolist()
@@ -163,20 +163,20 @@ def test_500_results_files_stay_small(lm_eval_files, make_passkeys, make_texts):
                     environment = f"{machine}Host: node{model}\n"
                     lm_eval_files.write(tasks, args=args, pretty_env_info=environment)
     text = page_of(lm_eval_files)
-    assert len(load([lm_eval_files.folder]).runs) == 500
+    assert len(load_results([lm_eval_files.folder]).runs) == 500
     assert len(text.encode()) < LARGEST
 
 
 def test_report_names_what_it_wrote(written, tmp_path, capsys):
-    report([written.folder], tmp_path / "new" / "report.html", figures=tmp_path / "figures")
+    write_report([written.folder], tmp_path / "new" / "report.html", figures=tmp_path / "figures")
     out, err = capsys.readouterr()
     assert out == f"{tmp_path / 'new' / 'report.html'}: 8 results, 2 figures\n"
     assert "left out: " in err
     assert len(list((tmp_path / "figures").glob("*.png"))) == 2
     with pytest.raises(UsageError, match="baseline nobody: the results have full, lambda"):
-        report([written.folder], baseline="nobody")
+        write_report([written.folder], baseline="nobody")
     with pytest.raises(UsageError, match=r"config\.json"):
-        report([written.folder], written.folder / "config.json" / "report.html")
+        write_report([written.folder], written.folder / "config.json" / "report.html")
 
 
 def test_several_that_answer_to_the_baseline_leave_the_page_without_one(lm_eval_files, make_passkeys):
@@ -200,18 +200,21 @@ def test_the_command_asks_for_what_the_file_records():
         "n-shot": {"passkey": 3},
         "chat_template": "{{ x }}",
     }
-    assert command_of(raw, logged_samples=True) == (
+    assert reproduction_command(raw, logged_samples=True) == (
         "lm_eval --model hf --tasks passkey --model_args 'pretrained=a b,dtype=float32' --batch_size 4 --limit 10.0 "
         '--num_fewshot 3 --gen_kwargs \'{"temperature": 0}\' --metadata \'{"documents": 5, "length": 24576}\' '
         "--seed 7,7,7,7 --apply_chat_template --log_samples --output_path results"
     )
     listed = {"config": {"model": "hf", "model_args": {"pretrained": "a", "stop": "[1,2]"}}, "results": {"t": {}}}
-    assert json.loads(re.search(r"'(\{.*\})'", command_of(listed, False))[1]) == {"pretrained": "a", "stop": "[1,2]"}
+    assert json.loads(re.search(r"'(\{.*\})'", reproduction_command(listed, False))[1]) == {
+        "pretrained": "a",
+        "stop": "[1,2]",
+    }
 
 
 def test_table_of_the_page_and_of_the_command_are_the_same(written):
-    evidence = Evidence(load([written.folder]))
-    table = arrange(evidence, choose(evidence.collection.results), baseline="full")
+    store = SampleStore(load_results([written.folder]))
+    table = pivot(store, select_metrics(store.collection.results), baseline="full")
     shown = {cell for row in Reader(page_of(written)).rows for cell in row}
     assert table.cells[1, 0].mark == "best"
     assert "1.000 ±0.000(+0.750 [0.550, 0.900])" in shown

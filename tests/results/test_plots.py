@@ -9,15 +9,15 @@ import pytest
 from matplotlib import colors
 
 from lminf_eval.report.figures.curves import hits_by_depth, nll_by_position
-from lminf_eval.report.figures.plots import plots
-from lminf_eval.report.figures.style import FIRST_OF_ATTENTION, styles
-from lminf_eval.report.load import load
-from lminf_eval.report.sample_store import Evidence
+from lminf_eval.report.figures.plots import draw_figures
+from lminf_eval.report.figures.style import FIRST_OF_ATTENTION, assign_styles
+from lminf_eval.report.load import load_results
+from lminf_eval.report.sample_store import SampleStore
 
 
 def samples_of(files, file, task):
-    evidence = Evidence(load([file]))
-    return evidence.samples(next(iter(evidence.collection.runs)), task)
+    store = SampleStore(load_results([file]))
+    return store.samples(next(iter(store.collection.runs)), task)
 
 
 def test_nll_by_position_is_the_difference_of_neighbouring_prefixes(lm_eval_files, make_texts):
@@ -82,8 +82,8 @@ METHODS = [
 
 
 def test_a_method_has_a_look_of_its_own_and_keeps_it():
-    looks = styles(METHODS)
-    assert styles(reversed(METHODS)) == looks
+    looks = assign_styles(METHODS)
+    assert assign_styles(reversed(METHODS)) == looks
     assert len(set(looks.values())) == len(METHODS)
     assert looks["full"] == FIRST_OF_ATTENTION["full"]
     assert looks["lambda n_local=8192"] == FIRST_OF_ATTENTION["lambda"]
@@ -115,7 +115,9 @@ def drawn(lm_eval_files, make_passkeys, make_texts):
             tasks[f"pydocs_ppl_{k}k"] = make_texts([[3.0] * 4 + late, [3.1] * 4 + late], step=k * 128)
         lm_eval_files.write(tasks, args={"attention": attention, "pretrained": "org/$mo_del^<b>&"})
     lm_eval_files.write({"passkey_4k": make_passkeys([1] * 5)}, "hf", {"pretrained": "org/$mo_del^<b>&"})
-    return {plot.name.partition("-")[0]: plot for plot in plots(Evidence(load([lm_eval_files.folder])))}
+    return {
+        plot.name.partition("-")[0]: plot for plot in draw_figures(SampleStore(load_results([lm_eval_files.folder])))
+    }
 
 
 def texts_of(plot) -> list[str]:
@@ -149,7 +151,9 @@ def test_perplexity_figure_shows_what_diverged_apart(drawn):
 def test_diverged_perplexities_are_marked_above_the_axes(lm_eval_files, make_texts):
     for k, loss in ((2, 3.0), (4, 9.0)):
         lm_eval_files.write({f"pydocs_ppl_{k}k": make_texts([[loss] * 2])}, args={"attention": "full"})
-    plot = next(p for p in plots(Evidence(load([lm_eval_files.folder]))) if p.name.startswith("perplexity"))
+    plot = next(
+        p for p in draw_figures(SampleStore(load_results([lm_eval_files.folder]))) if p.name.startswith("perplexity")
+    )
     axes = plot.figure.axes[0]
     assert "full diverged" in texts_of(plot)
     above = next(line for line in axes.lines if line.get_markerfacecolor() == "none")
@@ -162,7 +166,7 @@ def test_other_measurements_of_a_method_are_other_lines(lm_eval_files, make_rule
     for seed, hits in ((1, [0]), (2, [1])):
         file = lm_eval_files.write({"niah_single_1": make_ruler({4096: [1], 8192: hits})})
         edit(file, config__torch_seed=seed, config__gen_kwargs={"do_sample": True})
-    (plot,) = plots(Evidence(load([lm_eval_files.folder])))
+    (plot,) = draw_figures(SampleStore(load_results([lm_eval_files.folder])))
     assert {"lambda seeds=random=0 torch=1", "lambda seeds=random=0 torch=2"} == set(texts_of(plot)) - {plot.title, ""}
     assert sorted(line.get_ydata()[-1] for line in plot.figure.axes[0].lines) == [0, 1]
 
@@ -171,7 +175,7 @@ def test_fewer_documents_at_a_greater_length_are_the_same_line(lm_eval_files, ma
     for k, documents in ((2, 4), (4, 2)):
         file = lm_eval_files.write({f"pydocs_ppl_{k}k": make_texts([[3.0]] * documents)})
         edit(file, **{f"configs__pydocs_ppl_{k}k__metadata": {"version": 1.0, "documents": documents}})
-    (plot,) = plots(Evidence(load([lm_eval_files.folder])))
+    (plot,) = draw_figures(SampleStore(load_results([lm_eval_files.folder])))
     assert [line.get_xdata().tolist() for line in plot.figure.axes[0].lines] == [[2048, 4096]]
 
 

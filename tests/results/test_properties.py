@@ -8,10 +8,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lminf_eval.report.export import tidy_csv
-from lminf_eval.report.load import load
-from lminf_eval.report.pivot import arrange, choose
-from lminf_eval.report.repro_command import command_of
-from lminf_eval.report.sample_store import Evidence
+from lminf_eval.report.load import load_results
+from lminf_eval.report.pivot import pivot, select_metrics
+from lminf_eval.report.repro_command import reproduction_command
+from lminf_eval.report.sample_store import SampleStore
 from lminf_eval.report.samples import SamplesError, read_samples
 
 TOLD = ["4096", "4k", "0k", "NaN", "-1", "CUSTOM", "lminf", "False", "set by n_local", "passkey_4k", "both", "a=1,b=2"]
@@ -107,13 +107,13 @@ def test_any_file_is_read_or_listed_and_what_is_read_can_be_shown(good, tmp_path
     file.write_text(json.dumps(raw))
     lines = "".join(json.dumps(sample) + "\n" for sample in samples)
     (tmp_path / "samples_niah_single_1_2026-02-02T00-00-00.000001.jsonl").write_text(lines)
-    collection = load([file, good])
+    collection = load_results([file, good])
     assert "good" in set(collection.results["task"])
-    chosen = choose(collection.results)
-    assert len(arrange(Evidence(collection), chosen).cells) == len(chosen)
+    chosen = select_metrics(collection.results)
+    assert len(pivot(SampleStore(collection), chosen).cells) == len(chosen)
     assert tidy_csv(collection.results).count("\n") == len(collection.results) + 1
     for run in collection.runs.values():
-        assert command_of(run.raw, True)
+        assert reproduction_command(run.raw, True)
 
 
 @EACH

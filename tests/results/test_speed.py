@@ -7,11 +7,11 @@ import pytest
 from lminf_eval.bench import FORMAT
 from lminf_eval.errors import UsageError
 from lminf_eval.report.benches import read_bench
-from lminf_eval.report.commands import report, table
-from lminf_eval.report.figures.plots import plots
+from lminf_eval.report.figures.plots import draw_figures
 from lminf_eval.report.figures.style import FIRST_OF_ATTENTION
-from lminf_eval.report.load import load
-from lminf_eval.report.sample_store import Evidence
+from lminf_eval.report.load import load_results
+from lminf_eval.report.outputs import print_table, write_report
+from lminf_eval.report.sample_store import SampleStore
 
 
 def record(case, setting, tokens=1, **sides):
@@ -56,7 +56,7 @@ def test_values_are_a_tokens_or_bytes():
 
 
 def test_a_figure_for_each_kind(file):
-    drawn = {plot.name.rsplit("-org", 1)[0]: plot for plot in plots(Evidence(load([file])))}
+    drawn = {plot.name.rsplit("-org", 1)[0]: plot for plot in draw_figures(SampleStore(load_results([file])))}
     assert set(drawn) == {"scoring-time", "decoding-time", "peak-memory", "key-value-memory"}
     method, full, hf = (FIRST_OF_ATTENTION[name].color for name in ("lambda", "full", "hf"))
     decoding = lines_of(drawn["decoding-time"])
@@ -70,19 +70,19 @@ def test_a_figure_for_each_kind(file):
 
 
 def test_a_bench_alone_gives_figures_and_no_page(file, tmp_path, capsys):
-    report([file], tmp_path / "report.html", figures=tmp_path / "figures")
+    write_report([file], tmp_path / "report.html", figures=tmp_path / "figures")
     assert len(list((tmp_path / "figures").glob("*.svg"))) == 4
     assert not (tmp_path / "report.html").exists()
     assert capsys.readouterr().out.strip().endswith("0 results, 4 figures")
     with pytest.raises(UsageError, match="a bench, and no lm-eval result"):
-        report([file], tmp_path / "report.html")
+        write_report([file], tmp_path / "report.html")
     with pytest.raises(UsageError, match="a bench, and no lm-eval result"):
-        table([file])
+        print_table([file])
 
 
 def test_beside_results_it_is_part_of_the_page(lm_eval_files, make_passkeys, file, tmp_path):
     lm_eval_files.write({"passkey_4k": make_passkeys([1] * 5)})
-    report([lm_eval_files.folder], tmp_path / "report.html")
+    write_report([lm_eval_files.folder], tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert page.count("<figure ") == 5
     assert "Time to decode a token" in page
@@ -103,7 +103,7 @@ def test_beside_results_it_is_part_of_the_page(lm_eval_files, make_passkeys, fil
 def test_a_file_that_only_says_it_is_a_bench_is_listed_with_the_reason(broken, tmp_path, lm_eval_files, make_passkeys):
     results = lm_eval_files.write({"passkey_4k": make_passkeys([1] * 5)})
     (results.parent / "bench.json").write_text(json.dumps({"format": FORMAT, **broken}))
-    collection = load([results.parent])
+    collection = load_results([results.parent])
     assert not collection.benches
     (problem,) = collection.problems
     assert problem.file.endswith("bench.json")

@@ -8,13 +8,13 @@ import pandas as pd
 import pytest
 
 from lminf_eval.report.paired_bootstrap import (
-    LINKS,
+    METRIC_FORMS,
     Comparison,
     bootstrap_interval,
     compare,
     compare_by_errors,
     evaluate,
-    find_link,
+    find_metric_form,
 )
 
 
@@ -43,19 +43,19 @@ def test_link_is_found_by_the_reported_value(link, direct, random):
     totals, weights = -random.uniform(50, 300, 9), random.integers(40, 90, 9)
     value = direct(totals, weights)
     assert evaluate(documents(totals, weights), link) == pytest.approx(value, rel=1e-12)
-    assert find_link([(documents(totals, weights), value)]) == link
+    assert find_metric_form([(documents(totals, weights), value)]) == link
 
 
 def test_no_link_for_a_statistic_that_is_not_of_the_known_form(random):
     values = random.normal(size=9)
-    assert find_link([(documents(values), float(np.median(values)) + 0.01)]) is None
+    assert find_metric_form([(documents(values), float(np.median(values)) + 0.01)]) is None
 
 
 def test_link_needs_every_run_to_agree_and_passes_over_what_is_not_finite():
     a, b = documents([1.0, 1.0]), documents([2.0, 4.0])
-    assert find_link([(a, 1.0), (b, 3.0), (a, math.nan)]) == "mean"
-    assert find_link([(a, 1.0), (b, 2.9)]) is None
-    assert find_link([(a, math.inf)]) is None
+    assert find_metric_form([(a, 1.0), (b, 3.0), (a, math.nan)]) == "mean"
+    assert find_metric_form([(a, 1.0), (b, 2.9)]) is None
+    assert find_metric_form([(a, math.inf)]) is None
 
 
 def test_standard_error_of_a_mean_is_the_plug_in_one(random):
@@ -190,6 +190,6 @@ def test_large_and_small_samples_draw_the_same_every_time(random):
 def test_every_link_is_monotone():
     """Otherwise the order of two methods would depend on more than the ratio of their sums."""
     ratio = np.linspace(-3, 3, 50)
-    for link in LINKS.values():
+    for link in METRIC_FORMS.values():
         steps = np.diff(link(ratio))
         assert (steps > 0).all() or (steps < 0).all()

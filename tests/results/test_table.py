@@ -5,10 +5,11 @@ import math
 import pytest
 
 from lminf_eval.errors import UsageError
-from lminf_eval.report.captions import legend, show
-from lminf_eval.report.load import load
-from lminf_eval.report.pivot import arrange, choose
-from lminf_eval.report.sample_store import Evidence
+from lminf_eval.report.formats import legend
+from lminf_eval.report.load import load_results
+from lminf_eval.report.pivot import pivot, select_metrics
+from lminf_eval.report.sample_store import SampleStore
+from lminf_eval.utils.formatting import format_metric
 
 
 @pytest.fixture
@@ -16,8 +17,8 @@ def arranged(lm_eval_files):
     """The table of all files written so far."""
 
     def arrange_all(metrics=(), **options):
-        evidence = Evidence(load([lm_eval_files.folder]))
-        return arrange(evidence, choose(evidence.collection.results, metrics), **options)
+        store = SampleStore(load_results([lm_eval_files.folder]))
+        return pivot(store, select_metrics(store.collection.results, metrics), **options)
 
     return arrange_all
 
@@ -204,9 +205,9 @@ def test_unusable_samples_are_listed_and_the_rest_stands(lm_eval_files, make_pas
     lm_eval_files.write({"passkey_4k": make_passkeys(MIDDLE)}, args={"attention": "full"})
     samples = file.with_name(file.name.replace("results", "samples_passkey_4k")).with_suffix(".jsonl")
     samples.write_text("{")
-    evidence = Evidence(load([lm_eval_files.folder]))
-    table = arrange(evidence, choose(evidence.collection.results))
-    assert [(problem.file, problem.reason[:8]) for problem in evidence.problems] == [(str(samples), "not JSON")]
+    store = SampleStore(load_results([lm_eval_files.folder]))
+    table = pivot(store, select_metrics(store.collection.results))
+    assert [(problem.file, problem.reason[:8]) for problem in store.problems] == [(str(samples), "not JSON")]
     assert cells(table)["lambda", "4k"].result["value"] == 1.0
     assert table.notes[0].endswith("standard errors")
 
@@ -217,17 +218,18 @@ def test_samples_that_lack_documents_are_not_used_and_do_not_harm_the_others(lm_
         if attention == "window":
             samples = file.with_name(file.name.replace("results", "samples_passkey_4k")).with_suffix(".jsonl")
             samples.write_text("".join(samples.read_text().splitlines(keepends=True)[:15]))
-    evidence = Evidence(load([lm_eval_files.folder]))
-    results = evidence.collection.results.set_index("attention", drop=False)
-    assert evidence.compare(results.loc["lambda"], results.loc["full"]).how == "paired bootstrap"
-    assert evidence.compare(results.loc["lambda"], results.loc["window"]).how == "standard errors"
-    assert evidence.compare(results.loc["full"], results.loc["window"]).how == "standard errors"
-    assert [problem.file for problem in evidence.problems] == [str(samples)]
-    assert evidence.problems[0].reason.startswith("does not give the reported acc")
+    store = SampleStore(load_results([lm_eval_files.folder]))
+    results = store.collection.results.set_index("attention", drop=False)
+    assert store.compare(results.loc["lambda"], results.loc["full"]).how == "paired bootstrap"
+    assert store.compare(results.loc["lambda"], results.loc["window"]).how == "standard errors"
+    assert store.compare(results.loc["full"], results.loc["window"]).how == "standard errors"
+    assert [problem.file for problem in store.problems] == [str(samples)]
+    assert store.problems[0].reason.startswith("does not give the reported acc")
 
 
 def test_numbers_keep_three_digits_and_a_true_minus():
     shown = [
-        show(value) for value in (0.12345, -0.5, 12.3456, 23.456, 123.46, 12345.6, -0.00042, 0, math.nan, math.inf)
+        format_metric(value)
+        for value in (0.12345, -0.5, 12.3456, 23.456, 123.46, 12345.6, -0.00042, 0, math.nan, math.inf)
     ]
     assert shown == ["0.123", "−0.500", "12.346", "23.46", "123.5", "12346", "−0.0004", "0.000", "NaN", "inf"]

@@ -25,7 +25,7 @@ def folder(tmp_path) -> CellFolder:
 
 def written(folder: CellFolder, documents: int = 3) -> Path:
     """What lm-eval would have written into the folder's attempt."""
-    folder.prepare()
+    folder.create()
     place = folder.attempt / "models__tiny"
     place.mkdir(parents=True)
     results = {
@@ -43,11 +43,11 @@ def test_a_cell_s_life(folder):
     with folder.locked() as lock:
         assert lock is not None
         assert folder.state() == ("running", "")
-        folder.fail("killed by SIGKILL")
+        folder.record_failure("killed by SIGKILL")
     assert folder.state() == ("failed", "killed by SIGKILL")
     written(folder)
     assert yaml.safe_load(folder.config.read_text()) == folder.cell.config(folder.output / "journal", folder.attempt)
-    folder.keep()
+    folder.accept_result()
     assert folder.state() == ("done", "")
     assert not folder.attempt.exists()
 
@@ -55,7 +55,7 @@ def test_a_cell_s_life(folder):
 @pytest.mark.parametrize(
     ("name", "damage", "message"),
     [
-        ("results_2026.json", lambda text: text[:-20], "results_2026.json can't be read"),
+        ("results_2026.json", lambda text: text[:-20], "results_2026.json cannot be read"),
         ("results_2026.json", lambda text: "{}", "has no table of results"),
         ("results_2026.json", lambda text: text.replace('"acc,none"', '"name"'), "has no metric for passkey_4k"),
         ("samples_passkey_4k_2026.jsonl", lambda text: text[:-20], "samples_passkey_4k_2026.jsonl is damaged"),
@@ -66,7 +66,7 @@ def test_a_cell_s_life(folder):
 )
 def test_a_damaged_result_is_not_done_and_not_lost(folder, name, damage, message):
     written(folder)
-    folder.keep()
+    folder.accept_result()
     (file,) = folder.result.glob(f"*/{name}")
     if damage is None:
         file.unlink()
@@ -78,7 +78,7 @@ def test_a_damaged_result_is_not_done_and_not_lost(folder, name, damage, message
     assert message in reason
     before = sorted(path.name for path in folder.result.rglob("*"))
     written(folder)
-    folder.keep()
+    folder.accept_result()
     assert folder.state() == ("done", "")
     assert sorted(path.name for path in (folder.path / "damaged").rglob("*")) == before
 
@@ -86,7 +86,7 @@ def test_a_damaged_result_is_not_done_and_not_lost(folder, name, damage, message
 def test_what_is_incomplete_is_not_kept(folder):
     written(folder, documents=2)
     with pytest.raises(ValueError, match="has 2 of 3 documents"):
-        folder.keep()
+        folder.accept_result()
     assert folder.state() == ("missing", "")
 
 
@@ -121,7 +121,7 @@ def test_an_output_that_can_t_be_written_is_told(tmp_path):
     (tmp_path / "out").write_text("a file in its place")
     (cell,) = cells(SWEEP)
     with (
-        pytest.raises(UsageError, match=r"Not a directory; --output must be a folder that can be written"),
+        pytest.raises(UsageError, match=r"Not a directory; --output must be a writable folder"),
         CellFolder(tmp_path / "out", cell).locked(),
     ):
         pass

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from lminf_eval.errors import UsageError
-from lminf_eval.sweep.config import cells, read
+from lminf_eval.sweep.config import cells, read_sweep
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SMALLEST = {
@@ -123,7 +123,7 @@ def test_mistakes_are_named(tmp_path, edit, message):
     file = tmp_path / "sweep.yaml"
     file.write_text(yaml.safe_dump(SMALLEST | edit))
     with pytest.raises(UsageError) as error:
-        read(file)
+        read_sweep(file)
     assert str(error.value).startswith(f"lminf: {file}: ")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
@@ -137,18 +137,18 @@ def test_files_that_are_no_sweep(tmp_path, content, message):
     if content is not None:
         file.write_text(content)
     with pytest.raises(UsageError, match=message):
-        read(file)
+        read_sweep(file)
 
 
 def test_the_sweeps_that_ship():
-    sizes = {file.stem: len(read(file)) for file in CONFIGS.glob("*.yaml") if "models:" in file.read_text()}
+    sizes = {file.stem: len(read_sweep(file)) for file in CONFIGS.glob("*.yaml") if "models:" in file.read_text()}
     assert sizes == {"demo": 15, "paper_table": 80, "passkey_grid": 12, "modern": 72}
 
 
 def test_the_demo_s_own_sweep_is_the_demo_s():
     from lminf_eval.demo import run
 
-    found = read(CONFIGS / "demo.yaml")
+    found = read_sweep(CONFIGS / "demo.yaml")
     samples = {}
     for cell in found:
         samples |= cell.settings["samples"]

@@ -9,9 +9,9 @@ import yaml
 from lminf_eval.errors import UsageError
 from lminf_eval.sweep import slurm
 from lminf_eval.sweep.cell import CellFolder
-from lminf_eval.sweep.commands import submit
-from lminf_eval.sweep.config import Resources, cells, read
-from lminf_eval.sweep.runner import command
+from lminf_eval.sweep.config import Resources, cells, read_sweep
+from lminf_eval.sweep.console import submit_cells
+from lminf_eval.sweep.runner import lm_eval_command
 
 SWEEP = {
     "models": [{"pretrained": "small"}, {"pretrained": "large", "resources": {"gpus": 4, "time": "1-00:00:00"}}],
@@ -49,14 +49,14 @@ def sbatch(tmp_path, monkeypatch):
 def test_an_array_for_each_kind_of_resources(sweep, sbatch, tmp_path, capsys):
     notes = sbatch()
     output = tmp_path / "out"
-    with CellFolder(output, read(sweep)[1]).locked():  # somebody works on the second cell: it isn't sent
-        submit(sweep, output, at_once=2)
+    with CellFolder(output, read_sweep(sweep)[1]).locked():  # somebody works on the second cell: it isn't sent
+        submit_cells(sweep, output, max_concurrent=2)
     small, large = notes.read_text().splitlines()
     copy = output / "submitted" / "000-mine.yaml"
     assert small == (
         "--parsable --time=04:00:00 --nodes=1 --ntasks-per-node=1 --cpus-per-task=4 --mem=32G --gpus-per-node=1 "
         f"--partition=a100 --nice=100 --array=0,2%2 --job-name=lminf-mine --output={output}/logs/slurm-%A_%a.log "
-        f"{slurm.script()} {copy} {output}"
+        f"{slurm.sbatch_script()} {copy} {output}"
     )
     assert "--time=1-00:00:00" in large
     assert "--gpus-per-node=4" in large
@@ -68,19 +68,19 @@ def test_an_array_for_each_kind_of_resources(sweep, sbatch, tmp_path, capsys):
 def test_a_refusal_is_told(sweep, sbatch, tmp_path):
     sbatch(status=1)
     with pytest.raises(UsageError, match="sbatch refuses: no such partition"):
-        submit(sweep, tmp_path / "out")
+        submit_cells(sweep, tmp_path / "out")
 
 
 def test_without_a_slurm(sweep, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UsageError, match="sbatch: there is none on this machine"):
-        submit(sweep, tmp_path / "out")
+    with pytest.raises(UsageError, match="sbatch: not found on this machine"):
+        submit_cells(sweep, tmp_path / "out")
 
 
 def test_the_script_is_a_whole_shell_script():
-    checked = subprocess.run(["bash", "-n", str(slurm.script())], capture_output=True, text=True)
+    checked = subprocess.run(["bash", "-n", str(slurm.sbatch_script())], capture_output=True, text=True)
     assert (checked.returncode, checked.stderr) == (0, "")
-    assert (slurm.script().parent / "environment.sh").is_file()
+    assert (slurm.sbatch_script().parent / "environment.sh").is_file()
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_the_script_is_a_whole_shell_script():
 def test_the_command_of_a_cell(tmp_path, resources, expected):
     (cell,) = cells(SWEEP | {"models": SWEEP["models"][:1], "tasks": ["passkey_4k"], "resources": resources})
     folder = CellFolder(tmp_path, cell)
-    words = command(folder, {"SLURMD_NODENAME": "node7", "SLURM_JOB_ID": "123"})
+    words = lm_eval_command(folder, {"SLURMD_NODENAME": "node7", "SLURM_JOB_ID": "123"})
     start = words.index("-m")
     assert " ".join(words[start:]) == expected.format(config=folder.config)
     srun = ["srun", "--nodes=2", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]

@@ -1,4 +1,4 @@
-"""Attention against plain causal attention on the same blocks, and the rest of a pass against its linear layers."""
+"""Compare attention with plain causal attention on equal blocks, and the rest of a pass with its linear layers."""
 
 from __future__ import annotations
 
@@ -11,66 +11,82 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from lminf_eval.attention import sliding_window
-from lminf_eval.bench.benchmark_model import Subject
-from lminf_eval.bench.record import Job, Record
-from lminf_eval.bench.roofline import Ceilings, Work, full_pairs, lambda_pairs
-from lminf_eval.bench.timing import Stopwatch, Told, in_turn, synchronise
+from lminf_eval.bench.benchmark_model import BenchmarkModel
+from lminf_eval.bench.record import Job, Record, Setting
+from lminf_eval.bench.roofline import HardwareLimits, Work, full_pairs, lambda_pairs
+from lminf_eval.bench.timing import ProgressFn, Stopwatch, interleave, synchronise
 
-WINDOWS = 8  # of a text that is long enough to tell
+WINDOWS = 8  # of the longest text that is measured
 
 
-def jobs(subject: Subject, ceilings: Ceilings) -> Iterator[Job]:
-    """Two for each n_local, each with passes over the longest text, of `WINDOWS` windows at most."""
-    options, size = subject.options, subject.size
+def jobs(bench_model: BenchmarkModel, limits: HardwareLimits) -> Iterator[Job]:
+    """Yield two jobs for each n_local, with passes over the longest text, of `WINDOWS` windows at most."""
+    options, size = bench_model.options, bench_model.size
     for n_local in options.n_local:
         length = min(options.lengths[-1], WINDOWS * n_local)
-        a_pass = ceilings.floor(size.scoring(length, lambda_pairs(length, n_local, 0)))
-        pieces = size.attention(n_local**2) / ceilings.flops_per_s
+        a_pass = limits.roofline_seconds(size.scoring(length, lambda_pairs(length, n_local, 0)))
+        pieces = size.attention(n_local**2) / limits.peak_flops
         each = 1.5 * (options.runs + 1)
         setting = {"n_local": n_local, "length": length}
-        yield Job("attention", {"part": "attention", **setting}, each * (a_pass + pieces), partial(attention, subject))
-        yield Job("attention", {"part": "the rest", **setting}, each * 1.5 * a_pass, partial(the_rest, subject))
+        yield Job(
+            "attention",
+            {"part": "attention", **setting},
+            each * (a_pass + pieces),
+            partial(measure_attention, bench_model),
+        )
+        yield Job(
+            "attention",
+            {"part": "the rest", **setting},
+            each * 1.5 * a_pass,
+            partial(measure_other_layers, bench_model),
+        )
 
 
-def attention(subject: Subject, setting: dict, told: Told) -> Record:
-    """Seconds of all that the attention function does in a pass, rotations and cache included ("in the pass"); of the
-    band and the starting tokens alone, a chunk in each layer ("alone"); of plain causal attention on blocks of n_local,
-    one in each layer ("sdpa"). Work is unequal, so rates are compared."""
-    n_local, passes = setting["n_local"], _Passes(subject, setting)
-    size, chunk, sinks = subject.size, passes.chunk, passes.lm.spec.sinks
+def measure_attention(bench_model: BenchmarkModel, setting: Setting, progress: ProgressFn) -> Record:
+    """Measure the seconds of attention in three ways; their work differs, so rates are compared.
+
+    "in the pass": all that the attention function does in a pass, rotations and cache included. "alone": the sliding
+    window and the starting tokens alone, one chunk in each layer. "sdpa": plain causal attention on blocks of n_local,
+    one in each layer.
+    """
+    n_local, passes = setting["n_local"], _Passes(bench_model, setting)
+    size, chunk, sinks = bench_model.size, passes.chunk, passes.lm.spec.sinks
     sides = {
         "in the pass": passes.run,
-        "alone": _band(subject, n_local, chunk, sinks),
-        "sdpa": _sdpa(subject, n_local),
+        "alone": _band(bench_model, n_local, chunk, sinks),
+        "sdpa": _sdpa(bench_model, n_local),
     }
     work = {
         "in the pass": Work(size.attention(lambda_pairs(setting["length"], n_local, sinks))),
         "alone": Work(size.attention(chunk * (n_local + sinks))),
         "sdpa": Work(size.attention(full_pairs(n_local))),
     }
-    return _record(subject, setting, told, passes, sides, work, lambda inside, whole: inside)
+    return _record(bench_model, setting, progress, passes, sides, work, lambda inside, whole: inside)
 
 
-def the_rest(subject: Subject, setting: dict, told: Told) -> Record:
-    """Seconds of a pass without its attention function ("in the pass"), and of the model's linear layers alone, the
-    head among them, on one chunk of random numbers. Work is unequal, so rates are compared."""
-    passes, flops = _Passes(subject, setting), 2.0 * subject.size.linear
+def measure_other_layers(bench_model: BenchmarkModel, setting: Setting, progress: ProgressFn) -> Record:
+    """Measure the seconds of everything but attention in two ways; their work differs, so rates are compared.
+
+    "in the pass": a pass without its attention function. "linear layers": the model's linear layers alone, the head
+    included, on one chunk of random numbers.
+    """
+    passes, flops = _Passes(bench_model, setting), 2.0 * bench_model.size.linear
     sides = {"in the pass": passes.run, "linear layers": _linear(passes)}
     work = {"in the pass": Work(flops * setting["length"]), "linear layers": Work(flops * passes.chunk)}
-    return _record(subject, setting, told, passes, sides, work, lambda inside, whole: whole - inside)
+    return _record(bench_model, setting, progress, passes, sides, work, lambda inside, whole: whole - inside)
 
 
 class _Passes:
-    """Scores a text through `--model lminf`, keeping (seconds in its attention function, seconds in all) of each."""
+    """Score a text through `--model lminf`; keep (seconds in the attention function, total seconds) of each pass."""
 
-    def __init__(self, subject: Subject, setting: dict):
-        self.subject, self.lm = subject, subject.lambda_lm(setting["n_local"])
+    def __init__(self, bench_model: BenchmarkModel, setting: Setting):
+        self.bench_model, self.lm = bench_model, bench_model.lambda_lm(setting["n_local"])
         self.chunk = min(self.lm.spec.chunk_size, setting["length"])
-        self.requests = subject.rolling(setting["length"])
+        self.requests = bench_model.rolling(setting["length"])
         self.seconds: list[tuple[float, float]] = []
 
     def run(self) -> None:
-        streaming, device = self.lm.streaming, self.subject.device
+        streaming, device = self.lm.streaming, self.bench_model.device
         watch = streaming.attend = Stopwatch(streaming.attend, device)
         total = Stopwatch(self.lm._loglikelihood_tokens, device)
         try:
@@ -81,24 +97,26 @@ class _Passes:
         self.seconds.append((watch.seconds, total.seconds))
 
 
-def _record(subject: Subject, setting: dict, told: Told, passes: _Passes, sides, work, taken) -> Record:
-    """The record of `sides`, of which the first is `taken(inside, whole)` of each pass."""
-    runs = subject.options.runs
-    values, skipped = in_turn(sides, runs, subject.device, told)
+def _record(
+    bench_model: BenchmarkModel, setting: Setting, progress: ProgressFn, passes: _Passes, sides, work, taken
+) -> Record:
+    """Return the record of `sides`, of which the first is `taken(inside, whole)` of each pass."""
+    runs = bench_model.options.runs
+    values, skipped = interleave(sides, runs, bench_model.device, progress)
     facts: dict[str, int | float | str] = {"chunk_size": passes.chunk}
     if "in the pass" in values:
         values["in the pass"] = [taken(*seconds) for seconds in passes.seconds[-runs:]]
         facts["share of attention in the pass"] = median(inside / whole for inside, whole in passes.seconds[-runs:])
     work = {name: work[name] for name in values}
-    return Record("attention", setting, values, work=work, skipped=skipped, rated=True, facts=facts)
+    return Record("attention", setting, values, work=work, skipped=skipped, compare_rates=True, facts=facts)
 
 
-def _band(subject: Subject, n_local: int, chunk: int, sinks: int):
-    """A chunk in the middle of a long text: the band over window and chunk, and the starting tokens."""
-    size, scale = subject.size, subject.size.head_dim**-0.5
-    q = _random(subject, size.heads, chunk)
-    k, v = (_random(subject, size.kv_heads, n_local + chunk) for _ in range(2))
-    k_far, v_far = (_random(subject, size.kv_heads, sinks) for _ in range(2))
+def _band(bench_model: BenchmarkModel, n_local: int, chunk: int, sinks: int):
+    """Return a function that computes a chunk in the middle of a long text: sliding window and starting tokens."""
+    size, scale = bench_model.size, bench_model.size.head_dim**-0.5
+    q = _random(bench_model, size.heads, chunk)
+    k, v = (_random(bench_model, size.kv_heads, n_local + chunk) for _ in range(2))
+    k_far, v_far = (_random(bench_model, size.kv_heads, sinks) for _ in range(2))
 
     @torch.inference_mode()
     def attend() -> None:
@@ -110,12 +128,12 @@ def _band(subject: Subject, n_local: int, chunk: int, sinks: int):
     return attend
 
 
-def _sdpa(subject: Subject, n_local: int):
-    q, k, v = (_random(subject, subject.size.heads, n_local) for _ in range(3))
+def _sdpa(bench_model: BenchmarkModel, n_local: int):
+    q, k, v = (_random(bench_model, bench_model.size.heads, n_local) for _ in range(3))
 
     @torch.inference_mode()
     def attend() -> None:
-        for _ in range(subject.size.layers):
+        for _ in range(bench_model.size.layers):
             scaled_dot_product_attention(q, k, v, is_causal=True)
 
     return attend
@@ -124,8 +142,8 @@ def _sdpa(subject: Subject, n_local: int):
 def _linear(passes: _Passes):
     model = passes.lm.streaming.model
     modules = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    how = {"dtype": model.dtype, "device": passes.subject.device}
-    inputs = {module.in_features: torch.randn(1, passes.chunk, module.in_features, **how) for module in modules}
+    options = {"dtype": model.dtype, "device": passes.bench_model.device}
+    inputs = {module.in_features: torch.randn(1, passes.chunk, module.in_features, **options) for module in modules}
 
     @torch.inference_mode()
     def multiply() -> None:
@@ -135,5 +153,7 @@ def _linear(passes: _Passes):
     return multiply
 
 
-def _random(subject: Subject, heads: int, length: int) -> torch.Tensor:
-    return torch.randn(1, heads, length, subject.size.head_dim, dtype=subject.model.dtype, device=subject.device)
+def _random(bench_model: BenchmarkModel, heads: int, length: int) -> torch.Tensor:
+    return torch.randn(
+        1, heads, length, bench_model.size.head_dim, dtype=bench_model.model.dtype, device=bench_model.device
+    )

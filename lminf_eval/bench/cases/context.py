@@ -1,4 +1,4 @@
-"""One long text on two context-parallel processes of one thread each, against one process of one thread."""
+"""Compare one long text on two context-parallel processes of one thread each with one process of one thread."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from functools import partial
 
 import torch
 
-from lminf_eval.bench.benchmark_model import Subject
-from lminf_eval.bench.record import Job, Record
-from lminf_eval.bench.roofline import Ceilings, Work, lambda_pairs
-from lminf_eval.bench.timing import Told
-from lminf_eval.bench.workers.start import START_SECONDS, child
+from lminf_eval.bench.benchmark_model import BenchmarkModel
+from lminf_eval.bench.record import Job, Record, Setting
+from lminf_eval.bench.roofline import HardwareLimits, Work, lambda_pairs
+from lminf_eval.bench.timing import ProgressFn
+from lminf_eval.bench.workers.start import START_SECONDS, run_in_process
 
 SIDES = {
     "2 processes": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
@@ -20,33 +20,38 @@ SIDES = {
 }
 
 
-def jobs(subject: Subject, ceilings: Ceilings) -> Iterator[Job]:
-    """One for each n_local, at the longest length."""
-    options, size = subject.options, subject.size
+def jobs(bench_model: BenchmarkModel, limits: HardwareLimits) -> Iterator[Job]:
+    """Yield a job for each n_local, at the longest length."""
+    options, size = bench_model.options, bench_model.size
     length = options.lengths[-1]
     for n_local in options.n_local:
         work = size.scoring(length, lambda_pairs(length, n_local, 0))
-        alone = 1.6 * torch.get_num_threads() * ceilings.floor(Work(work.flops))
+        alone = 1.6 * torch.get_num_threads() * limits.roofline_seconds(Work(work.flops))
         seconds = options.runs * (1.5 * alone + 3 * START_SECONDS)
-        yield Job("context", {"n_local": n_local, "length": length}, seconds, partial(run, subject))
+        yield Job(
+            "context", {"n_local": n_local, "length": length}, seconds, partial(measure_context_parallel, bench_model)
+        )
 
 
-def run(subject: Subject, setting: dict, told: Told) -> Record:
-    """Seconds of one rolling request, without the start of the processes (see `bench/share.py`)."""
-    runs = subject.options.runs
-    if subject.device.type == "cuda" and torch.cuda.device_count() < 2:
-        return Record("context", setting, {}, skipped=dict.fromkeys(SIDES, "it needs two CUDA devices"))
-    task = {"options": asdict(subject.options), **setting}
-    values, skipped = {side: [] for side in SIDES}, {}
+def measure_context_parallel(bench_model: BenchmarkModel, setting: Setting, progress: ProgressFn) -> Record:
+    """Measure the seconds of one rolling request, without starting processes (see `workers/context_parallel.py`)."""
+    runs = bench_model.options.runs
+    if bench_model.device.type == "cuda" and torch.cuda.device_count() < 2:
+        return Record("context", setting, {}, skipped=dict.fromkeys(SIDES, "needs two CUDA devices"))
+    task = {"options": asdict(bench_model.options), **setting}
+    values: dict[str, list[float]] = {side: [] for side in SIDES}
+    skipped: dict[str, str] = {}
     for number in range(1, runs + 1):
         for side, launcher in SIDES.items():
             if side in skipped:
                 continue
-            told(f"{side}, run {number} of {runs}")
-            found, why = child(f"context on {side}", launcher, "lminf_eval.bench.workers.context_parallel", task)
-            if found is None:
+            progress(f"{side}, run {number} of {runs}")
+            value, why = run_in_process(
+                f"context on {side}", launcher, "lminf_eval.bench.workers.context_parallel", task
+            )
+            if value is None:
                 skipped[side] = why
                 values.pop(side)
             else:
-                values[side].append(found)
+                values[side].append(value)
     return Record("context", setting, values, tokens=setting["length"], skipped=skipped)

@@ -1,4 +1,4 @@
-"""One token after the other, at a given context: Λ-attention's cache against the plain model with its own."""
+"""Decode token by token at a given context: Λ-attention's cache against the plain model with its own."""
 
 from __future__ import annotations
 
@@ -8,81 +8,86 @@ from functools import partial
 import torch
 from transformers import PreTrainedModel
 
-from lminf_eval.bench.baselines import rivals
-from lminf_eval.bench.benchmark_model import Subject
-from lminf_eval.bench.prefilled_caches import lambda_state, plain_bytes, plain_state
-from lminf_eval.bench.record import Job, Record
-from lminf_eval.bench.roofline import Ceilings, Work, lambda_keys
-from lminf_eval.bench.timing import Told, in_turn
+from lminf_eval.bench.baselines import load_baselines
+from lminf_eval.bench.benchmark_model import BenchmarkModel
+from lminf_eval.bench.prefilled_caches import cache_bytes, prefilled_lambda_cache, prefilled_plain_cache
+from lminf_eval.bench.record import Job, Record, Setting
+from lminf_eval.bench.roofline import HardwareLimits, Work, lambda_keys
+from lminf_eval.bench.timing import ProgressFn, interleave
 from lminf_eval.models.modules import CACHE_NAMES, takes
 
 STEPS = 16  # tokens decoded in one run
 
 
-def jobs(subject: Subject, ceilings: Ceilings) -> Iterator[Job]:
-    """One for each batch size, n_local and context: none, n_local, and each length."""
-    options, size = subject.options, subject.size
+def jobs(bench_model: BenchmarkModel, limits: HardwareLimits) -> Iterator[Job]:
+    """Yield a job for each batch size, n_local and context: none, n_local, and each length."""
+    options, size = bench_model.options, bench_model.size
     for rows in options.batches_or(1):
         for n_local in options.n_local:
             for context in sorted({0, n_local, *options.lengths}):
                 plain = (
                     0.0
-                    if subject.lacking(_plain_bytes(subject, context, rows))
-                    else ceilings.floor(size.decoding(rows, context))
+                    if bench_model.memory_shortage(_plain_cache_bytes(bench_model, context, rows))
+                    else limits.roofline_seconds(size.decoding(rows, context))
                 )
-                near = ceilings.floor(size.decoding(rows, min(context, n_local)))
+                near = limits.roofline_seconds(size.decoding(rows, min(context, n_local)))
                 seconds = 2 * STEPS * (options.runs + 1) * (near + 3 * plain)
                 setting = {"batch": rows, "n_local": n_local, "context": context}
-                yield Job("decode", setting, seconds, partial(run, subject))
+                yield Job("decode", setting, seconds, partial(measure_decode, bench_model))
 
 
-def run(subject: Subject, setting: dict, told: Told) -> Record:
-    """Seconds of `STEPS` decoded tokens in each of `batch` sequences that have `context` tokens before."""
+def measure_decode(bench_model: BenchmarkModel, setting: Setting, progress: ProgressFn) -> Record:
+    """Measure the seconds of `STEPS` decoded tokens in each of `batch` sequences after `context` tokens."""
     n_local, context, rows = setting["n_local"], setting["context"], setting["batch"]
-    options, size, lm = subject.options, subject.size, subject.lambda_lm(n_local)
-    told("lambda, filling its cache")
-    ids_SB1 = subject.tokens(STEPS, rows, 1, seed=1).to(subject.device)
-    state = lambda_state(subject, lm, context, rows, (options.runs + 1) * STEPS)
+    options, size, lm = bench_model.options, bench_model.size, bench_model.lambda_lm(n_local)
+    progress("lambda, filling its cache")
+    ids_SB1 = bench_model.tokens(STEPS, rows, 1, seed=1).to(bench_model.device)
+    state = prefilled_lambda_cache(bench_model, lm, context, rows, (options.runs + 1) * STEPS)
     calls: dict[str, Callable[[], object]] = {
         "lambda": partial(_decode_lambda, lm.streaming, ids_SB1, state, fresh=not context)
     }
-    facts = {}
+    facts: dict[str, int] = {}
     if context:
         facts["key-value bytes of lambda"] = state.nbytes
-    skipped = {}
-    if lacking := subject.lacking(_plain_bytes(subject, context, rows)):
-        skipped["plain"] = lacking
+    skipped: dict[str, str] = {}
+    if shortage := bench_model.memory_shortage(_plain_cache_bytes(bench_model, context, rows)):
+        skipped["plain"] = shortage
     else:
-        told("plain, filling its cache")
-        calls["plain"] = _plain(subject, subject.model, context, rows, ids_SB1, facts)
-    if options.vs:
-        found, missing = rivals(subject, n_local)
+        progress("plain, filling its cache")
+        calls["plain"] = _plain(bench_model, bench_model.model, context, rows, ids_SB1, facts)
+    if options.baselines:
+        baselines, missing = load_baselines(bench_model, n_local)
         skipped |= missing
-        calls |= {name: _plain(subject, model, context, rows, ids_SB1, {}) for name, model in found.items()}
-    values, failed = in_turn(calls, options.runs, subject.device, told)
+        calls |= {name: _plain(bench_model, model, context, rows, ids_SB1, {}) for name, model in baselines.items()}
+    values, failed = interleave(calls, options.runs, bench_model.device, progress)
     windowed = size.decoding(rows, lambda_keys(context, n_local, lm.spec.sinks))
     work = dict.fromkeys(values, windowed) | {"plain": size.decoding(rows, context + 1)}
     work = {name: Work(work[name].flops * STEPS, work[name].bytes * STEPS) for name in values}
     return Record("decode", setting, values, tokens=STEPS, work=work, skipped=skipped | failed, facts=facts)
 
 
-def _plain_bytes(subject: Subject, context: int, rows: int) -> int:
-    """What the plain cache takes; while one layer grows there are two of it, which the slack of `lacking` holds."""
-    return rows * context * subject.size.kv_bytes
+def _plain_cache_bytes(bench_model: BenchmarkModel, context: int, rows: int) -> int:
+    """Return the bytes of the plain cache.
+
+    While a layer's cache grows, two copies of it exist; the margin in `memory_shortage` has room for that.
+    """
+    return rows * context * bench_model.size.kv_bytes
 
 
 def _plain(
-    subject: Subject, model: PreTrainedModel, context: int, rows: int, ids_SB1: torch.Tensor, facts: dict
+    bench_model: BenchmarkModel, model: PreTrainedModel, context: int, rows: int, ids_SB1: torch.Tensor, facts: dict
 ) -> Callable[[], object]:
-    cache = plain_state(subject, model, context, rows, subject.device)
+    cache = prefilled_plain_cache(bench_model, model, context, rows, bench_model.device)
     if context:
-        facts["key-value bytes of plain"] = plain_bytes(cache)
+        facts["key-value bytes of plain"] = cache_bytes(cache)
+
+    cache_name = takes(model, *CACHE_NAMES) or CACHE_NAMES[0]
 
     @torch.inference_mode()
     def decode() -> None:
-        state = cache if context else plain_state(subject, model, 0, rows, subject.device)
+        state = cache if context else prefilled_plain_cache(bench_model, model, 0, rows, bench_model.device)
         for ids_B1 in ids_SB1:
-            model(input_ids=ids_B1, use_cache=True, **{takes(model, *CACHE_NAMES): state})
+            model(input_ids=ids_B1, use_cache=True, **{cache_name: state})
         if not any(state.is_sliding):
             state.crop(-STEPS)  # the next run begins where this one did
 
@@ -90,7 +95,7 @@ def _plain(
 
 
 def _decode_lambda(streaming, ids_SB1: torch.Tensor, state, fresh: bool) -> None:
-    """`STEPS` tokens as the engine decodes them; a `fresh` run begins with an empty cache, others go on."""
+    """Decode `STEPS` tokens as the engine does; a `fresh` run begins with an empty cache, others continue."""
     cache = streaming.new_cache(ids_SB1.shape[1], state.capacity) if fresh else state
     for ids_B1 in ids_SB1:
         output = streaming.hidden(ids_B1, cache)

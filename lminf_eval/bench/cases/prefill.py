@@ -1,57 +1,62 @@
-"""Scoring one text: the same tokens through `--model lminf` and `--model hf`, against the text's length."""
+"""Score one text: the same tokens through `--model lminf` and `--model hf`, against the text's length."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
 
-from lminf_eval.bench.baselines import rivals
-from lminf_eval.bench.benchmark_model import Subject
-from lminf_eval.bench.record import Job, Record
-from lminf_eval.bench.roofline import Ceilings, full_pairs, lambda_pairs
-from lminf_eval.bench.timing import Told, in_turn
+from lm_eval.models.huggingface import HFLM
+
+from lminf_eval.bench.baselines import load_baselines
+from lminf_eval.bench.benchmark_model import BenchmarkModel, score_requests
+from lminf_eval.bench.record import Job, Record, Setting
+from lminf_eval.bench.roofline import HardwareLimits, full_pairs, lambda_pairs
+from lminf_eval.bench.timing import ProgressFn, interleave
 
 
-def jobs(subject: Subject, ceilings: Ceilings) -> Iterator[Job]:
-    """One for each n_local and length."""
-    for setting, near, plain in texts(subject, ceilings):
-        yield Job("prefill", setting, subject.options.runs * 1.6 * (near + plain), partial(run, subject))
+def jobs(bench_model: BenchmarkModel, limits: HardwareLimits) -> Iterator[Job]:
+    """Yield a job for each n_local and length."""
+    for setting, near, plain in texts(bench_model, limits):
+        yield Job(
+            "prefill", setting, bench_model.options.runs * 1.6 * (near + plain), partial(measure_prefill, bench_model)
+        )
 
 
-def texts(subject: Subject, ceilings: Ceilings) -> Iterator[tuple[dict[str, int], float, float]]:
-    """Each n_local and length as a setting, with the seconds that lambda and `hf` take at the least."""
-    for n_local in subject.options.n_local:
-        for length in subject.options.lengths:
-            near = ceilings.floor(subject.size.scoring(length, lambda_pairs(length, n_local, 0)))
-            yield {"n_local": n_local, "length": length}, near, hf_floor(subject, ceilings, length)
+def texts(bench_model: BenchmarkModel, limits: HardwareLimits) -> Iterator[tuple[dict[str, int], float, float]]:
+    """Yield each n_local and length as a setting, with the roofline seconds of lambda and of `hf`."""
+    for n_local in bench_model.options.n_local:
+        for length in bench_model.options.lengths:
+            near = limits.roofline_seconds(bench_model.size.scoring(length, lambda_pairs(length, n_local, 0)))
+            yield {"n_local": n_local, "length": length}, near, hf_roofline_seconds(bench_model, limits, length)
 
 
-def hf_floor(subject: Subject, ceilings: Ceilings, length: int) -> float:
-    """Seconds that `hf` takes at the least for a text; none where it does not fit the memory and is left out."""
-    lacking = subject.lacking(subject.hf_bytes(length))
-    return 0.0 if lacking else ceilings.floor(subject.size.scoring(length, full_pairs(length)))
+def hf_roofline_seconds(bench_model: BenchmarkModel, limits: HardwareLimits, length: int) -> float:
+    """Return the roofline seconds of `hf` for a text; 0 if it does not fit into memory and is left out."""
+    shortage = bench_model.memory_shortage(bench_model.hf_bytes(length))
+    return 0.0 if shortage else limits.roofline_seconds(bench_model.size.scoring(length, full_pairs(length)))
 
 
-def run(subject: Subject, setting: dict, told: Told) -> Record:
-    """Seconds of one rolling request; the sides of `--vs` go through `--model hf` too."""
-    options, size, n_local, length = subject.options, subject.size, setting["n_local"], setting["length"]
-    lm = subject.lambda_lm(n_local)
-    sides, skipped = {"lambda": lm}, {}
-    if lacking := subject.lacking(subject.hf_bytes(length)):
-        skipped["hf"] = lacking
+def measure_prefill(bench_model: BenchmarkModel, setting: Setting, progress: ProgressFn) -> Record:
+    """Measure the seconds of one rolling request; the sides of `--baselines` go through `--model hf` too."""
+    options, size, n_local, length = bench_model.options, bench_model.size, setting["n_local"], setting["length"]
+    lm = bench_model.lambda_lm(n_local)
+    sides: dict[str, HFLM] = {"lambda": lm}
+    skipped: dict[str, str] = {}
+    if shortage := bench_model.memory_shortage(bench_model.hf_bytes(length)):
+        skipped["hf"] = shortage
     else:
-        sides["hf"] = subject.hf
-    if options.vs:
-        found, missing = rivals(subject, n_local)
-        skipped |= missing | (dict.fromkeys(found, lacking) if lacking else {})
-        sides |= {name: subject.through_hf(model) for name, model in found.items() if not lacking}
-    short = subject.rolling(min(length, 256))
+        sides["hf"] = bench_model.hf
+    if options.baselines:
+        baselines, missing = load_baselines(bench_model, n_local)
+        skipped |= missing | (dict.fromkeys(baselines, shortage) if shortage else {})
+        sides |= {name: bench_model.through_hf(model) for name, model in baselines.items() if not shortage}
+    short = bench_model.rolling(min(length, 256))
     for name, one in sides.items():
-        told(f"{name}, warming up")
-        one._loglikelihood_tokens(short, disable_tqdm=True)
-    requests = subject.rolling(length)
-    calls = {name: partial(one._loglikelihood_tokens, requests, disable_tqdm=True) for name, one in sides.items()}
-    values, failed = in_turn(calls, options.runs, subject.device, told, warm=False)
+        progress(f"{name}, warming up")
+        score_requests(one, short)
+    requests = bench_model.rolling(length)
+    calls = {name: partial(score_requests, one, requests) for name, one in sides.items()}
+    values, failed = interleave(calls, options.runs, bench_model.device, progress, warm=False)
     windowed = size.scoring(length, lambda_pairs(length, n_local, lm.spec.sinks))
     work = dict.fromkeys(values, windowed) | {"hf": size.scoring(length, full_pairs(length))}
     return Record(

@@ -1,4 +1,4 @@
-"""Requests that fit the window: Λ changes nothing in their answers, and must not in their time."""
+"""Requests that fit into the window: Λ-attention does not change their answers, and must not change their time."""
 
 from __future__ import annotations
 
@@ -8,49 +8,51 @@ from functools import partial
 
 from lm_eval.api.instance import Instance
 
-from lminf_eval.bench.benchmark_model import Request, Subject
-from lminf_eval.bench.record import Job, Record
-from lminf_eval.bench.roofline import Ceilings, full_pairs
-from lminf_eval.bench.timing import Told, in_turn
+from lminf_eval.bench.benchmark_model import BenchmarkModel, Request, score_requests
+from lminf_eval.bench.record import Job, Record, Setting
+from lminf_eval.bench.roofline import HardwareLimits, full_pairs
+from lminf_eval.bench.timing import ProgressFn, interleave
 
 SETS = ("lambada-like", "multiple-choice", "generation")
 QUESTIONS, CHOICES = 32, 4
 PROMPTS, NEW = 16, 16
 
 
-def jobs(subject: Subject, ceilings: Ceilings) -> Iterator[Job]:
-    """One for each set of requests and batch size, at the smallest n_local."""
-    options = subject.options
+def jobs(bench_model: BenchmarkModel, limits: HardwareLimits) -> Iterator[Job]:
+    """Yield a job for each set of requests and batch size, at the smallest n_local."""
+    options = bench_model.options
     for kind in SETS:
-        requests = request_set(kind, subject.size.vocab, options.n_local[0])
-        flops = 2.0 * subject.size.linear * sum(map(_length, requests))
+        requests = request_set(kind, bench_model.size.vocab, options.n_local[0])
+        flops = 2.0 * bench_model.size.linear * sum(map(_length, requests))
         for batch in options.batches_or(1, 4, 16):
-            step = ceilings.floor(subject.size.decoding(batch, 0)) if kind == "generation" else 0.0
-            seconds = 4 * (options.runs + 1) * (flops / ceilings.flops_per_s + NEW * -(-PROMPTS // batch) * step)
-            yield Job("short", {"requests": kind, "batch": batch}, seconds, partial(run, subject))
+            step = limits.roofline_seconds(bench_model.size.decoding(batch, 0)) if kind == "generation" else 0.0
+            seconds = 4 * (options.runs + 1) * (flops / limits.peak_flops + NEW * -(-PROMPTS // batch) * step)
+            yield Job(
+                "short", {"requests": kind, "batch": batch}, seconds, partial(measure_short_requests, bench_model)
+            )
 
 
-def run(subject: Subject, setting: dict, told: Told) -> Record:
-    """Seconds of one set of requests through `--model lminf` and `--model hf` with the same batch size.
+def measure_short_requests(bench_model: BenchmarkModel, setting: Setting, progress: ProgressFn) -> Record:
+    """Measure the seconds of one set of requests through `--model lminf` and `--model hf` with the same batch size.
 
-    Of "generation" no floor is told: prompts are bound by operations, and what follows by bytes.
+    "generation" has no roofline time: prompts are bound by operations, and decoding by bytes.
     """
-    options, n_local, kind = subject.options, subject.options.n_local[0], setting["requests"]
-    requests = request_set(kind, subject.size.vocab, n_local)
-    sides = {"lambda": subject.lambda_lm(n_local), "hf": subject.hf}
+    options, n_local, kind = bench_model.options, bench_model.options.n_local[0], setting["requests"]
+    requests = request_set(kind, bench_model.size.vocab, n_local)
+    sides = {"lambda": bench_model.lambda_lm(n_local), "hf": bench_model.hf}
     for lm in sides.values():
         lm.batch_size_per_gpu = setting["batch"]
     if kind == "generation":
-        asked = instances(subject, requests)
+        asked = instances(bench_model, requests)
         calls = {name: partial(lm.generate_until, asked, disable_tqdm=True) for name, lm in sides.items()}
     else:
-        calls = {name: partial(lm._loglikelihood_tokens, requests, disable_tqdm=True) for name, lm in sides.items()}
+        calls = {name: partial(score_requests, lm, requests) for name, lm in sides.items()}
     try:
-        values, skipped = in_turn(calls, options.runs, subject.device, told)
+        values, skipped = interleave(calls, options.runs, bench_model.device, progress)
     finally:
         for lm in sides.values():
             lm.batch_size_per_gpu = 1
-    size, lengths = subject.size, [_length(request) for request in requests]
+    size, lengths = bench_model.size, [_length(request) for request in requests]
     each = size.scoring(sum(lengths), sum(map(full_pairs, lengths)))
     return Record(
         "short",
@@ -63,19 +65,19 @@ def run(subject: Subject, setting: dict, told: Told) -> Record:
     )
 
 
-def instances(subject: Subject, requests: list[Request]) -> list[Instance]:
-    """The contexts of `requests` as lm-eval asks for their continuation, by the `NEW` most likely tokens."""
-    how = {"until": [], "max_gen_toks": NEW, "do_sample": False}
-    texts = [subject.tokenizer.decode(context) for _, context, _ in requests]
-    return [Instance("generate_until", {}, (text, how), i) for i, text in enumerate(texts)]
+def instances(bench_model: BenchmarkModel, requests: list[Request]) -> list[Instance]:
+    """Return the contexts of `requests` as lm-eval's requests for the `NEW` most likely tokens after each."""
+    settings = {"until": [], "max_gen_toks": NEW, "do_sample": False}
+    texts = [bench_model.tokenizer.decode(context) for _, context, _ in requests]
+    return [Instance("generate_until", {}, (text, settings), i) for i, text in enumerate(texts)]
 
 
 def request_set(kind: str, vocab: int, n_local: int) -> list[Request]:
-    """Requests of tokens drawn at random, the same each time, all shorter than n_local.
+    """Return requests of random tokens, the same each time, all shorter than n_local.
 
     "lambada-like": 64 contexts of 50 to 150 tokens with one or two to predict. "multiple-choice": 32 questions of 50 to
     150 tokens with 4 answers of 1 to 8 each. "generation": 16 contexts of 50 to 150 tokens, each with 16 that stand for
-    the new ones. All shorter where n_local is.
+    the new ones. All are shorter if n_local is.
     """
     draw = random.Random(0)
     most = max(2, min(150, n_local - NEW - 1))
@@ -93,5 +95,5 @@ def request_set(kind: str, vocab: int, n_local: int) -> list[Request]:
 
 
 def _length(request: Request) -> int:
-    """Tokens that pass through the model for a request; its last one is only predicted."""
+    """Return the tokens that pass through the model for a request; its last one is only predicted."""
     return len(request[1]) + len(request[2]) - 1

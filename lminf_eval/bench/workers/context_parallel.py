@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from lminf_eval.bench.benchmark_model import Subject
+from lminf_eval.bench.benchmark_model import BenchmarkModel, score_requests
 from lminf_eval.bench.options import Options
 from lminf_eval.harness.lm import LMInfinite
 
@@ -23,20 +23,22 @@ WARM = 1024  # tokens of the request before; long enough to be spread
 
 
 def main(task: dict) -> float:
-    """Seconds of one rolling request of `length` tokens after a short one; on rank 0, the others never return."""
+    """Measure the seconds of one rolling request of `length` tokens after a short one. Only rank 0 returns."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     disable_progress_bar()
     torch.set_num_threads(1)
     options = Options(**task["options"])
     if options.device.startswith("cuda"):
         options = replace(options, device=f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
-    subject = Subject(options)
-    n_local, model_args = task["n_local"], subject.options.model_args
-    lm = LMInfinite(subject.model, tokenizer=subject.tokenizer, n_local=n_local, parallel="context", **model_args)
-    lm._loglikelihood_tokens(subject.rolling(min(WARM, task["length"])), disable_tqdm=True)
-    requests = subject.rolling(task["length"])
+    bench_model = BenchmarkModel(options)
+    n_local, model_args = task["n_local"], bench_model.options.model_args
+    lm = LMInfinite(
+        bench_model.model, tokenizer=bench_model.tokenizer, n_local=n_local, parallel="context", **model_args
+    )
+    score_requests(lm, bench_model.rolling(min(WARM, task["length"])))
+    requests = bench_model.rolling(task["length"])
     begun = time.perf_counter()
-    lm._loglikelihood_tokens(requests, disable_tqdm=True)  # the answer is a number on the host: the device is done
+    score_requests(lm, requests)  # the answer is a number on the host: the device is done
     return time.perf_counter() - begun
 
 

@@ -1,4 +1,4 @@
-"""Measurements in processes of their own."""
+"""Run measurements in their own processes."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from lminf_eval.errors import UsageError
 START_SECONDS = 15  # of a process that loads torch, transformers and a model
 
 
-def child(name: str, launcher: Sequence[str], module: str, task: dict[str, Any]) -> tuple[float | None, str]:
-    """The number that `python LAUNCHER -m MODULE TASK` prints last, or why there is none: a signal ended it.
+def run_in_process(name: str, launcher: Sequence[str], module: str, task: dict[str, Any]) -> tuple[float | None, str]:
+    """Return the number that `python LAUNCHER -m MODULE TASK` prints last, or why a signal ended it.
 
     Raises:
-        UsageError: where it failed, with its last line.
+        UsageError: if it failed, with its last line.
     """
     command = [sys.executable, *launcher, "-m", module, json.dumps(task)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -28,7 +28,7 @@ def child(name: str, launcher: Sequence[str], module: str, task: dict[str, Any])
             process.wait()
             raise
     if process.returncode < 0:
-        return None, f"its process was ended by signal {-process.returncode}, for want of memory perhaps"
+        return None, f"its process was ended by signal {-process.returncode}; it may have run out of memory"
     lines = (err if process.returncode else out).strip().splitlines()
     if process.returncode or not lines:
         raise UsageError(f"{name}: {lines[-1] if lines else 'it printed nothing'}")

@@ -6,25 +6,26 @@ import numpy as np
 import pandas as pd
 
 from lminf_eval.report.paired_bootstrap import bootstrap_interval, evaluate
-from lminf_eval.report.samples import measured
+from lminf_eval.report.samples import metric_totals
 
 MOST_DEPTHS = 10  # rows of a heat map; more depths than that are binned
 
 
 def nll_by_position(samples: pd.DataFrame) -> pd.DataFrame:
-    """Mean negative log-likelihood (nats a token) between neighbouring boundaries, over the documents.
+    """Return the mean negative log-likelihood (nats a token) between neighbouring boundaries, over the documents.
 
     Each document lists the token counts of its prefixes (`boundaries`), and its responses are the log-likelihoods of
     those prefixes; what one prefix has over the one before belongs to the tokens between. The nth stretches of all
     documents, whose ends may differ by a few tokens, are put together. Columns: start, end (tokens, the documents'
     means), nll, low, high (95% interval over documents, NaN for one document), documents. Empty without boundaries.
     """
-    pieces: list[tuple[int, int, float, float, float]] = []
+    found: list[tuple[int, int, float, float, float]] = []
     for ends, totals in zip(samples["boundaries"], samples["loglikelihoods"], strict=True):
         if isinstance(ends, list) and len(ends) == len(totals) and all(isinstance(end, int) for end in ends):
             gained, starts = np.diff(totals, prepend=0.0), [0, *ends[:-1]]
-            pieces += [(len(ends), i, *piece) for i, piece in enumerate(zip(starts, ends, gained, strict=True))]
-    pieces = pd.DataFrame(pieces, columns=["stretches", "nth", "start", "end", "total"])
+            stretches = enumerate(zip(starts, ends, gained.tolist(), strict=True))
+            found += [(len(ends), i, start, end, total) for i, (start, end, total) in stretches]
+    pieces = pd.DataFrame(found, columns=["stretches", "nth", "start", "end", "total"])
     pieces = pieces[pieces["stretches"] == pieces["stretches"].max()]
     rows = []
     for _, group in pieces.groupby("nth"):
@@ -35,14 +36,16 @@ def nll_by_position(samples: pd.DataFrame) -> pd.DataFrame:
 
 
 def hits_by_depth(samples: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """How many documents of each depth (0: the start of the text, 1: its end) were answered right.
+    """Count the documents of each depth (0: the start of the text, 1: its end) that were answered right.
 
-    Columns: depth, hits, documents. Depths are as the task planned them, or where there are more than `MOST_DEPTHS`
-    the middles of that many bins. Empty where documents have no depth.
+    Columns: depth, hits, documents. Depths are as the task planned them, or if there are more than `MOST_DEPTHS`,
+    the middles of that many bins. Empty if the documents have no depth.
     """
     samples = samples[~samples.index.duplicated()]
     depth = samples["depth_target"].where(samples["depth_target"].notna(), samples["depth"])
-    placed = pd.DataFrame({"depth": pd.to_numeric(depth, errors="coerce"), "hit": measured(samples, metric)["total"]})
+    placed = pd.DataFrame(
+        {"depth": pd.to_numeric(depth, errors="coerce"), "hit": metric_totals(samples, metric)["total"]}
+    )
     placed = placed.dropna()
     if placed["depth"].nunique() > MOST_DEPTHS:
         bins = np.minimum((placed["depth"] * MOST_DEPTHS).astype(int), MOST_DEPTHS - 1)

@@ -1,4 +1,4 @@
-"""One figure: how it looks, and how it is written."""
+"""One figure: how it line_styles, and how it is written."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -15,7 +15,10 @@ from matplotlib.figure import Figure
 from lminf_eval.report.escape import plain, shorten
 from lminf_eval.report.figures.style import INK
 
-SETTINGS = {
+if TYPE_CHECKING:
+    from matplotlib.typing import RcKeyType
+
+SETTINGS: dict[RcKeyType, Any] = {
     "text.color": INK,
     "axes.edgecolor": INK,
     "axes.labelcolor": INK,
@@ -46,7 +49,7 @@ class Plot:
     figure: Figure
 
     def svg(self) -> str:
-        """The figure as an SVG document with a transparent background."""
+        """Return the figure as an SVG document with a transparent background."""
         out = io.StringIO()
         self._save(out, format="svg", transparent=True, metadata={"Date": None})
         return out.getvalue()
@@ -65,10 +68,10 @@ class Plot:
 
 
 def slug(*parts: str) -> str:
-    """A name for a file, of letters, digits and hyphens alone."""
+    """Return a file name that has only letters, digits and hyphens."""
     return re.sub(r"[^a-z0-9]+", "-", "-".join(parts).lower()).strip("-")[:80]
 
 
 def short_method(method: str) -> str:
-    """A method's name as figures have room for."""
+    """Return a method's name, shortened to the room that figures have."""
     return shorten(plain(method), 34)

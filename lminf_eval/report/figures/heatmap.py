@@ -14,20 +14,24 @@ from matplotlib.patches import Rectangle
 from lminf_eval.report.figures.curves import hits_by_depth
 from lminf_eval.report.figures.figure import Plot, short_method, slug
 from lminf_eval.report.figures.style import GRID, Style
-from lminf_eval.report.sample_store import Evidence
+from lminf_eval.report.frames import group_by_name, group_by_number
+from lminf_eval.report.sample_store import SampleStore
 from lminf_eval.utils.tokens import format_tokens
 
 PANELS_A_ROW = 4
 
 
-def passkey_heat_maps(evidence: Evidence, group: pd.DataFrame, looks: dict[str, Style], about: str) -> Plot | None:
-    """One panel a method, in the order of their names; every cell prints its numbers."""
-    panels = {}
-    for (method, length), results in group[group["metric"] == "acc"].groupby(["line", "length"]):
-        samples = evidence.samples(results.iloc[-1]["run"], results.iloc[-1]["task"])
-        found = hits_by_depth(samples, "acc") if samples is not None else pd.DataFrame()
-        if len(found):
-            panels.setdefault(method, {})[length] = found
+def passkey_heat_maps(
+    store: SampleStore, group: pd.DataFrame, line_styles: dict[str, Style], subtitle: str
+) -> Plot | None:
+    """Draw one panel a method, in the order of their names; every cell prints its numbers."""
+    panels: dict[str, dict[float, pd.DataFrame]] = {}
+    for method, of_method in group_by_name(group[group["metric"] == "acc"], "line"):
+        for length, results in group_by_number(of_method[of_method["length"].notna()], "length"):
+            samples = store.samples(results.iloc[-1]["run"], results.iloc[-1]["task"])
+            found = hits_by_depth(samples, "acc") if samples is not None else pd.DataFrame()
+            if len(found):
+                panels.setdefault(method, {})[length] = found
     if not panels:
         return None
     lengths = sorted({length for panel in panels.values() for length in panel})
@@ -36,25 +40,26 @@ def passkey_heat_maps(evidence: Evidence, group: pd.DataFrame, looks: dict[str, 
     down = math.ceil(len(panels) / across)
     size = (1.2 + across * max(1.9, 0.5 * len(lengths) + 0.3), 0.9 + down * (0.75 + 0.26 * max(len(depths), 4)))
     figure = Figure(figsize=size, layout="constrained")
-    grid = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
-    for axes, (method, panel) in zip(grid.flat, sorted(panels.items()), strict=False):
+    grid: list[list[Axes]] = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True).tolist()
+    in_order = [axes for row in grid for axes in row]
+    for axes, (method, panel) in zip(in_order, sorted(panels.items()), strict=False):
         axes.set_title(short_method(method), fontsize=9)
         _heat_map(axes, panel, lengths, depths)
-    for axes in grid.flat[len(panels) :]:
+    for axes in in_order[len(panels) :]:
         axes.set_visible(False)
-    for axes in grid[:, 0]:
-        axes.set_ylabel("depth of the key")
+    for row in grid:
+        row[0].set_ylabel("depth of the key")
     for column in range(across):
-        lowest = grid[(len(panels) - 1 - column) // across, column]
+        lowest = grid[(len(panels) - 1 - column) // across][column]
         lowest.set_xlabel("length (tokens)")
         lowest.tick_params(labelbottom=True)
-    title = f"Passkeys found: {about}"
+    title = f"Passkeys found: {subtitle}"
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=11)
     caption = (
         "Passkeys found of those hidden, by length of the text and depth of the key in it (0% is its start): "
         "light cells found all, dark ones none. Hatched cells were not measured."
     )
-    return Plot(slug("passkey", about), title, caption, figure)
+    return Plot(slug("passkey", subtitle), title, caption, figure)
 
 
 def _heat_map(axes: Axes, panel: dict[float, pd.DataFrame], lengths: list[float], depths: list[float]) -> None:
@@ -67,13 +72,20 @@ def _heat_map(axes: Axes, panel: dict[float, pd.DataFrame], lengths: list[float]
     axes.spines[:].set_visible(False)
     for x, length in enumerate(lengths):
         found = panel.get(length)
-        rows = {} if found is None else {row.depth: row for row in found.itertuples()}
+        counts = {} if found is None else _counts(found)
         for y, depth in enumerate(depths):
             corner = (x - 0.5, y - 0.5)
-            if depth not in rows:
+            if depth not in counts:
                 axes.add_patch(Rectangle(corner, 1, 1, fill=False, hatch="///", edgecolor=GRID, linewidth=0))
                 continue
-            share = rows[depth].hits / rows[depth].documents
+            hits, documents = counts[depth]
+            share = hits / documents
             axes.add_patch(Rectangle(corner, 0.96, 0.94, color=colors(shade(share)), linewidth=0))
-            told = f"{rows[depth].hits:g}/{rows[depth].documents}"
-            axes.text(x, y, told, ha="center", va="center", fontsize=7, color="#ffffff" if share < 0.5 else "#000000")
+            color = "#ffffff" if share < 0.5 else "#000000"
+            axes.text(x, y, f"{hits:g}/{documents}", ha="center", va="center", fontsize=7, color=color)
+
+
+def _counts(found: pd.DataFrame) -> dict[float, tuple[float, int]]:
+    """Return (hits, documents) by depth."""
+    pairs = zip(found["hits"].tolist(), found["documents"].tolist(), strict=True)
+    return dict(zip(found["depth"].tolist(), pairs, strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,23 +15,28 @@ from lminf_eval.report.escape import plain
 from lminf_eval.report.figures.curves import nll_by_position
 from lminf_eval.report.figures.figure import Plot, short_method, slug
 from lminf_eval.report.figures.style import GRID, INK, Style
+from lminf_eval.report.frames import group_by_name
 from lminf_eval.report.load import DIVERGED_PERPLEXITY
 from lminf_eval.report.pivot import primary_metrics
-from lminf_eval.report.sample_store import Evidence
+from lminf_eval.report.sample_store import SampleStore
 from lminf_eval.utils.tokens import format_tokens
 
 MOST_BANDS = 6  # intervals of more lines than that hide one another
 LEADER = {"arrowstyle": "-", "linewidth": 0.8, "shrinkA": 0, "shrinkB": 2, "relpos": (0, 0.5)}
 LABEL_GAP = 11  # points between two labels at lines' ends
 
+LineEnd = tuple[str, float, float]  # the line's name, and the x and y of its last point
 
-def nll_against_position(evidence: Evidence, group: pd.DataFrame, looks: dict[str, Style], about: str) -> Plot | None:
-    """One line a method: the mean loss of each stretch of the longest texts; the paper's headline figure."""
+
+def nll_against_position(
+    store: SampleStore, group: pd.DataFrame, line_styles: dict[str, Style], subtitle: str
+) -> Plot | None:
+    """Draw one line a method: the mean loss of each stretch of the longest texts; the paper's headline figure."""
     curves = {}
-    for method, results in group.groupby("line"):
+    for method, results in group_by_name(group, "line"):
         longest_first = results.iloc[::-1].sort_values("length", ascending=False, kind="stable")
         for _, result in longest_first.drop_duplicates(["run", "task"]).iterrows():
-            samples = evidence.samples(result["run"], result["task"])
+            samples = store.samples(result["run"], result["task"])
             curve = nll_by_position(samples) if samples is not None else pd.DataFrame()
             if len(curve) > 1:
                 curves[method] = curve
@@ -39,75 +45,55 @@ def nll_against_position(evidence: Evidence, group: pd.DataFrame, looks: dict[st
         return None
     documents = max(int(curve["documents"].max()) for curve in curves.values())
     banded = documents > 1 and len(curves) <= MOST_BANDS
-    figure, axes = canvas()
-    ends = []
+    figure, axes = new_axes()
+    ends: list[LineEnd] = []
     for method, curve in curves.items():
-        look, middle = looks[method], (curve["start"] + curve["end"]) / 2
-        line(axes, middle, curve["nll"], look)
+        style, middle = line_styles[method], (curve["start"] + curve["end"]) / 2
+        draw_line(axes, middle, curve["nll"], style)
         if banded:
-            axes.fill_between(middle, curve["low"], curve["high"], color=look.color, alpha=0.15, linewidth=0)
+            axes.fill_between(middle, curve["low"], curve["high"], color=style.color, alpha=0.15, linewidth=0)
         ends.append((method, middle.iloc[-1], curve["nll"].iloc[-1]))
     reach = max(curve["end"].max() for curve in curves.values())
     axes.set_xlim(0, reach)
     axes.set_xticks(*_round_positions(reach))
     axes.set_xlabel("position in the text (tokens)")
     axes.set_ylabel("negative log-likelihood (nats per token)")
-    title = f"Loss against position: {about}"
+    title = f"Loss against position: {subtitle}"
     axes.set_title(title, pad=12)
     _trained_line(axes, group)
-    label_ends(axes, ends, looks)
+    label_ends(axes, ends, line_styles)
     caption = (
         f"Mean negative log-likelihood of the tokens at each position, over {documents} "
         f"document{'s' if documents > 1 else ''}; lower is better. Points are at the middle of their stretch of text. "
         + ("Bands: 95% bootstrap intervals over documents." if banded else "")
     )
-    return Plot(slug("nll", about), title, caption.strip(), figure)
+    return Plot(slug("nll", subtitle), title, caption.strip(), figure)
 
 
 def perplexity_against_length(
-    evidence: Evidence, group: pd.DataFrame, looks: dict[str, Style], about: str
+    store: SampleStore, group: pd.DataFrame, line_styles: dict[str, Style], subtitle: str
 ) -> Plot | None:
-    """One line a method; what diverged is marked above the axes, not on a scale that it would ruin."""
+    """Draw one line a method; values that diverged are marked above the axes, so that they do not ruin the scale."""
     of_metric = group[(group["metric"] == "token_perplexity") & group["length"].notna()]
     if of_metric["length"].nunique() < 2:
         return None
-    figure, axes = canvas()
-    ends, gone = [], 0
-    for method, results in of_metric.groupby("line"):
+    figure, axes = new_axes()
+    ends: list[LineEnd] = []
+    diverged = 0  # methods that diverged at some length
+    for method, results in group_by_name(of_metric, "line"):
         results = results.sort_values("length", kind="stable").drop_duplicates("length", keep="last")
         fine = results["diverged"] == ""
-        look = looks[method]
-        line(axes, results["length"], results["value"].where(fine), look)
+        style = line_styles[method]
+        draw_line(axes, results["length"], results["value"].where(fine), style)
         if fine.any():
             last = results[fine].iloc[-1]
             ends.append((method, last["length"], last["value"]))
         if not fine.all():
-            # Stacked above the axes, so that methods that fail at the same length stay apart.
-            height = [1.02 + 0.04 * gone] * int((~fine).sum())
-            at = axes.get_xaxis_transform()
-            axes.plot(
-                results.loc[~fine, "length"],
-                height,
-                transform=at,
-                marker=look.marker,
-                color=look.color,
-                linestyle="",
-                markerfacecolor="none",
-                clip_on=False,
-            )
-            axes.annotate(
-                f"{short_method(method)} diverged",
-                (1, height[0]),
-                xycoords="axes fraction",
-                xytext=(10, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=8.5,
-            )
-            gone += 1
+            _mark_diverged(axes, method, results.loc[~fine, "length"], style, diverged)
+            diverged += 1
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    if gone:
+    if diverged:
         axes.set_ylim(top=min(axes.get_ylim()[1] * 1.5, DIVERGED_PERPLEXITY))
     lengths = sorted(of_metric["length"].unique())
     axes.set_xticks(lengths, [format_tokens(length) for length in lengths])
@@ -115,27 +101,46 @@ def perplexity_against_length(
     axes.set_yticks(*round_values(*axes.get_ylim()))
     axes.set_xlabel("length of the text (tokens)")
     axes.set_ylabel("perplexity per token")
-    title = f"Perplexity against length: {about}"
-    axes.set_title(title, pad=12 + 14 * gone)
+    title = f"Perplexity against length: {subtitle}"
+    axes.set_title(title, pad=12 + 14 * diverged)
     _trained_line(axes, group)
-    label_ends(axes, ends, looks)
+    label_ends(axes, ends, line_styles)
     caption = "Perplexity per token of whole texts of each length; lower is better; both axes are logarithmic."
-    if gone:
+    if diverged:
         caption += " Hollow marks above the axes: no number, or a perplexity over 1000."
-    return Plot(slug("perplexity", about), title, caption, figure)
+    return Plot(slug("perplexity", subtitle), title, caption, figure)
 
 
-def score_against_length(evidence: Evidence, group: pd.DataFrame, looks: dict[str, Style], about: str) -> Plot | None:
+def _mark_diverged(axes: Axes, method: str, lengths: pd.Series, style: Style, earlier: int) -> None:
+    """Mark the lengths at which a method diverged above the axes, and above the marks of `earlier` methods."""
+    height = 1.02 + 0.04 * earlier
+    hollow: dict[str, Any] = {"marker": style.marker, "linestyle": "", "markerfacecolor": "none"}
+    at = axes.get_xaxis_transform()
+    axes.plot(lengths, [height] * len(lengths), transform=at, color=style.color, clip_on=False, **hollow)
+    axes.annotate(
+        f"{short_method(method)} diverged",
+        (1, height),
+        xycoords="axes fraction",
+        xytext=(10, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=8.5,
+    )
+
+
+def score_against_length(
+    store: SampleStore, group: pd.DataFrame, line_styles: dict[str, Style], subtitle: str
+) -> Plot | None:
     """Draw one line a method: the family's first score, of which higher is better, at each length, 0 included."""
     scores = group[(group["higher_is_better"] == True) & group["length"].notna()]  # noqa: E712  (it may be None)
     scores = scores[scores["metric"] == primary_metrics(group).get(group["family"].iloc[0])]
     if scores["length"].nunique() < 2:
         return None
-    figure, axes = canvas()
-    ends = []
-    for method, results in scores.groupby("line"):
+    figure, axes = new_axes()
+    ends: list[LineEnd] = []
+    for method, results in group_by_name(scores, "line"):
         results = results.sort_values("length", kind="stable").drop_duplicates("length", keep="last")
-        line(axes, results["length"], results["value"], looks[method])
+        draw_line(axes, results["length"], results["value"], line_styles[method])
         ends.append((method, results["length"].iloc[-1], results["value"].iloc[-1]))
     lengths = sorted(scores["length"].unique())
     axes.set_xscale("symlog", base=2, linthresh=lengths[0] or lengths[1])  # logarithmic, with a place for 0
@@ -146,28 +151,28 @@ def score_against_length(evidence: Evidence, group: pd.DataFrame, looks: dict[st
     metric = scores["metric"].iloc[0]
     axes.set_xlabel("length of the text (tokens)")
     axes.set_ylabel(plain(metric))
-    title = f"Score against length: {about}"
+    title = f"Score against length: {subtitle}"
     axes.set_title(title, pad=12)
     _trained_line(axes, group)
-    label_ends(axes, ends, looks)
+    label_ends(axes, ends, line_styles)
     caption = (
         f"Mean {plain(metric)} over the documents of each length; higher is better; lengths are on a logarithmic axis."
     )
-    return Plot(slug("score", about), title, caption, figure)
+    return Plot(slug("score", subtitle), title, caption, figure)
 
 
-def canvas() -> tuple[Figure, Axes]:
-    """An empty figure of the size and with the grid of all figures of lines."""
+def new_axes() -> tuple[Figure, Axes]:
+    """Return an empty figure with the size and the grid of all line figures."""
     figure = Figure(figsize=(6.4, 3.6))
     axes = figure.subplots()
     axes.grid(axis="y", color=GRID, alpha=0.3, linewidth=0.7)
     return figure, axes
 
 
-def line(axes: Axes, x: pd.Series, y: pd.Series, look: Style) -> None:
-    """One method's line, with a marker at a dozen of its points at most."""
+def draw_line(axes: Axes, x: pd.Series, y: pd.Series, style: Style) -> None:
+    """Draw one method's line, with a marker at a dozen of its points at most."""
     every = max(1, len(x) // 12)
-    axes.plot(x, y, color=look.color, marker=look.marker, linestyle=look.line, markevery=every)
+    axes.plot(x, y, color=style.color, marker=style.marker, linestyle=style.line, markevery=every)
 
 
 def _round_positions(reach: float) -> tuple[list[int], list[str]]:
@@ -177,7 +182,7 @@ def _round_positions(reach: float) -> tuple[list[int], list[str]]:
 
 
 def round_values(low: float, high: float) -> tuple[list[float], list[str]]:
-    """Ticks of a logarithmic axis that spans little or much."""
+    """Return ticks and labels for a logarithmic axis, whether it spans little or much."""
     if high / low < 5:
         ticks = [tick for tick in MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low, high) if low <= tick <= high]
     else:
@@ -203,8 +208,8 @@ def _trained_line(axes: Axes, group: pd.DataFrame) -> None:
     )
 
 
-def label_ends(axes: Axes, ends: list[tuple[str, float, float]], looks: dict[str, Style]) -> None:
-    """The name of each line in `ends` (name, x, y) at its end, moved up or down as far as names need to be apart."""
+def label_ends(axes: Axes, ends: list[LineEnd], line_styles: dict[str, Style]) -> None:
+    """Label each line at its end (name, x, y); move labels up or down as far as needed to keep them apart."""
     ends = [end for end in ends if math.isfinite(end[2])]
     scale = 72 / axes.figure.dpi
     heights = [axes.transData.transform(end[1:])[1] * scale for end in ends]  # points from the figure's foot
@@ -220,12 +225,12 @@ def label_ends(axes: Axes, ends: list[tuple[str, float, float]], looks: dict[str
             va="center",
             fontsize=8.5,
             annotation_clip=False,
-            arrowprops=LEADER | {"color": looks[method].color},
+            arrowprops=LEADER | {"color": line_styles[method].color},
         )
 
 
 def _spread(heights: list[float]) -> list[float]:
-    """The ascending `heights`, moved as little as puts `LABEL_GAP` between neighbours."""
+    """Return the ascending `heights`, moved as little as possible so that neighbours are `LABEL_GAP` apart."""
     groups: list[list[float]] = []
     for height in heights:
         groups.append([height])

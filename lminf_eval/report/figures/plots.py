@@ -17,41 +17,44 @@ from lminf_eval.report.figures.figure import SETTINGS, Plot
 from lminf_eval.report.figures.heatmap import passkey_heat_maps
 from lminf_eval.report.figures.lines import nll_against_position, perplexity_against_length, score_against_length
 from lminf_eval.report.figures.speed import bench_figures
-from lminf_eval.report.figures.style import Style, styles
-from lminf_eval.report.identity import HOW_ASKED, OF_THE_RUN, OF_THE_TASK
+from lminf_eval.report.figures.style import Style, assign_styles
+from lminf_eval.report.identity import PROMPT_COLUMNS, RUN_COLUMNS, TASK_COLUMNS
 from lminf_eval.report.pivot import label_of
-from lminf_eval.report.sample_store import Evidence
+from lminf_eval.report.sample_store import SampleStore
 
 SAME_LINE = ["model_path", "method", "family"]
 SAME_POINT = [*SAME_LINE, "length", "metric", "filter"]
 
 
-def plots(evidence: Evidence) -> list[Plot]:
-    """Every figure that the results allow: the kinds of this module, for each model and family of tasks; and of each
-    bench."""
-    results, benches = evidence.collection.results, evidence.collection.benches
+def draw_figures(store: SampleStore) -> list[Plot]:
+    """Draw all figures that the results allow: each kind for each model and family of tasks, and those of benches."""
+    results, benches = store.collection.results, store.collection.benches
     if len(results):
         results = _with_lines(results.sort_values("date", kind="stable"))
     names = [*results.get("line", []), *(name for bench in benches for name in read_bench(bench)["line"])]
-    looks = styles(names)
+    line_styles = assign_styles(names)
     made = []
     with matplotlib.rc_context(SETTINGS):
         for kind in KINDS if len(results) else ():
             for (_, family), group in results.groupby(["model_path", "family"], sort=True):
-                about = f"{shorten(plain(group['model'].iloc[0]), 40)}, {shorten(plain(family), 40)}"
-                plot = kind(evidence, group, looks, about)
+                subtitle = f"{shorten(plain(group['model'].iloc[0]), 40)}, {shorten(plain(str(family)), 40)}"
+                plot = kind(store, group, line_styles, subtitle)
                 made += [plot] if plot else []
         for bench in benches:
-            made += bench_figures(bench, looks)
+            made += bench_figures(bench, line_styles)
     return [_named_apart(plot, made[:i]) for i, plot in enumerate(made)]
 
 
-def _found_or_scored(evidence: Evidence, group: pd.DataFrame, looks: dict[str, Style], about: str) -> Plot | None:
+def _heat_maps_or_scores(
+    store: SampleStore, group: pd.DataFrame, line_styles: dict[str, Style], subtitle: str
+) -> Plot | None:
     """Draw the heat maps of a family whose documents tell a depth, and the scores of any other."""
-    return passkey_heat_maps(evidence, group, looks, about) or score_against_length(evidence, group, looks, about)
+    return passkey_heat_maps(store, group, line_styles, subtitle) or score_against_length(
+        store, group, line_styles, subtitle
+    )
 
 
-KINDS = (nll_against_position, perplexity_against_length, _found_or_scored)
+KINDS = (nll_against_position, perplexity_against_length, _heat_maps_or_scores)
 
 
 def _with_lines(results: pd.DataFrame) -> pd.DataFrame:
@@ -62,9 +65,11 @@ def _with_lines(results: pd.DataFrame) -> pd.DataFrame:
     """
     names = results["method"].copy()
     settings = {
-        name: SAME_LINE for name in (*OF_THE_RUN, *HOW_ASKED) if name not in ("model_path", "backend", "attention")
+        name: SAME_LINE
+        for name in (*RUN_COLUMNS, *PROMPT_COLUMNS)
+        if name not in ("model_path", "backend", "attention")
     }
-    settings |= {name: SAME_POINT for name in OF_THE_TASK if name not in ("length", "n", "limit")}
+    settings |= {name: SAME_POINT for name in TASK_COLUMNS if name not in ("length", "n", "limit")}
     for name, same in settings.items():
         several = results.groupby(same, dropna=False)[name].transform("nunique", dropna=False) > 1
         shown = results[name].map(label_of(name))

@@ -10,14 +10,15 @@ import pandas as pd
 from lminf_eval.report.benches import read_bench
 from lminf_eval.report.escape import plain, shorten
 from lminf_eval.report.figures.figure import Plot, slug
-from lminf_eval.report.figures.lines import canvas, label_ends, line, round_values
+from lminf_eval.report.figures.lines import LineEnd, draw_line, label_ends, new_axes, round_values
 from lminf_eval.report.figures.style import Style
+from lminf_eval.report.frames import group_by_name
 from lminf_eval.utils.tokens import format_tokens
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One figure: the records it shows, its words, and `scale`, from seconds or bytes to what its axis says."""
+    """One figure: the records it shows, its texts, and `scale`, from seconds or bytes to the unit of its axis."""
 
     case: str
     part: str
@@ -73,26 +74,26 @@ KINDS = (
 )
 
 
-def bench_figures(raw: dict[str, Any], looks: dict[str, Style]) -> list[Plot]:
-    """A figure of each kind that was measured at two lengths or more."""
+def bench_figures(raw: dict[str, Any], line_styles: dict[str, Style]) -> list[Plot]:
+    """Draw a figure of each kind that was measured at two lengths or more."""
     measured = read_bench(raw)
     model = raw.get("model")
-    about = shorten(plain(model.get("name", "") if isinstance(model, dict) else ""), 40)
-    return [plot for kind in KINDS if (plot := _figure(kind, measured, looks, about))]
+    subtitle = shorten(plain(model.get("name", "") if isinstance(model, dict) else ""), 40)
+    return [plot for kind in KINDS if (plot := _figure(kind, measured, line_styles, subtitle))]
 
 
-def _figure(kind: Kind, measured: pd.DataFrame, looks: dict[str, Style], about: str) -> Plot | None:
+def _figure(kind: Kind, measured: pd.DataFrame, line_styles: dict[str, Style], subtitle: str) -> Plot | None:
     of_kind = measured[(measured["case"] == kind.case) & (measured["part"] == kind.part) & (measured["length"] > 0)]
     if of_kind["length"].nunique() < 2:
         return None
-    figure, axes = canvas()
-    ends = []
-    for name, values in of_kind.groupby("line"):
-        # hf is measured beside each n_local; the median of its medians stands for it.
+    figure, axes = new_axes()
+    ends: list[LineEnd] = []
+    for name, values in group_by_name(of_kind, "line"):
+        # hf is measured with each n_local; the median of its medians stands for it.
         values = kind.scale * values.groupby("length")[["median", "low", "high"]].median()
-        look = looks[name]
-        line(axes, values.index.to_series(), values["median"], look)
-        axes.fill_between(values.index, values["low"], values["high"], color=look.color, alpha=0.15, linewidth=0)
+        style = line_styles[name]
+        draw_line(axes, values.index.to_series(), values["median"], style)
+        axes.fill_between(values.index, values["low"], values["high"], color=style.color, alpha=0.15, linewidth=0)
         ends.append((name, values.index[-1], values["median"].iloc[-1]))
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
@@ -102,8 +103,8 @@ def _figure(kind: Kind, measured: pd.DataFrame, looks: dict[str, Style], about: 
     axes.set_yticks(*round_values(*axes.get_ylim()))
     axes.set_xlabel(kind.across)
     axes.set_ylabel(kind.y)
-    title = f"{kind.title}: {about}"
+    title = f"{kind.title}: {subtitle}"
     axes.set_title(title, pad=12)
-    label_ends(axes, ends, looks)
+    label_ends(axes, ends, line_styles)
     caption = f"{kind.caption} Medians, from the lowest to the highest run; lower is better; both axes are logarithmic."
-    return Plot(slug(kind.name, about), title, caption, figure)
+    return Plot(slug(kind.name, subtitle), title, caption, figure)

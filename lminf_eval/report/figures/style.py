@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.typing import LineStyleType
 
 INK = "#1b1b1b"  # text, axes and the model as it is; a page may set it to its own text colour
 GRID = "#8c8c8c"
@@ -20,7 +24,7 @@ class Style:
 
     color: str
     marker: str
-    line: str
+    line: LineStyleType
 
 
 FIRST_OF_ATTENTION = {
@@ -32,11 +36,11 @@ FIRST_OF_ATTENTION = {
 }
 FURTHER_COLORS = (ORANGE, SKY, PURPLE, VERMILION, GREEN, BLUE, YELLOW)
 FURTHER_MARKERS = ("P", "X", "<", ">", "p", "h", "*", "d", "8", "H")
-FURTHER_LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)))
+FURTHER_LINES: tuple[LineStyleType, ...] = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)))
 
 
-def styles(methods: Iterable[str]) -> dict[str, Style]:
-    """A style for each method, the same for the same set of methods.
+def assign_styles(methods: Iterable[str]) -> dict[str, Style]:
+    """Assign each method a style, always the same for the same set of methods.
 
     The first method of an attention gets that attention's; the others take the next of the further ones.
     """

@@ -1,4 +1,4 @@
-"""`lminf table` and `lminf report`."""
+"""What `lminf table` and `lminf report` write: a table in one of five formats, or a page with its figures."""
 
 from __future__ import annotations
 
@@ -10,63 +10,63 @@ from rich.console import Console
 
 from lminf_eval.errors import UsageError
 from lminf_eval.report import escape, export, formats
-from lminf_eval.report.figures.plots import plots
-from lminf_eval.report.html_page import page
-from lminf_eval.report.load import load
-from lminf_eval.report.pivot import arrange, choose
-from lminf_eval.report.sample_store import Evidence
+from lminf_eval.report.figures.plots import draw_figures
+from lminf_eval.report.html_page import render_page
+from lminf_eval.report.load import load_results
+from lminf_eval.report.pivot import pivot, select_metrics
+from lminf_eval.report.sample_store import SampleStore
 
 WRITERS = {
     "markdown": formats.markdown,
-    "csv": formats.comma_separated,
+    "csv": formats.csv_text,
     "latex": formats.latex,
     "html": formats.html,
 }
-WIDEST = 400  # characters a line where the output is no terminal and nothing needs to wrap
+WIDEST = 400  # characters a line if the output is not a terminal, so that nothing wraps
 
 
-def table(
+def print_table(
     paths: Sequence[Path],
     rows: str = "model,method",
     columns: str = "length",
     metric: str = "",
     baseline: str = "",
-    form: str = "terminal",
+    format_name: str = "terminal",
     export_to: Path | None = None,
     trained_length: int | None = None,
 ) -> None:
-    """Print the results in `paths` as a table (see `table.arrange`); `export_to` gets every result, unarranged.
+    """Print the results in `paths` as a table (see `pivot.pivot`); write every result, one a line, to `export_to`.
 
-    `rows`, `columns` and `metric` are names with commas between, `form` is "terminal" or one of `WRITERS`. What could
-    not be read is told on standard error.
+    `rows`, `columns` and `metric` are comma-separated names, `format_name` is "terminal" or one of `WRITERS`. Files
+    that could not be read are listed on standard error.
 
     Raises:
         UsageError: for a path, name or format that does not exist.
     """
-    if form != "terminal" and form not in WRITERS:
-        raise UsageError(f"format {form}: one of terminal, {', '.join(WRITERS)}")
+    if format_name != "terminal" and format_name not in WRITERS:
+        raise UsageError(f"format {format_name}: one of terminal, {', '.join(WRITERS)}")
     if export_to:
         export.check(export_to)
-    collection = load(paths, trained_length)
+    collection = load_results(paths, trained_length)
     if collection.results.empty:
         raise UsageError(f"{', '.join(map(str, paths))}: a bench, and no lm-eval result; `lminf report` draws benches")
-    evidence = Evidence(collection)
-    chosen = choose(collection.results, _names(metric))
-    arranged = arrange(evidence, chosen, _names(rows), _names(columns), baseline)
-    if form == "terminal":
+    store = SampleStore(collection)
+    chosen = select_metrics(collection.results, _names(metric))
+    arranged = pivot(store, chosen, _names(rows), _names(columns), baseline)
+    if format_name == "terminal":
         console = Console()
         formats.terminal(arranged, console if console.is_terminal else Console(width=WIDEST))
     else:
-        sys.stdout.write(WRITERS[form](arranged))
+        sys.stdout.write(WRITERS[format_name](arranged))
     if export_to:
         try:
             export.write(collection.results, export_to)
         except OSError as error:
             raise UsageError(f"{export_to}: {error.strerror}") from None
-    _complain(evidence)
+    _complain(store)
 
 
-def report(
+def write_report(
     paths: Sequence[Path],
     output: Path = Path("report.html"),
     baseline: str = "",
@@ -75,22 +75,22 @@ def report(
 ) -> None:
     """Write the page of all results in `paths` to `output`, and its figures as PNG and SVG into the folder `figures`.
 
-    Where `paths` hold benches alone (`lminf bench`), there are figures and no page.
+    If `paths` hold only benches (`lminf bench`), there are figures and no page.
 
-    The methods are compared with `baseline`, or without one named with the model as it is where that was run.
+    The methods are compared with `baseline`, or if none is named with the unmodified model, if it was run.
 
     Raises:
         UsageError: for a path or a baseline that does not exist, or an output that cannot be written to.
     """
-    evidence = Evidence(load(paths, trained_length))
-    results = evidence.collection.results
+    store = SampleStore(load_results(paths, trained_length))
+    results = store.collection.results
     if results.empty and not figures:
         raise UsageError(
             f"{', '.join(map(str, paths))}: a bench, and no lm-eval result to write a page of; see --figures"
         )
     if baseline and len(results):
-        arrange(evidence, choose(evidence.collection.results), baseline=baseline)  # says so where there is none
-    drawn = plots(evidence)
+        pivot(store, select_metrics(store.collection.results), baseline=baseline)  # refuses an unknown one
+    drawn = draw_figures(store)
     try:
         if figures:
             figures.mkdir(parents=True, exist_ok=True)
@@ -98,16 +98,16 @@ def report(
                 plot.write(figures)
         if len(results):
             output.parent.mkdir(parents=True, exist_ok=True)
-            output.write_text(page(evidence, drawn, baseline or "full"), encoding="utf-8")
+            output.write_text(render_page(store, drawn, baseline or "full"), encoding="utf-8")
     except OSError as error:
         raise UsageError(f"{error.filename}: {error.strerror}") from None
     print(f"{output if len(results) else figures}: {len(results)} results, {len(drawn)} figures")
-    _complain(evidence)
+    _complain(store)
 
 
-def _complain(evidence: Evidence) -> None:
-    collection = evidence.collection
-    for problem in [*collection.problems, *evidence.problems]:
+def _complain(store: SampleStore) -> None:
+    collection = store.collection
+    for problem in [*collection.problems, *store.problems]:
         print(escape.plain(f"left out: {problem.file}: {problem.reason}"), file=sys.stderr)
     for note in collection.notes:
         print(escape.plain(note), file=sys.stderr)
