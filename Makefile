@@ -25,6 +25,7 @@ test: lint
 lint: .venv/installed-dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/mypy
 
 test-newest: .venv-newest/installed
 	tests/try_releases.sh .venv-newest

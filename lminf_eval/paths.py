@@ -5,6 +5,8 @@ import os
 import sys
 from pathlib import Path
 
+DEMO_MODEL = "SmolLM2-135M-Instruct"  # its folder in `cache_home()`, once `lminf demo` has fetched it
+
 
 def cache_home() -> Path:
     """The cache folder: `$LMINF_EVAL_HOME`, else `lminf-eval` in the user's own cache directory.

@@ -135,35 +135,36 @@ def tiny_model():
 
 @pytest.fixture(scope="session")
 def reference_logits():
-    """`reference_logits(model, spec, ids [B, S], readmit_from)` -> logits [B, S, V] of the model under the definition.
+    """`reference_logits(model, method, ids [B, S], retrieve_from)` -> logits [B, S, V] of the model by the definition.
 
     Every layer's attention is `attention/reference.py` over the whole sequence at once, at absolute positions; with
-    top-k re-admission from the position `readmit_from` on.
+    retrieval from the position `retrieve_from` on.
     """
-    from lminf_eval.attention.reference import lambda_attention
-    from lminf_eval.methods.spec import LambdaSpec
-    from lminf_eval.models.equivalence_check import lambda_model
+    from lminf_eval.attention.reference import reference_attention
+    from lminf_eval.methods.base import WindowedMethod
+    from lminf_eval.methods.registry import make
+    from lminf_eval.models.equivalence_check import patched_model
+    from lminf_eval.models.forward_context import ForwardContext
 
     def logits(
-        model: torch.nn.Module, spec: LambdaSpec, ids: torch.Tensor, readmit_from: int | None = None
+        model: torch.nn.Module, method: WindowedMethod, ids: torch.Tensor, retrieve_from: int | None = None
     ) -> torch.Tensor:
-        patched = lambda_model(model, spec)
+        patched = patched_model(model, method)
 
-        def attend(module, q, k, v, scale, options):
+        def attend(_, module, q, k, v, scale, options):
             def rotate(x, positions):
-                patched._shared = {}  # it would take them from here for other positions too
-                return patched._turn(module, x, positions[None], "reference")
+                return patched.rotate(module, ForwardContext(None), x, positions[None], "reference")
 
             own = options.get("sliding_window")
-            layer = LambdaSpec(attention="window", n_local=own) if own else spec
-            again = None if own or module.layer_idx < spec.top_k_from_layer else readmit_from
+            layer = make("window", n_local=own) if own else method
+            first = getattr(method, "top_k_from_layer", 0)
+            again = None if own or module.layer_idx < first else retrieve_from
             extra = {"softcap": options.get("softcap"), "sink_logits_H": options.get("s_aux")}
-            extra |= {"slopes_H": patched.slopes, "readmit_from": again}
-            return lambda_attention(q, k, v, rotate, layer, scale, **extra)
+            extra |= {"slopes_H": patched.slopes, "retrieve_from": again}
+            return reference_attention(q, k, v, rotate, layer, scale, **extra)
 
-        patched.attend = attend
         try:
-            with torch.inference_mode():
+            with patched.observed(attend), torch.inference_mode():
                 output = patched.decoder(input_ids=ids, use_cache=False)
                 return torch.stack([patched.logits(output, hidden) for hidden in output.last_hidden_state])
         finally:

@@ -183,7 +183,7 @@ def test_a_model_in_memory(folder, reference):
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ours = LMInfinite(loaded, tokenizer=AutoTokenizer.from_pretrained(folder))
     assert_close(ours.loglikelihood(pairs(*PAIRS)), reference.loglikelihood(pairs(*PAIRS)))
-    assert ours.spec.n_local == 512
+    assert ours.method.n_local == 512
 
 
 # ---------------------------------------------------------------------- where a generation ends
@@ -212,7 +212,7 @@ def test_stop_sequences_are_hfs(model, reference, spoken):
 def test_a_stop_sequence_ends_the_work(folder, spoken):
     model = lminf(folder)
     model.generate_until(prompts(["class"], until=[spoken[4:8]], max_gen_toks=10_000))
-    assert model._tokens["computed"] < 100
+    assert model.answers.tokens["computed"] < 100
 
 
 def test_max_gen_toks_and_its_other_names(model, reference, said):
@@ -315,7 +315,7 @@ def test_answers_depend_on_neither_batch_size_nor_order_nor_sharing(batch_size, 
     assert_close(model.loglikelihood_rolling(rolling(*texts[::-1])), one_by_one[1][::-1])
     contexts = [context for context, _ in MANY[::3]]
     assert model.generate_until(prompts(contexts[::-1])) == one_by_one[2][::-1]
-    assert (model._tokens["reused"] > 0) == prefix_sharing
+    assert (model.answers.tokens["reused"] > 0) == prefix_sharing
 
 
 def test_lambda_is_another_model_beyond_the_window(folder, one_by_one, reference):
@@ -335,10 +335,10 @@ def test_nothing_is_cut_unless_the_user_says_so(tiny_llama, caplog):
     n = len(model.tok_encode(text))
     assert n > 300
     model.loglikelihood_rolling(rolling(text))
-    assert model._tokens["computed"] == n
+    assert model.answers.tokens["computed"] == n
     model.loglikelihood(pairs((text, " end")))
     model.generate_until(prompts([text], max_gen_toks=1))
-    assert model._tokens["computed"] >= 3 * n
+    assert model.answers.tokens["computed"] >= 3 * n
     assert not [record for record in caplog.records if "cut" in record.message or "runcat" in record.message]
 
 
@@ -417,7 +417,7 @@ def test_position_scaling_is_transformers_own(rope, folder):
     tokens = model.tok_encode(text)
     assert len(tokens) > model.trained_length
     config = AutoConfig.from_pretrained(folder)
-    apply_rope(config, model.spec)
+    apply_rope(config, model.method.rope, model.method.rope_factor)
     scaled = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32).eval()
     with torch.inference_mode():
         logits = scaled(torch.tensor([[model.prefix_token_id, *tokens[:-1]]])).logits[0].double().log_softmax(-1)

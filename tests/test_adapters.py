@@ -82,14 +82,14 @@ def test_an_adapter_that_only_the_wrapper_runs_is_refused(folder, tmp_path, rand
     """Whatever a future type is called: the wrapped model's own forward must say what the wrapper's says."""
     peft = adapter(folder, tmp_path, "LORA", INSIDE["LORA"], randomise)
     lm = LMInfinite(str(folder), device="cpu", peft=peft)
-    forward = type(lm.model).forward
+    forward = type(lm.load()).forward
 
     def shifted(self, *args, **kwargs):
         output = forward(self, *args, **kwargs)
         output.logits = output.logits + torch.arange(output.logits.shape[-1])
         return output
 
-    monkeypatch.setattr(type(lm.model), "forward", shifted)
+    monkeypatch.setattr(type(lm.load()), "forward", shifted)
     with pytest.raises(UsageError, match="of the type LORA acts outside the model's layers"):
         lm.loglikelihood(REQUEST)
 

@@ -8,7 +8,7 @@ import pytest
 
 SCRIPT = """
 import resource, torch
-from lminf_eval.allocator import keep_freed_memory
+from lminf_eval.utils.allocator import keep_freed_memory
 
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -60,7 +60,7 @@ def test_answers_are_found_again_by_the_same_model_and_method(folder, tmp_path):
     found = answers(LMInfinite(str(folder), device="cpu"), tmp_path / "c.db")
     again = LMInfinite(str(folder), device="cpu", chunk_size=64)
     assert answers(again, tmp_path / "c.db") == found
-    assert again._tokens["computed"] == 0
+    assert again.answers.tokens["computed"] == 0
 
 
 def test_hf_and_lminf_do_not_read_each_others_answers(folder, tmp_path):
@@ -78,7 +78,7 @@ def test_answers_of_a_model_object_are_not_found_again(folder, tmp_path, caplog)
     for _ in range(2):
         lm = LMInfinite(model, tokenizer=tokenizer, device="cpu", n_local=16)
         answers(lm, tmp_path / "c.db")
-        assert lm._tokens["computed"] > 0
+        assert lm.answers.tokens["computed"] > 0
     assert "use_cache: answers of a model object are not found again" in caplog.text
 
 

@@ -7,8 +7,7 @@ from lm_eval.utils import simple_parse_args_string
 
 from lminf_eval.errors import UsageError
 from lminf_eval.harness.lm import LMInfinite
-from lminf_eval.harness.model_args import as_given
-from lminf_eval.methods.spec import LambdaSpec
+from lminf_eval.harness.model_args import as_given, own_args
 from lminf_eval.tasks.tokenizer import load_tokenizer
 
 VALUES = st.one_of(
@@ -22,12 +21,7 @@ VALUES = st.one_of(
 )
 NAMES = st.sampled_from(
     [
-        *LambdaSpec.model_fields,
-        "prefix_sharing",
-        "prefix_states",
-        "tp_size",
-        "cp_size",
-        "parallel",
+        *(name for name in own_args() if name != "journal"),
         "max_length",
         "batch_size",
         "dtype",
@@ -66,11 +60,7 @@ def test_any_value_is_taken_or_refused_in_one_line(folder, args):
 )
 def test_yaml_means_what_its_writer_means(given_as, meant, folder):
     found, expected = (LMInfinite(folder, device="cpu", **how) for how in (given_as, meant))
-    assert (found.spec, found.prefix_sharing, found.prefix_states) == (
-        expected.spec,
-        expected.prefix_sharing,
-        expected.prefix_states,
-    )
+    assert (found.method, found.args.execution) == (expected.method, expected.args.execution)
     assert (found.max_length, found._unread["dtype"]) == (expected.max_length, expected._unread["dtype"])
 
 
@@ -88,7 +78,7 @@ def test_a_revision_that_looks_like_a_number_is_text(revision, folder):
 )
 def test_arguments_that_hf_hands_on_to_transformers_work(args, folder):
     lm = LMInfinite(folder, device="cpu", **args)
-    assert lm.model.dtype.is_floating_point
+    assert lm.load().dtype.is_floating_point
 
 
 def test_a_misspelling_is_named_with_what_is_nearest(folder):

@@ -3,11 +3,13 @@
 import pytest
 import torch
 
-from lminf_eval.cache.window_cache import LambdaCache, LayerCache
-from lminf_eval.methods.spec import LambdaSpec
-from lminf_eval.models.equivalence_check import lambda_model
+from lminf_eval.cache.attention_state import AttentionState
+from lminf_eval.cache.layer_cache import LayerCache
+from lminf_eval.methods.registry import make
+from lminf_eval.models.equivalence_check import patched_model
 
 WINDOW, SINKS = 8, 3
+BRANCHES = make(n_local=WINDOW, n_global=SINKS).branches()
 
 
 def numbered(start, stop, B=1):
@@ -21,7 +23,7 @@ def filled(length, chunk, capacity=1000):
     for start in range(0, length, chunk):
         k, v = numbered(start, min(start + chunk, length))
         if layer is None:
-            layer = LayerCache.empty(k, v, WINDOW, SINKS, capacity)
+            layer = LayerCache.empty(k, v, BRANCHES, capacity)
         layer.write_sinks(k, v, start)
         layer.write(k, v, start)
     return layer
@@ -46,9 +48,9 @@ def test_starting_tokens_stay(chunk):
 
 def test_no_starting_tokens_are_kept_where_none_can_leave_the_window():
     k, v = numbered(0, 1)
-    assert LayerCache.empty(k, v, WINDOW, SINKS, capacity=WINDOW).sinks == 0
-    assert LayerCache.empty(k, v, WINDOW, SINKS, capacity=WINDOW + 1).sinks == SINKS
-    assert LayerCache.empty(k, v, WINDOW, SINKS, capacity=5).ring == 5
+    assert LayerCache.empty(k, v, BRANCHES, capacity=WINDOW).sinks == 0
+    assert LayerCache.empty(k, v, BRANCHES, capacity=WINDOW + 1).sinks == SINKS
+    assert LayerCache.empty(k, v, BRANCHES, capacity=5).ring == 5
 
 
 def test_each_row_at_its_own_position():
@@ -62,8 +64,10 @@ def test_each_row_at_its_own_position():
 
 
 def cache_of(lengths, chunk=4):
-    parts = [LambdaCache(1000, [length], [0], {layer: filled(length, chunk) for layer in (0, 1)}) for length in lengths]
-    return LambdaCache.stack(parts)
+    parts = [
+        AttentionState(1000, [length], [0], {layer: filled(length, chunk) for layer in (0, 1)}) for length in lengths
+    ]
+    return AttentionState.stack(parts)
 
 
 def tensors(cache):
@@ -112,7 +116,7 @@ def test_expanding_takes_no_memory():
 @pytest.mark.parametrize("attention", ["lambda", "window", "streaming"])
 def test_memory_stands_still_beyond_the_window(tiny_model, attention):
     model = tiny_model()
-    patched = lambda_model(model, LambdaSpec(attention=attention, n_local=16, n_global=4))
+    patched = patched_model(model, make(attention=attention, n_local=16, n_global=4))
     cache, sizes = patched.new_cache(1, 400), []
     for start in range(0, 400, 20):
         patched.hidden(torch.randint(97, (1, 20)), cache)
@@ -126,15 +130,15 @@ def test_memory_stands_still_beyond_the_window(tiny_model, attention):
 
 def test_scoring_continuations_leaves_the_state_they_share_alone(tiny_model):
     """Also in one-token continuations and past the window; the expanded state answers as a copy of it would."""
-    patched = lambda_model(tiny_model(), LambdaSpec(n_local=16, n_global=4))
+    patched = patched_model(tiny_model(), make(n_local=16, n_global=4))
     cache = patched.new_cache(1, 400)
     for _ in range(5):
         patched.hidden(torch.randint(97, (1, 11)), cache)
         before = [t.clone() for t in tensors(cache)]
         for L in (1, 5, 16, 40):
             ids = torch.randint(97, (4, L))
-            shared = patched.hidden(ids, cache.expand(4), keep=False).last_hidden_state
-            copied = patched.hidden(ids, cache.rows([0] * 4), keep=False).last_hidden_state
+            shared = patched.hidden(ids, cache.expand(4), update_cache=False).last_hidden_state
+            copied = patched.hidden(ids, cache.rows([0] * 4), update_cache=False).last_hidden_state
             assert torch.equal(shared, copied)
         assert all(torch.equal(a, b) for a, b in zip(tensors(cache), before, strict=True))
     patched.restore()

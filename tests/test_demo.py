@@ -168,7 +168,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[3])
 from test_demo import SMALL, TWO
-from lminf_eval import demo
+from lminf_eval.demo import run
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it
 run.measure_rows(Path(sys.argv[1]), Path(sys.argv[2]), SMALL, TWO)
 """

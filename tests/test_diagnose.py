@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-import lminf_eval
+import lminf_eval.diagnosis
 from lminf_eval.cli.app import app
 from lminf_eval.diagnosis.run import choose_layers, diagnose
 from lminf_eval.errors import UsageError

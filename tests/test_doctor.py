@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from lminf_eval import __version__
 from lminf_eval.cli import doctor_checks
 from lminf_eval.errors import UsageError
-from lminf_eval.methods.spec import LambdaSpec
+from lminf_eval.methods.registry import METHODS, MethodArgs, make
 from lminf_eval.models.families import registry
 from lminf_eval.models.loading import read_config
 from lminf_eval.models.memory_estimate import memory, parameters
@@ -42,7 +42,7 @@ def test_it_tells_how_a_model_is_run(capsys, tiny_llama):
     assert "rotary" in rows["positions"]
     assert "64 (max_position_embeddings)" in rows["n_local"]
     assert rows["n_global"].endswith("3")
-    assert "torch.bfloat16" in rows["primitive"]
+    assert "torch.bfloat16" in rows["kernel"]
 
 
 def test_no_weight_is_needed(capsys, tmp_path):
@@ -109,29 +109,29 @@ def test_weights_are_those_of_the_model(tiny_llama, tied):
 
 @pytest.mark.parametrize("attention", ["lambda", "window", "full"])
 def test_kept_keys_and_values_are_those_of_the_cache(tiny_model, attention):
-    from lminf_eval.models.equivalence_check import lambda_model
+    from lminf_eval.models.equivalence_check import patched_model
     from lminf_eval.models.full_model import FullModel
 
     model = tiny_model()
-    spec = LambdaSpec(attention=attention, n_local=16, n_global=4)
-    running = FullModel(model) if attention == "full" else lambda_model(model, spec)
+    spec = make(attention=attention, n_local=16, n_global=4)
+    running = FullModel(model) if attention == "full" else patched_model(model, spec)
     cache = running.new_cache(2, 50)
     running.hidden(torch.zeros(2, 50, dtype=torch.long), cache)
     layers = cache.layers.layers if attention == "full" else cache.layers.values()
     held = sum(4 * (layer.keys.numel() + layer.values.numel()) for layer in layers)
-    assert memory(model.config, spec, 50, 2, torch.float32)["keys and values"] == held
+    assert memory(model.config, spec, 2048, 50, 2, torch.float32)["keys and values"] == held
 
 
 def test_full_grows_with_the_length_and_lambda_does_not():
-    config, spec = LlamaConfig(), LambdaSpec(n_local=2048)
-    short, long = (memory(config, spec, length, 1, torch.bfloat16) for length in (2**15, 2**20))
+    config, spec = LlamaConfig(), make(n_local=2048)
+    short, long = (memory(config, spec, 2048, length, 1, torch.bfloat16) for length in (2**15, 2**20))
     assert long.pop("keys and values of full") == 32 * short.pop("keys and values of full")
     assert long == short
 
 
 def test_layers_that_slide_as_trained_keep_their_own_window():
     config = MistralConfig(sliding_window=100, num_hidden_layers=2)
-    needed = memory(config, LambdaSpec(n_local=2048), 10_000, 1, torch.float16)
+    needed = memory(config, make(n_local=2048), 2048, 10_000, 1, torch.float16)
     assert needed["keys and values"] == 2 * 2 * 2 * 8 * 128 * 100  # layers, keys and values, bytes, heads, dimension
 
 
@@ -160,7 +160,7 @@ def test_a_config_is_read_where_its_arguments_say(tiny_llama, tmp_path, capsys):
 
 def test_falcon_7bs_one_key_value_head_is_counted_as_one():
     config = CONFIG_MAPPING["falcon"](num_attention_heads=71, hidden_size=4544, num_hidden_layers=2)
-    found = memory(config, LambdaSpec(n_local=2048, n_global=10), 65536, 1, torch.float32)
+    found = memory(config, make(n_local=2048, n_global=10), 2048, 65536, 1, torch.float32)
     assert found["keys and values"] == 2 * 2 * 4 * 64 * (2048 + 10)
 
 
@@ -174,11 +174,10 @@ def test_every_family_gets_figures_or_one_line(attention):
         except (StrictDataclassError, TypeError, ValueError):  # transformers has no default for it
             continue
         try:
-            registry.check(config, attention)
-            spec, rows = doctor_checks.describe_model(
-                config, LambdaSpec(attention=attention, n_local=2048), torch.float32, "cpu"
-            )
-            figures += bool([*rows, *doctor_checks.memory_rows(config, spec, 65536, 1, torch.float32)])
+            registry.check(config, METHODS[attention])
+            args = MethodArgs.parse({"attention": attention, "n_local": 2048})
+            spec, rows = doctor_checks.describe_model(config, args, torch.float32, "cpu")
+            figures += bool([*rows, *doctor_checks.memory_rows(config, spec, 2048, 65536, 1, torch.float32)])
         except UsageError as refusal:
             refusals[name] = str(refusal)
     assert figures > 60

@@ -7,23 +7,39 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lminf_eval.cache.window_cache import LambdaCache
-from lminf_eval.inference import engine as engine_module
-from lminf_eval.inference.engine import Engine, GenerateRequest, ScoreRequest
+from lminf_eval.cache.attention_state import AttentionState
+from lminf_eval.inference.engine import Engine
+from lminf_eval.inference.generation import Greedy
+from lminf_eval.inference.requests import GenerateRequest, ScoreRequest
 from lminf_eval.inference.sampling import most_likely
-from lminf_eval.methods.spec import LambdaSpec
-from lminf_eval.models.equivalence_check import lambda_model
+from lminf_eval.methods.registry import make
+from lminf_eval.models.equivalence_check import patched_model
 from lminf_eval.models.full_model import FullModel
 from lminf_eval.models.rope import Rotary
 from lminf_eval.parallel.lockstep import SyncedSamplingEngine
 
 SPECS = [
-    LambdaSpec(attention=attention, n_local=n_local, n_global=n_global)
+    make(attention=attention, n_local=n_local, n_global=n_global)
     for attention in ("lambda", "window", "streaming")
     for n_local, n_global in [(16, 10), (17, 1), (5, 3), (200, 10), (1, 0)]
     if attention != "window" or n_global == 10
 ]
-NEVER = lambda new: False  # noqa: E731
+
+
+class Rules(Greedy):
+    """Stop as `stop` says; requests of the key "sampled" have a sampler."""
+
+    def __init__(self, stop=lambda new: False, sampler=None):
+        self.stop, self.begin = stop, sampler
+
+    def should_stop(self, request):
+        return self.stop
+
+    def sampler(self, request, device):
+        return self.begin(device) if request.key == "sampled" else None
+
+
+BELOW_NINE = Rules(lambda new: new[-1] < 9)
 
 
 @pytest.fixture
@@ -46,7 +62,7 @@ def patched(tiny_model):
     def patch(spec):
         if spec is None:
             return FullModel(model)
-        made.append(lambda_model(model, spec))
+        made.append(patched_model(model, spec))
         return made[-1]
 
     patch.model = model
@@ -58,7 +74,7 @@ def patched(tiny_model):
 def in_chunks(model, ids, chunk):
     cache, found = model.new_cache(*ids.shape), []
     for start in range(0, ids.shape[1], chunk):
-        output = model.hidden(ids[:, start : start + chunk], cache, keep=start + chunk < ids.shape[1])
+        output = model.hidden(ids[:, start : start + chunk], cache, update_cache=start + chunk < ids.shape[1])
         found.append(torch.stack([model.logits(output, hidden) for hidden in output.last_hidden_state]))
     return torch.cat(found, 1), cache
 
@@ -84,7 +100,7 @@ def test_logits_are_the_definitions_in_single_precision(spec, tiny_model, refere
     model, ids = tiny_model(), torch.randint(97, (2, 200))
     expected = reference_logits(model, spec, ids)
     assert expected.abs().max() > 1
-    patched = lambda_model(model, spec)
+    patched = patched_model(model, spec)
     for chunk in (9, 64, 4096):
         torch.testing.assert_close(in_chunks(patched, ids, chunk)[0], expected, rtol=0, atol=1e-4)
     patched.restore()
@@ -137,7 +153,7 @@ def test_generated_tokens_are_the_definitions(patched, exact_angles, reference_l
         for _ in range(8):
             tokens.append(int(reference_logits(patched.model, spec, torch.tensor([tokens]))[0, -1].argmax()))
         expected.append(tokens[len(prompt) :])
-    requests = [GenerateRequest(prompt, 8, NEVER) for prompt in prompts]
+    requests = [GenerateRequest(prompt, 8) for prompt in prompts]
     found = dict(Engine(patched(spec), 7, 3).generate(requests))
     assert [found[i] for i in range(3)] == expected
 
@@ -166,7 +182,7 @@ def random_requests(rng, count):
     return requests
 
 
-SHARED = [LambdaSpec(n_local=32, n_global=4), LambdaSpec(attention="streaming", n_local=64, n_global=40), None]
+SHARED = [make(n_local=32, n_global=4), make(attention="streaming", n_local=64, n_global=40), None]
 
 
 @pytest.mark.parametrize("spec", SHARED, ids=str)
@@ -189,18 +205,18 @@ def test_scores_do_not_depend_on_how_they_are_computed(spec, patched):
 def test_generation_does_not_depend_on_how_it_is_computed(spec, patched):
     model = patched(spec)
     scores = random_requests(np.random.default_rng(1), 9)
-    requests = [GenerateRequest(r.tokens, 3 + i, lambda new: new[-1] < 9) for i, r in enumerate(scores)]
-    expected = dict(Engine(model, 10000, 1, False).generate(requests))
+    requests = [GenerateRequest(r.tokens, 3 + i) for i, r in enumerate(scores)]
+    expected = dict(Engine(model, 10000, 1, False).generate(requests, BELOW_NINE))
     assert any(new[-1] < 9 for new in expected.values())
-    assert any(len(new) == requests[i].max_new for i, new in expected.items())
+    assert any(len(new) == requests[i].max_new_tokens for i, new in expected.items())
     for share, chunk, batch in [(True, 20, 4), (True, 1000, None), (True, 32, 30), (False, 50, 5)]:
         engine = Engine(model, chunk, batch, share)
-        assert dict(engine.generate(requests)) == expected
+        assert dict(engine.generate(requests, BELOW_NINE)) == expected
 
 
 def test_the_plain_model_generates_what_transformers_does(patched):
-    requests = [GenerateRequest(torch.randint(97, (n,)).tolist(), 15, lambda new: new[-1] < 9) for n in (4, 20, 41, 20)]
-    found = dict(Engine(patched(None), 16, 3).generate(requests))
+    requests = [GenerateRequest(torch.randint(97, (n,)).tolist(), 15) for n in (4, 20, 41, 20)]
+    found = dict(Engine(patched(None), 16, 3).generate(requests, BELOW_NINE))
     for i, request in enumerate(requests):
         ids = torch.tensor([request.tokens])
         expected = patched.model.generate(
@@ -221,7 +237,7 @@ def test_the_order_of_requests_does_not_matter(patched):
     first, second = dict(one.score(requests)), dict(other.score([requests[i] for i in order]))
     for place, i in enumerate(order):
         assert second[place].log_probs == pytest.approx(first[i].log_probs, abs=1e-6)
-    assert (one.computed, one.reused) == (other.computed, other.reused)
+    assert (one.chunks.computed, one.chunks.reused) == (other.chunks.computed, other.chunks.reused)
 
 
 def test_a_sampler_sees_the_new_tokens_so_far_and_picks_the_next(patched):
@@ -234,8 +250,9 @@ def test_a_sampler_sees_the_new_tokens_so_far_and_picks_the_next(patched):
 
         return second_best
 
-    greedy = GenerateRequest(prompt, 4, NEVER)
-    found = dict(Engine(patched(SHARED[0]), 50, 2).generate([greedy, GenerateRequest(prompt, 4, NEVER, sampler)]))
+    greedy = GenerateRequest(prompt, 4)
+    requests = [greedy, GenerateRequest(prompt, 4, key="sampled")]
+    found = dict(Engine(patched(SHARED[0]), 50, 2).generate(requests, Rules(sampler=sampler)))
     assert found[0][0] != found[1][0]
     assert seen == [found[1][:n] for n in range(4)]
 
@@ -247,16 +264,17 @@ def test_each_sequence_of_a_batch_has_a_sampler_of_its_own_on_the_logits_device(
         begun.append(device)
         return lambda new, logits: len(new)
 
-    requests = [GenerateRequest([5, 6, n], n, NEVER, sampler) for n in (2, 4, 3)]
-    found = dict(Engine(patched(SHARED[0]), 50, 2).generate(requests))
+    requests = [GenerateRequest([5, 6, n], n, key="sampled") for n in (2, 4, 3)]
+    found = dict(Engine(patched(SHARED[0]), 50, 2).generate(requests, Rules(sampler=sampler)))
     assert [found[i] for i in range(3)] == [[0, 1], [0, 1, 2, 3], [0, 1, 2]]
     assert begun == [torch.device("cpu")] * 3
 
 
 def test_a_sampler_that_finds_no_number_to_go_by_ends_its_answer_alone(patched, caplog):
-    ending = GenerateRequest([5, 6, 7], 4, NEVER, lambda device: lambda new, logits: 9 if len(new) < 2 else None)
-    whole = GenerateRequest([5, 6, 8], 4, NEVER)
-    found = dict(Engine(patched(SHARED[0]), 50, 2).generate([ending, whole]))
+    rules = Rules(sampler=lambda device: lambda new, logits: 9 if len(new) < 2 else None)
+    ending = GenerateRequest([5, 6, 7], 4, key="sampled")
+    whole = GenerateRequest([5, 6, 8], 4)
+    found = dict(Engine(patched(SHARED[0]), 50, 2).generate([ending, whole], rules))
     assert found[0] == [9, 9]
     assert len(found[1]) == 4
     assert "NaN: the logits after position 4, request of 3 tokens; it ends there" in caplog.text
@@ -265,8 +283,9 @@ def test_a_sampler_that_finds_no_number_to_go_by_ends_its_answer_alone(patched, 
 @pytest.mark.parametrize(("said", "answer"), [(-1, []), (7, [7, 7, 7])])
 def test_ranks_in_step_follow_the_first_ones_token_or_end(said, answer, patched, monkeypatch):
     monkeypatch.setattr(torch.distributed, "broadcast", lambda token, source: token.fill_(said))
-    requests = [GenerateRequest([5, 6], 3, NEVER), GenerateRequest([5, 6], 3, NEVER, lambda device: most_likely)]
-    found = dict(SyncedSamplingEngine(patched(SHARED[0]), 50, 2).generate(requests))
+    requests = [GenerateRequest([5, 6], 3), GenerateRequest([5, 6], 3, key="sampled")]
+    rules = Rules(sampler=lambda device: most_likely)
+    found = dict(SyncedSamplingEngine(patched(SHARED[0]), 50, 2).generate(requests, rules))
     assert found == {0: answer, 1: answer}
 
 
@@ -278,7 +297,7 @@ def test_nested_prefixes_cost_the_longest_one(patched):
     lengths = (15, 30, 60, 119, 120)
     engine = Engine(patched(SHARED[0]), 50, 4)
     assert len(dict(engine.score([ScoreRequest(tokens[:n], 1) for n in lengths]))) == 5
-    assert (engine.computed, engine.reused) == (119, 14 + 29 + 59 + 118)
+    assert (engine.chunks.computed, engine.chunks.reused) == (119, 14 + 29 + 59 + 118)
 
 
 @pytest.mark.parametrize("lengths", [(1, 1, 1, 1), (3, 4, 5, 6)])
@@ -289,18 +308,18 @@ def test_a_context_with_four_choices_is_computed_once(patched, lengths):
     engine = Engine(model, 50, 4)
     assert len(dict(engine.score(requests))) == 4
     more = sum(lengths) - 4  # a choice's last token is predicted, never read
-    assert (engine.computed, engine.reused) == (100 + more, 300)
+    assert (engine.chunks.computed, engine.chunks.reused) == (100 + more, 300)
     unshared = Engine(model, 50, 4, share=False)
     assert len(dict(unshared.score(requests))) == 4
-    assert (unshared.computed, unshared.reused) == (400 + more, 0)
+    assert (unshared.chunks.computed, unshared.chunks.reused) == (400 + more, 0)
 
 
 def test_generation_computes_a_shared_prompt_once(patched):
     prompt = torch.randint(97, (80,)).tolist()
-    requests = [GenerateRequest(prompt + tail, 5, NEVER) for tail in ([1], [2, 3], [])]
+    requests = [GenerateRequest(prompt + tail, 5) for tail in ([1], [2, 3], [])]
     engine = Engine(patched(SHARED[0]), 50, 3)
     assert all(len(new) == 5 for new in dict(engine.generate(requests)).values())
-    assert (engine.computed, engine.reused) == (80 + 1 + 2 + 3 * 4, 160)  # a last new token is never read
+    assert (engine.chunks.computed, engine.chunks.reused) == (80 + 1 + 2 + 3 * 4, 160)  # a last new token is never read
 
 
 def test_logits_are_taken_a_few_positions_at_a_time(patched, monkeypatch):
@@ -308,7 +327,7 @@ def test_logits_are_taken_a_few_positions_at_a_time(patched, monkeypatch):
     model, request = patched(SHARED[0]), ScoreRequest(torch.randint(97, (90,)).tolist(), 1)
     expected = dict(Engine(model, 100).score([request]))[0]
     rows, own = [], model.logits
-    monkeypatch.setattr(engine_module, "_LOGITS_AT_ONCE", 97 * 8)
+    monkeypatch.setattr("lminf_eval.inference.chunks.LOGITS_AT_ONCE", 97 * 8)
     monkeypatch.setattr(model, "logits", lambda output, hidden: rows.append(len(hidden)) or own(output, hidden))
     found = dict(Engine(model, 100).score([request]))[0]
     assert sum(rows) == 89
@@ -338,15 +357,15 @@ def test_requests_that_part_one_by_one_hold_few_states(patched, monkeypatch):
     own_hidden = model.hidden
     monkeypatch.setattr(model, "hidden", hidden)
     monkeypatch.setattr(model, "new_cache", kept(model.new_cache))
-    monkeypatch.setattr(LambdaCache, "rows", kept(LambdaCache.rows))
+    monkeypatch.setattr(AttentionState, "rows", kept(AttentionState.rows))
     engine = Engine(model, 64, 1)
     assert len(dict(engine.score([ScoreRequest(text, len(text) - 1) for text in texts]))) == 20
-    assert engine.computed == 800 + 20 * 2
+    assert engine.chunks.computed == 800 + 20 * 2
     assert most == 1  # the teeth are read off the filler's state, which the filler's next stretch then takes over
     states.clear()
     engine, most = Engine(model, 64, 1), 0
-    assert len(dict(engine.generate([GenerateRequest(text, 2, NEVER) for text in texts]))) == 20
-    assert engine.computed == 800 + 20 * 3 + 20
+    assert len(dict(engine.generate([GenerateRequest(text, 2) for text in texts]))) == 20
+    assert engine.chunks.computed == 800 + 20 * 3 + 20
     assert most <= 4  # the filler's, a tooth's, and the copy that goes on generating
 
 
@@ -356,11 +375,11 @@ def test_states_that_may_not_be_held_are_computed_again(held, computed, patched)
     ways = torch.randint(90, (3, 2, 50)).tolist()
     texts = [ways[0][n & 1] + ways[1][n >> 1 & 1] + ways[2][n >> 2] + [n, n] for n in range(8)]
     model = patched(SHARED[0])
-    engine = Engine(model, 64, 1, held=held)
+    engine = Engine(model, 64, 1, max_cached_prefixes=held)
     found = dict(engine.score([ScoreRequest(text, 1) for text in texts]))
     alone = dict(Engine(model, 64, 1, share=False).score([ScoreRequest(text, 1) for text in texts]))
-    assert engine.computed + engine.reused == 8 * 151
-    assert engine.computed == computed
+    assert engine.chunks.computed + engine.chunks.reused == 8 * 151
+    assert engine.chunks.computed == computed
     for i, score in alone.items():
         assert found[i].log_probs == pytest.approx(score.log_probs, abs=1e-5)
 
@@ -380,7 +399,7 @@ class _Largest(TorchDispatchMode):
 
 def test_many_short_continuations_do_not_multiply_the_window(patched):
     """With the batch left to the engine, a row costs the window that it reads, not only its own few tokens."""
-    model = patched(LambdaSpec(n_local=256, n_global=4))
+    model = patched(make(n_local=256, n_global=4))
     context = torch.randint(97, (300,)).tolist()
     requests = [ScoreRequest([*context, c, c + 1, c + 2], 300) for c in range(90)]
     with _Largest() as largest:

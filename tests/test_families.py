@@ -1,4 +1,4 @@
-"""Each family of `support.TESTED` against a dense oracle: the family's own model in float64, its own code rotating.
+"""Each tested family against a dense oracle: the family's own model in float64, its own code rotating.
 
 The oracle runs three copies of a sequence side by side, whose positions are the true ones, those at which the global
 branch stands its queries, and those at which it stands the starting tokens. So queries and keys come rotated, or
@@ -18,9 +18,9 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from lminf_eval.methods.spec import LambdaSpec
-from lminf_eval.models.equivalence_check import lambda_model
-from lminf_eval.models.families.registry import TESTED
+from lminf_eval.methods.registry import make
+from lminf_eval.models.equivalence_check import patched_model
+from lminf_eval.models.families.table import FAMILIES as ROWS
 
 W, G, S = 16, 3, 70  # n_local, n_global, tokens: below, at and well past n_local
 SMALL = {
@@ -185,16 +185,19 @@ FAMILIES = {
 }
 
 
-def distances(spec: LambdaSpec, n: int):
-    """[n, n] true distances; masks of the two branches; the positions of the global branch's queries and keys [n]."""
+def distances(method, n: int):
+    """[n, n] true distances; masks of the two branches; the positions of the global branch's queries and keys [n].
+
+    The definition is `attention/reference.py`'s; here it is written out once more, from the papers.
+    """
     i = torch.arange(n)
     distance = i[:, None] - i[None, :]
-    local = (distance >= 0) & (distance < spec.n_local)
-    n_global = 0 if spec.attention == "window" else spec.n_global
-    far = (distance >= spec.n_local) & (i[None, :] < n_global)
-    if spec.attention == "streaming":
-        return distance, local, far, i.clamp(max=spec.n_local + n_global - 1), i
-    return distance, local, far, torch.full_like(i, spec.n_local), torch.zeros_like(i)
+    local = (distance >= 0) & (distance < method.n_local)
+    n_global = 0 if method.name == "window" else method.n_global
+    far = (distance >= method.n_local) & (i[None, :] < n_global)
+    if method.name == "streaming":
+        return distance, local, far, i.clamp(max=method.n_local + n_global - 1), i
+    return distance, local, far, torch.full_like(i, method.n_local), torch.zeros_like(i)
 
 
 def dense(spec, q, k, v, scale, mask=None, softcap=None, sinks=None):
@@ -283,7 +286,7 @@ def alibi_oracle(model, spec, ids_1S):
 
 
 def hold_frequencies(model, n_local):
-    """Frequencies that follow the running length stay at those of n_local."""
+    """FrozenFrequencies that follow the running length stay at those of n_local."""
     for module in model.modules():
         if getattr(module, "rope_type", None) in ("dynamic", "longrope"):
             found, _ = ROPE_INIT_FUNCTIONS[module.rope_type](model.config, "cpu", seq_len=n_local)
@@ -296,14 +299,14 @@ def test_queries_scaled_by_their_position_take_it_from_the_sequence_up_to_the_wi
     rope = {"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.5}
     rope["original_max_position_embeddings"] = 5
     model = build(randomise, "ministral3", rope_parameters=rope, sliding_window=None)
-    ids, spec = torch.randint(3, 97, (1, S)), LambdaSpec(n_local=W, n_global=G)
+    ids, spec = torch.randint(3, 97, (1, S)), make(n_local=W, n_global=G)
     plain = copy.deepcopy(model)
     for layer in plain.model.layers:
         layer.self_attn.config.rope_parameters["llama_4_scaling_beta"] = 0.0
     at = torch.arange(S).clamp(max=W - 1)
     scale_S1 = (1 + 0.5 * torch.log(1 + at // 5).double())[:, None]
     expected = oracle(plain, spec, ids, scale_S1)
-    patched = lambda_model(model, spec)
+    patched = patched_model(model, spec)
     for cuts in ([], [7, 30], [*range(10, S)]):
         assert error(run(patched, ids, cuts), expected) < 1e-4
     patched.restore()
@@ -352,9 +355,9 @@ def test_float32_is_the_definition(family):
         "window": ([20, *range(60, S)],),
         "streaming": ([20, *range(60, S)],),
     }.items():
-        spec = LambdaSpec(attention=attention, n_local=W, n_global=G)
+        spec = make(attention=attention, n_local=W, n_global=G)
         expected = oracle(model, spec, ids)
-        patched = lambda_model(model, spec)
+        patched = patched_model(model, spec)
         for cuts in ways:
             assert error(run(patched, ids, cuts), expected) < (5e-4 if name == "dbrx" else 1e-4)
         patched.restore()
@@ -371,9 +374,9 @@ def test_bfloat16_stays_near_it(family):
     name, model, ids = family
     if name == "dbrx":
         pytest.skip("its own forward in bfloat16 is 9 to 11 % from itself in float64 on such weights (three seeds)")
-    model, spec = model.bfloat16(), LambdaSpec(n_local=W, n_global=G)
+    model, spec = model.bfloat16(), make(n_local=W, n_global=G)
     expected = oracle(model, spec, ids)
-    patched = lambda_model(model, spec)
+    patched = patched_model(model, spec)
     found = run(patched, ids, [20, *range(60, S)])
     patched.restore()
     errors = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
@@ -384,22 +387,22 @@ def test_bfloat16_stays_near_it(family):
 
 def test_the_table_names_what_is_tested_here():
     """Of which an older transformers lacks some: apertus1p5_text, exaone and sarvam_moe came with 5.24."""
-    assert {name.split()[0] for name in FAMILIES} == TESTED
+    assert {name.split()[0] for name in FAMILIES} == {name for name, row in ROWS.items() if row.tested}
 
 
 def test_a_model_whose_layers_all_slide_says_so(randomise, caplog):
     for name, said in {"mistral sliding": True, "gemma2": False, "mistral": False}.items():
         caplog.clear()
-        lambda_model(build(randomise, name), LambdaSpec(n_local=W, n_global=G)).restore()
+        patched_model(build(randomise, name), make(n_local=W, n_global=G)).restore()
         assert ("all layers slide as trained, over 8 tokens" in caplog.text) == said
 
 
 def test_a_bias_that_the_model_rounds_is_not_held_against_it(randomise):
     """Falcon-RW has its bias in bfloat16 even in float32: exact at its slopes, off by rounding in its products."""
     model = build(randomise, "falcon rw", num_attention_heads=32, hidden_size=256)
-    ids, spec = torch.randint(3, 97, (1, S)), LambdaSpec(n_local=W, n_global=G)
+    ids, spec = torch.randint(3, 97, (1, S)), make(n_local=W, n_global=G)
     expected = oracle(model, spec, ids)
-    patched = lambda_model(model, spec)
+    patched = patched_model(model, spec)
     assert error(run(patched, ids, [20]), expected) < 1e-4
     patched.restore()
 
@@ -408,7 +411,7 @@ def test_a_bias_that_the_model_rounds_is_not_held_against_it(randomise):
 def test_alibi_is_exact_at_any_position(randomise, name):
     """The counter moved by whole rings past 2 ** 24, where float32 knows only even numbers; no output changes."""
     model, ids = build(randomise, name), torch.randint(3, 97, (1, S))
-    patched = lambda_model(model, LambdaSpec(n_local=W, n_global=G))
+    patched = patched_model(model, make(n_local=W, n_global=G))
     near, far = (patched.new_cache(1, S) for _ in range(2))
     for cache in (near, far):
         patched.hidden(ids[:, :40], cache)
@@ -424,8 +427,8 @@ def test_alibi_is_exact_at_any_position(randomise, name):
 @pytest.mark.parametrize("name", ["llama", "gpt_oss", "gemma2", "glm", "gptj", "falcon", "bloom", "mpt"])
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
 def test_on_a_gpu_it_is_the_definition(randomise, name, dtype, limit):
-    model, ids, spec = build(randomise, name).to(dtype), torch.randint(3, 97, (1, S)), LambdaSpec(n_local=W, n_global=G)
+    model, ids, spec = build(randomise, name).to(dtype), torch.randint(3, 97, (1, S)), make(n_local=W, n_global=G)
     expected = oracle(model, spec, ids)
-    patched = lambda_model(model.cuda(), spec)
+    patched = patched_model(model.cuda(), spec)
     assert error(run(patched, ids.cuda(), [20, *range(60, S)]).cpu(), expected) < limit
     patched.restore()

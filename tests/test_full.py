@@ -8,7 +8,9 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from lminf_eval.errors import UsageError
 from lminf_eval.harness.lm import LMInfinite
-from lminf_eval.inference.engine import Engine, GenerateRequest, ScoreRequest
+from lminf_eval.inference.engine import Engine
+from lminf_eval.inference.requests import GenerateRequest, ScoreRequest
+from lminf_eval.methods.registry import METHODS
 from lminf_eval.models.equivalence_check import full_model
 from lminf_eval.models.families.registry import check
 from lminf_eval.models.modules import check_structure
@@ -133,7 +135,7 @@ def test_scores_and_texts_are_those_of_the_models_own_forward(name, randomise):
     for i, score in engine.score([ScoreRequest(one, 1) for one in texts]):
         own = expected[i][:-1].gather(1, torch.tensor(texts[i][1:])[:, None])[:, 0]
         torch.testing.assert_close(torch.from_numpy(score.log_probs).float(), own, rtol=0, atol=2e-4)
-    found = dict(engine.generate([GenerateRequest(one, 4, lambda new: False) for one in texts]))
+    found = dict(engine.generate([GenerateRequest(one, 4) for one in texts]))
     assert [found[i] for i in range(len(texts))] == continued
 
 
@@ -197,19 +199,19 @@ def test_gemma_4_runs_through_lm_evals_requests_in_each_of_its_forms(
 @pytest.mark.parametrize("name", ["jamba", "mamba", "minimax", "recurrent_gemma"])
 def test_families_whose_state_cannot_be_cut_or_copied_are_refused_by_reason(name):
     with pytest.raises(UsageError, match=f"attention=full can't run the family '{name}': its? .*--model hf runs it"):
-        check(CONFIG_MAPPING[name](), "full")
+        check(CONFIG_MAPPING[name](), METHODS["full"])
 
 
 @pytest.mark.parametrize("name", ["rwkv", "openai-gpt"])
 def test_a_model_without_a_cache_of_keys_is_refused_before_its_weights(name):
     with pytest.raises(UsageError, match=f"can't run the family '{name}': its state is not a cache"):
-        check_structure(CONFIG_MAPPING[name](num_hidden_layers=1, vocab_size=97), "full")
+        check_structure(CONFIG_MAPPING[name](num_hidden_layers=1, vocab_size=97), METHODS["full"])
 
 
 @pytest.mark.parametrize(("name", "why"), [("blt", "rotary_emb modules"), ("moshi", "rotary_emb modules")])
 def test_a_model_without_one_rotary_module_is_refused_before_its_weights(name, why):
     with pytest.raises(UsageError, match=f"can't run the family '{name}': .*{why}"):
-        check_structure(CONFIG_MAPPING[name](), "lambda")
+        check_structure(CONFIG_MAPPING[name](), METHODS["lambda"])
 
 
 def test_the_check_is_of_the_models_own_forward(randomise, monkeypatch):

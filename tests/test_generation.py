@@ -302,7 +302,7 @@ def test_a_bias_by_tuples_of_tokens_is_taken_as_hf_takes_it(ours, reference, pla
 def test_an_answer_in_the_journal_is_found_under_the_same_options_and_generation_config_alone(other, tmp_path, said):
     def answers(**options):
         model = lminf(other, journal=str(tmp_path))
-        return model.generate_until(prompts(["class"], **options)), model._recalled
+        return model.generate_until(prompts(["class"], **options)), model.answers.recalled
 
     first, _ = answers()
     assert answers() == (first, 1)

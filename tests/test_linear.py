@@ -6,11 +6,11 @@ from torch import nn
 from torch.nn.functional import linear
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lminf_eval.methods.spec import LambdaSpec
+from lminf_eval.methods.registry import make
 from lminf_eval.models import onednn_linear as subject
 from lminf_eval.models.full_model import FullModel
-from lminf_eval.models.onednn_linear import Linears, product
-from lminf_eval.models.patching import LambdaModel
+from lminf_eval.models.onednn_linear import OneDNNLinearPatch, product
+from lminf_eval.models.patching import PatchedModel
 
 needs_onednn = pytest.mark.skipif(
     not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="needs a PyTorch that has oneDNN's linear layers"
@@ -33,7 +33,7 @@ class Special(nn.Linear):
 @pytest.fixture
 def onednn(monkeypatch):
     """As on a processor where it is the faster one."""
-    monkeypatch.setattr(subject, "on_this_processor", lambda: True)
+    monkeypatch.setattr(subject, "prefers_onednn", lambda: True)
 
 
 @needs_onednn
@@ -73,7 +73,7 @@ def test_other_dtypes_go_pytorchs_way(onednn, dtype):
 
 def test_gradients_are_had(onednn):
     layer = nn.Linear(7, 5)
-    Linears(nn.Sequential(layer))
+    OneDNNLinearPatch(nn.Sequential(layer))
     layer(torch.ones(2, 7)).sum().backward()
     assert torch.equal(layer.bias.grad, torch.full((5,), 2.0))
 
@@ -82,7 +82,7 @@ def test_only_plain_layers_and_only_until_restore(onednn):
     plain, special, hooked = nn.Linear(7, 5), Special(5, 5), nn.Linear(5, 5)
     hooked.forward = hooked_forward = lambda x: x
     later = nn.Linear(5, 3)
-    linears = Linears(nn.Sequential(plain, special, hooked, later))
+    linears = OneDNNLinearPatch(nn.Sequential(plain, special, hooked, later))
     assert "forward" in vars(plain)
     assert "forward" not in vars(special)
     assert hooked.forward is hooked_forward
@@ -100,8 +100,8 @@ def test_a_models_logits_are_the_same_and_its_layers_its_own_again(monkeypatch, 
     model = LlamaForCausalLM(LLAMA).eval()
     ids, found = torch.randint(97, (1, 40)), {}
     for faster in (False, True):
-        monkeypatch.setattr(subject, "on_this_processor", lambda faster=faster: faster)
-        patched = FullModel(model) if kind == "full" else LambdaModel(model, LambdaSpec(n_local=16, n_global=4))
+        monkeypatch.setattr(subject, "prefers_onednn", lambda faster=faster: faster)
+        patched = FullModel(model) if kind == "full" else PatchedModel(model, make(n_local=16, n_global=4))
         assert ("forward" in vars(model.lm_head)) == faster
         cache = patched.new_cache(1, 41)
         outputs = [patched.hidden(part, cache) for part in (ids[:, :39], ids[:, 39:])]
@@ -116,8 +116,8 @@ def test_the_processors_it_is_for(monkeypatch, name, expected):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": name}, raising=False)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     expected = expected and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    subject.on_this_processor.cache_clear()
+    subject.prefers_onednn.cache_clear()
     try:
-        assert subject.on_this_processor() is expected
+        assert subject.prefers_onednn() is expected
     finally:
-        subject.on_this_processor.cache_clear()
+        subject.prefers_onednn.cache_clear()

@@ -6,8 +6,9 @@ from transformers import CONFIG_MAPPING
 
 from lminf_eval.config.model_shape import ModelShape
 from lminf_eval.errors import UsageError
-from lminf_eval.methods.spec import LambdaSpec
-from lminf_eval.models.patching import LambdaModel
+from lminf_eval.methods.base import window_of
+from lminf_eval.methods.registry import make
+from lminf_eval.models.patching import PatchedModel
 from tests.test_families import FAMILIES, build
 
 
@@ -16,17 +17,16 @@ def test_heads_and_dimensions_are_those_of_the_real_layers(name, randomise):
     model = build(randomise, name)
     if "num_key_value_heads" not in CONFIG_MAPPING[name.split()[0]]().get_text_config().to_dict():
         del model.config.num_key_value_heads  # of the tests' own: this family knows no such number
-    patched = LambdaModel(model, LambdaSpec(n_local=16, n_global=3))
-    own, seen = patched.attend, {}
+    patched = PatchedModel(model, make(n_local=16, n_global=3))
+    seen = {}
 
-    def attend(module, q, k, v, scale, options):
-        window = patched._reach(module, options)[0]
+    def look(attend, module, q, k, v, scale, options):
+        window = window_of(patched.layer_branches(module, options)[0])
         seen[module.layer_idx] = q.shape[1], k.shape[1], k.shape[3], v.shape[3], None if window == 16 else window
-        return own(module, q, k, v, scale, options)
+        return attend(module, q, k, v, scale, options)
 
-    patched.attend = attend
-    patched.hidden(torch.randint(3, 97, (1, 20)), patched.new_cache(1, 20))
-    del patched.attend
+    with patched.observed(look):
+        patched.hidden(torch.randint(3, 97, (1, 20)), patched.new_cache(1, 20))
     patched.restore()
     layers = ModelShape.of(model.config).layers
     found = {i: (one.heads, one.kv_heads, one.key_dim, one.value_dim, one.window) for i, one in enumerate(layers)}

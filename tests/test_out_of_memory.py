@@ -7,21 +7,22 @@ import pytest
 import torch
 
 from lminf_eval.errors import UsageError, out_of_memory
-from lminf_eval.inference.engine import Engine, GenerateRequest, ScoreRequest
-from lminf_eval.methods.spec import LambdaSpec
-from lminf_eval.models.equivalence_check import lambda_model
+from lminf_eval.inference.engine import Engine
+from lminf_eval.inference.requests import GenerateRequest, ScoreRequest
+from lminf_eval.methods.registry import make
+from lminf_eval.models.equivalence_check import patched_model
 from lminf_eval.models.full_model import FullModel
 
 SPECS = {
-    "lambda": LambdaSpec(n_local=24, n_global=3),
-    "top-k": LambdaSpec(n_local=24, n_global=3, top_k=2, top_k_distance=12),
-    "full": LambdaSpec(attention="full"),
+    "lambda": make(n_local=24, n_global=3),
+    "top-k": make(n_local=24, n_global=3, top_k=2, top_k_distance=12),
+    "full": make(attention="full"),
 }
 CPU = "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes."
 
 
 def running(model, spec):
-    return FullModel(model) if spec.attention == "full" else lambda_model(model, spec)
+    return FullModel(model) if spec.name == "full" else patched_model(model, spec)
 
 
 def tokens(n: int, seed: int) -> np.ndarray:
@@ -57,7 +58,7 @@ class Failing:
 @pytest.mark.parametrize("layer", [0, 1, 2])
 def test_a_failed_chunk_is_computed_again_in_smaller_ones(kind, layer, tiny_model, caplog):
     engine = Engine(running(tiny_model(), SPECS[kind]), 40, 3)
-    calm, total = dict(engine.score(requests())), engine.computed
+    calm, total = dict(engine.score(requests())), engine.chunks.computed
     for at in (10, 60, 130, 200, 260):
         model = tiny_model()
         engine = Engine(running(model, SPECS[kind]), 40, 3)
@@ -65,9 +66,12 @@ def test_a_failed_chunk_is_computed_again_in_smaller_ones(kind, layer, tiny_mode
         caplog.clear()
         found = dict(engine.score(requests()))
         assert len(failing.failed) == 1, at
-        assert engine.chunk_size == failing.failed[0] // 2
-        assert f"in a chunk of {failing.failed[0]} tokens; going on with chunk_size={engine.chunk_size}" in caplog.text
-        assert engine.computed == total
+        assert engine.chunks.chunk_size == failing.failed[0] // 2
+        assert (
+            f"in a chunk of {failing.failed[0]} tokens; going on with chunk_size={engine.chunks.chunk_size}"
+            in caplog.text
+        )
+        assert engine.chunks.computed == total
         for i, expected in calm.items():
             np.testing.assert_allclose(found[i].log_probs, expected.log_probs, rtol=2e-5, atol=1e-6)
             assert (found[i].greedy == expected.greedy).all()
@@ -87,7 +91,7 @@ def test_the_same_to_the_last_bit_as_a_run_with_those_chunks(kind, tiny_model):
 
 @pytest.mark.parametrize("kind", SPECS)
 def test_generation_goes_on_in_smaller_chunks(kind, tiny_model):
-    prompts = [GenerateRequest(tokens(n, n), 6, lambda new: False) for n in (90, 50)]
+    prompts = [GenerateRequest(tokens(n, n), 6) for n in (90, 50)]
     expected = dict(Engine(running(tiny_model(), SPECS[kind]), 40, 2).generate(prompts))
     for layer in range(3):
         for at in (30, 70):
@@ -96,7 +100,7 @@ def test_generation_goes_on_in_smaller_chunks(kind, tiny_model):
             failing = Failing(model.model.layers[layer].self_attn, at, RuntimeError(CPU))
             assert dict(engine.generate(prompts)) == expected
             assert failing.failed
-            assert engine.chunk_size == failing.failed[0] // 2
+            assert engine.chunks.chunk_size == failing.failed[0] // 2
 
 
 def test_it_gives_up_at_a_small_chunk(tiny_model, caplog):
@@ -115,7 +119,7 @@ def test_it_gives_up_at_a_small_chunk(tiny_model, caplog):
 def test_ranks_in_step_do_not_change_their_chunks(tiny_model):
     model = tiny_model()
     engine = Engine(running(model, SPECS["lambda"]), 40)
-    engine.in_step = True
+    engine.chunks.lockstep = True
     Failing(model.model.layers[1].self_attn, 0, RuntimeError(CPU))
     with pytest.raises(RuntimeError, match="allocate memory"):
         list(engine.score(requests()))
@@ -126,7 +130,7 @@ def test_logits_that_do_not_fit_are_taken_in_smaller_blocks(tiny_model, caplog):
     ((_, expected),) = Engine(running(tiny_model(), SPECS["lambda"]), 150).score(document)
     model = tiny_model()
     engine = Engine(running(model, SPECS["lambda"]), 150)
-    engine._logits_at_once = 97 * 64
+    engine.chunks._logits_at_once = 97 * 64
     most = []
 
     def fail(module, args, output):
@@ -139,7 +143,7 @@ def test_logits_that_do_not_fit_are_taken_in_smaller_blocks(tiny_model, caplog):
     np.testing.assert_allclose(found.log_probs, expected.log_probs, rtol=1e-6)
     assert max(most) == 16
     assert "logits of 64 tokens; going on with 32" in caplog.text
-    assert engine.chunk_size == 150
+    assert engine.chunks.chunk_size == 150
 
 
 @pytest.mark.parametrize(

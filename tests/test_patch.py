@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from lminf_eval.methods.spec import LambdaSpec
-from lminf_eval.models.equivalence_check import lambda_model
+from lminf_eval.methods.registry import make
+from lminf_eval.models.equivalence_check import patched_model
 
 SMALL = {
     "vocab_size": 97,
@@ -65,7 +65,7 @@ def model(request, randomise):
 def logits_in_chunks(patched, ids, chunk):
     cache, found = patched.new_cache(*ids.shape), []
     for start in range(0, ids.shape[1], chunk):
-        output = patched.hidden(ids[:, start : start + chunk], cache, keep=start + chunk < ids.shape[1])
+        output = patched.hidden(ids[:, start : start + chunk], cache, update_cache=start + chunk < ids.shape[1])
         found.append(torch.stack([patched.logits(output, hidden) for hidden in output.last_hidden_state]))
     return torch.cat(found, 1)
 
@@ -78,7 +78,7 @@ def own_logits(model, ids):
 def test_it_is_the_same_model_below_n_local(model):
     ids = torch.randint(97, (2, 40))
     expected = own_logits(model, ids)
-    patched = lambda_model(model, LambdaSpec(n_local=40, n_global=4))
+    patched = patched_model(model, make(n_local=40, n_global=4))
     for chunk in (40, 17, 1):
         found = logits_in_chunks(patched, ids, chunk)
         torch.testing.assert_close(found, expected, rtol=0, atol=2e-5 * expected.abs().max().item())
@@ -88,9 +88,9 @@ def test_it_is_the_same_model_below_n_local(model):
 @pytest.mark.parametrize("attention", ["lambda", "streaming"])
 def test_it_is_the_definition_beyond(model, attention, reference_logits):
     ids = torch.randint(97, (2, 75))
-    spec = LambdaSpec(attention=attention, n_local=16, n_global=4)
+    spec = make(attention=attention, n_local=16, n_global=4)
     expected = reference_logits(model, spec, ids)
-    patched = lambda_model(model, spec)
+    patched = patched_model(model, spec)
     for chunk in (75, 20, 1):
         found = logits_in_chunks(patched, ids, chunk)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
@@ -101,7 +101,7 @@ def test_afterwards_it_is_itself_to_the_bit(model):
     short, long = torch.randint(97, (2, 30)), torch.randint(97, (1, 90))
     before = own_logits(model, short), own_logits(model, long), own_logits(model, short)
     buffers = {name: value.clone() for name, value in model.named_buffers()}
-    patched = lambda_model(model, LambdaSpec(n_local=16, n_global=4))
+    patched = patched_model(model, make(n_local=16, n_global=4))
     logits_in_chunks(patched, long, 20)
     assert patched.restore() is model
     assert model.config._attn_implementation == "eager"
@@ -125,7 +125,7 @@ def test_frequencies_that_follow_the_length_are_put_back(randomise, kind, last, 
     own_logits(model, torch.randint(97, (1, last)))
     before = [own_logits(model, ids) for ids in texts]
     own_logits(model, torch.randint(97, (1, last)))
-    lambda_model(model, LambdaSpec(n_local=n_local, n_global=4)).restore()
+    patched_model(model, make(n_local=n_local, n_global=4)).restore()
     after = [own_logits(model, ids) for ids in texts]
     assert not torch.equal(before[0][0, -1], before[1][0, 29])  # they do move
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
@@ -137,7 +137,7 @@ def test_a_window_beyond_the_trained_length_settles_the_frequencies_there(random
     model = randomise(AutoModelForCausalLM.from_config(config)).eval()
     ids = torch.randint(97, (1, 128))
     expected = own_logits(model, ids)  # the model's own frequencies at 128 tokens
-    patched = lambda_model(model, LambdaSpec(n_local=128, n_global=4))
+    patched = patched_model(model, make(n_local=128, n_global=4))
     found = logits_in_chunks(patched, ids, 50)
     patched.restore()
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5 * expected.abs().max().item())
@@ -151,7 +151,7 @@ def test_a_forward_of_its_own_survives(tiny_model):
         own = module.forward
         module.forward = lambda *args, own=own, **kwargs: calls.append(1) or own(*args, **kwargs)
     hooks = model.model.forward, model.model.rotary_emb.forward
-    patched = lambda_model(model, LambdaSpec(n_local=16, n_global=4))
+    patched = patched_model(model, make(n_local=16, n_global=4))
     output = patched.hidden(torch.randint(97, (1, 20)), patched.new_cache(1, 20))
     patched.logits(output, output.last_hidden_state[0])
     patched.restore()
@@ -162,7 +162,7 @@ def test_a_forward_of_its_own_survives(tiny_model):
 def test_positions_past_2_to_the_24_are_exact(tiny_model):
     """The counter is moved there by whole rings: then slots agree, and so must every number, to the bit."""
     for attention in ("lambda", "streaming", "window"):
-        patched = lambda_model(tiny_model(), LambdaSpec(attention=attention, n_local=16, n_global=4))
+        patched = patched_model(tiny_model(), make(attention=attention, n_local=16, n_global=4))
         near, far = patched.new_cache(2, 2**30), patched.new_cache(2, 2**30)
         for part in torch.randint(97, (2, 37)).split(10, 1):
             patched.hidden(part, near)

@@ -210,7 +210,7 @@ for thread in threads: thread.join()
 
 
 def test_installed_after_lm_eval_was_imported_it_works_at_once(fake_lm_eval):
-    code = "import lm_eval.models, lm_eval.tasks; from lminf_eval import plugin; plugin.install(); plugin.install()"
+    code = "import lm_eval.models, lm_eval.tasks; from lminf_eval.harness.plugin import install; install(); install()"
     done = python(code + REPORT, path=fake_lm_eval(), LMINF_EVAL_AUTOLOAD="0")
     assert "'lminf': 'lminf_eval.harness.lm:LMInfinite'" in done.stdout
     assert done.stdout.splitlines()[1] == str([plugin.task_folder()])

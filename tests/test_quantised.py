@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from lminf_eval.errors import UsageError
-from lminf_eval.methods.spec import LambdaSpec
-from lminf_eval.models.equivalence_check import _quantisation, full_model, lambda_model
+from lminf_eval.methods.registry import make
+from lminf_eval.models.equivalence_check import _quantisation, full_model, patched_model
 
-SPEC = LambdaSpec(n_local=16, n_global=4)
+SPEC = make(n_local=16, n_global=4)
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def int8(tiny_model):
 
 def test_int8_passes_the_check_with_the_bound_of_its_rounding(int8):
     assert _quantisation(int8)
-    lambda_model(int8, SPEC).restore()
+    patched_model(int8, SPEC).restore()
     full_model(int8).restore()
 
 
@@ -70,6 +70,6 @@ def test_a_compressed_tensors_checkpoint_runs_under_both(tiny_model, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert not hasattr(loaded.model.layers[0].mlp.up_proj, "weight")
     full_model(loaded).restore()
-    lambda_model(loaded, SPEC).restore()
+    patched_model(loaded, SPEC).restore()
     logits = loaded(torch.arange(20)[None]).logits
     torch.testing.assert_close(logits, tiny_model()(torch.arange(20)[None]).logits, rtol=0, atol=0.2)

@@ -8,10 +8,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lminf_eval.config.rope_scaling import apply_rope
 from lminf_eval.errors import UsageError
-from lminf_eval.inference.engine import Engine, GenerateRequest, ScoreRequest
-from lminf_eval.methods.spec import LambdaSpec
+from lminf_eval.inference.engine import Engine
+from lminf_eval.inference.requests import GenerateRequest, ScoreRequest
+from lminf_eval.methods.registry import MethodArgs
 from lminf_eval.models.full_model import FullModel
-from lminf_eval.models.rope import held
+from lminf_eval.models.rope import frozen_length
 
 SMALL = {
     "vocab_size": 97,
@@ -53,9 +54,9 @@ def test_chunks_give_what_one_pass_of_that_config_gives(randomise, rope):
     assert (plain(ids).logits[0] - expected).abs().max() > 0.05 * expected.abs().max()  # the scaling shows
 
     config = CONFIG_MAPPING["llama"](**SMALL)
-    apply_rope(config, LambdaSpec(attention="full", rope=rope, rope_factor=4))
+    apply_rope(config, rope, 4)
     full = FullModel(randomise(AutoModelForCausalLM.from_config(config)).eval())
-    assert full.by_length == (rope == "dynamic")
+    assert full.rope_depends_on_length == (rope == "dynamic")
     for chunk in (100, 33, 7):
         torch.testing.assert_close(in_chunks(full, ids, chunk), expected, rtol=0, atol=1e-5 * expected.abs().max())
 
@@ -80,19 +81,21 @@ def test_the_engine_keeps_lengths_apart(randomise):
     texts = [prefix + torch.randint(97, (n,)).tolist() for n in (20, 20, 40, 5)]
     expected = []
     for text in texts:
-        with held(model.model.rotary_emb, len(text) - 1):  # the model itself stays at the longest text it has seen
+        with frozen_length(
+            model.model.rotary_emb, len(text) - 1
+        ):  # the model itself stays at the longest text it has seen
             log_probs = model(torch.tensor([text[:-1]])).logits[0].log_softmax(-1)
         expected.append(log_probs[torch.arange(49, len(text) - 1), text[50:]].numpy())
     engine = Engine(FullModel(model), 16)
     scores = dict(engine.score([ScoreRequest(text, 50) for text in texts]))
-    assert engine.reused > 0  # the two of one length do share
+    assert engine.chunks.reused > 0  # the two of one length do share
     for i, log_probs in enumerate(expected):
         np.testing.assert_allclose(scores[i].log_probs, log_probs, atol=1e-4)
 
-    found = dict(engine.generate([GenerateRequest(text, 4, lambda new: False) for text in texts]))
+    found = dict(engine.generate([GenerateRequest(text, 4) for text in texts]))
     for i, text in enumerate(texts):
         for token in found[i]:
-            with held(model.model.rotary_emb, len(texts[i]) + 4):  # those of the longest it may come to
+            with frozen_length(model.model.rotary_emb, len(texts[i]) + 4):  # those of the longest it may come to
                 assert model(torch.tensor([text])).logits[0, -1].argmax().item() == token
             text = [*text, token]
 
@@ -100,7 +103,7 @@ def test_the_engine_keeps_lengths_apart(randomise):
 def test_layers_that_slide_are_left_alone():
     config = CONFIG_MAPPING["gemma3_text"](**SMALL)
     before = dict(config.rope_parameters["sliding_attention"])
-    apply_rope(config, LambdaSpec(attention="full", rope="linear", rope_factor=8))
+    apply_rope(config, "linear", 8)
     assert config.rope_parameters["sliding_attention"] == before
     assert config.rope_parameters["full_attention"]["factor"] == 8
 
@@ -108,7 +111,7 @@ def test_layers_that_slide_are_left_alone():
 def test_nothing_is_edited_without_rope():
     config = CONFIG_MAPPING["llama"](**SMALL)
     before = config.to_dict()
-    apply_rope(config, LambdaSpec(attention="full"))
+    apply_rope(config, None, None)
     assert config.to_dict() == before
 
 
@@ -123,7 +126,7 @@ def test_nothing_is_edited_without_rope():
 )
 def test_what_cannot_be_scaled_is_refused(family, more, why):
     with pytest.raises(UsageError, match=why):
-        apply_rope(CONFIG_MAPPING[family](**more), LambdaSpec(attention="full", rope="yarn", rope_factor=4))
+        apply_rope(CONFIG_MAPPING[family](**more), "yarn", 4)
 
 
 @pytest.mark.parametrize(
@@ -138,4 +141,4 @@ def test_what_cannot_be_scaled_is_refused(family, more, why):
 )
 def test_arguments_that_do_not_fit_are_refused(args, why):
     with pytest.raises(UsageError, match=why):
-        LambdaSpec.parse(args)
+        MethodArgs.parse(args)

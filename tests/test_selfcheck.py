@@ -7,14 +7,14 @@ import torch
 from lm_eval.api.instance import Instance
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from lminf_eval.cache.window_cache import LayerCache
+from lminf_eval.cache.layer_cache import LayerCache
 from lminf_eval.errors import UsageError
 from lminf_eval.harness.lm import LMInfinite
-from lminf_eval.methods.spec import LambdaSpec
-from lminf_eval.models.equivalence_check import _logits_error, lambda_model, relative_error
+from lminf_eval.methods.registry import make
+from lminf_eval.models.equivalence_check import _logits_error, patched_model, relative_error
 from lminf_eval.models.rope import Rotary
 
-SPEC = LambdaSpec(n_local=16, n_global=4)
+SPEC = make(n_local=16, n_global=4)
 SMALL = {
     "vocab_size": 97,
     "hidden_size": 64,
@@ -51,7 +51,7 @@ def assert_refused_and_untouched(model, why):
     buffers = {name: value.clone() for name, value in model.named_buffers()}
     implementation = model.config._attn_implementation
     with pytest.raises(UsageError, match=why) as error:
-        lambda_model(model, SPEC)
+        patched_model(model, SPEC)
     assert "\n" not in str(error.value)
     assert repr(model.config.model_type) in str(error.value)
     assert model.config._attn_implementation == implementation
@@ -77,14 +77,14 @@ def test_learned_absolute_positions(randomise):
 def test_models_with_layer_norm_pass(randomise, kind):
     small = {k: v for k, v in SMALL.items() if kind != "gpt_neox" or k != "num_key_value_heads"}
     model = build(randomise, kind, **small)
-    patched = lambda_model(model, SPEC)
+    patched = patched_model(model, SPEC)
     assert patched.model is model
     assert set(patched.rotated.values()) == {True}
     patched.restore()
 
 
 def test_a_layer_without_positions_is_found(randomise):
-    patched = lambda_model(build(randomise, "smollm3", **SMALL, no_rope_layers=[1, 0]), SPEC)
+    patched = patched_model(build(randomise, "smollm3", **SMALL, no_rope_layers=[1, 0]), SPEC)
     assert patched.rotated == {0: True, 1: False}
     patched.restore()
 
@@ -117,19 +117,19 @@ def test_wrong_logits_are_caught(tiny_model, monkeypatch):
 
 @pytest.mark.parametrize("n_local", [1, 2, 3, 5])
 def test_any_window_can_be_checked(tiny_model, n_local):
-    lambda_model(tiny_model(), LambdaSpec(n_local=n_local, n_global=0)).restore()
+    patched_model(tiny_model(), make(n_local=n_local, n_global=0)).restore()
 
 
 def test_a_window_of_one_token_does_not_blind_the_check(randomise):
     """Beyond that window the starting tokens are seen at distance 1, so rotations matter."""
     model = build(randomise, "hunyuan_v1_dense", **SMALL)
     with pytest.raises(UsageError, match="depend on absolute positions"):
-        lambda_model(model, LambdaSpec(n_local=1, n_global=0)).restore()
+        patched_model(model, make(n_local=1, n_global=0)).restore()
 
 
 def test_half_precision_models_pass(tiny_model):
-    lambda_model(tiny_model().bfloat16(), SPEC).restore()
-    lambda_model(tiny_model().double(), SPEC).restore()
+    patched_model(tiny_model().bfloat16(), SPEC).restore()
+    patched_model(tiny_model().double(), SPEC).restore()
 
 
 def test_the_error_is_relative_and_keeps_nan():
@@ -140,10 +140,10 @@ def test_the_error_is_relative_and_keeps_nan():
 
 
 def test_a_model_is_patched_once(tiny_model):
-    patched = lambda_model(tiny_model(), SPEC)
-    with pytest.raises(UsageError, match="a Λ model already"):
-        lambda_model(patched.model, SPEC)
-    lambda_model(patched.restore(), SPEC).restore()
+    patched = patched_model(tiny_model(), SPEC)
+    with pytest.raises(UsageError, match="the model is patched already"):
+        patched_model(patched.model, SPEC)
+    patched_model(patched.restore(), SPEC).restore()
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lminf_eval.methods.spec import LambdaSpec
-from lminf_eval.models.equivalence_check import lambda_model
+from lminf_eval.methods.registry import make
+from lminf_eval.models.equivalence_check import patched_model
 
 pytestmark = pytest.mark.slow
 
@@ -28,7 +28,7 @@ def ids(smollm2):
 def in_chunks(patched, ids, chunk):
     cache, found = patched.new_cache(*ids.shape), []
     for start in range(0, ids.shape[1], chunk):
-        output = patched.hidden(ids[:, start : start + chunk], cache, keep=start + chunk < ids.shape[1])
+        output = patched.hidden(ids[:, start : start + chunk], cache, update_cache=start + chunk < ids.shape[1])
         found.append(patched.logits(output, output.last_hidden_state[0]))
     return torch.cat(found)
 
@@ -37,7 +37,7 @@ def test_short_text_is_the_models_own(model, ids):
     ids = ids[:, :150]
     with torch.inference_mode():
         expected = model(ids).logits[0]
-    patched = lambda_model(model, LambdaSpec(n_local=8192))
+    patched = patched_model(model, make(n_local=8192))
     for chunk in (40, 4096):
         torch.testing.assert_close(in_chunks(patched, ids, chunk), expected, rtol=0, atol=1e-3)
     patched.restore()
@@ -48,7 +48,7 @@ def test_short_text_is_the_models_own(model, ids):
 @pytest.fixture(scope="module")
 def definition(model, ids, reference_logits):
     """`definition(attention)`: the spec, and logits [640, V] of the whole model under it."""
-    specs = {attention: LambdaSpec(attention=attention, n_local=64) for attention in ("lambda", "streaming", "window")}
+    specs = {attention: make(attention=attention, n_local=64) for attention in ("lambda", "streaming", "window")}
     return functools.cache(lambda attention: (specs[attention], reference_logits(model, specs[attention], ids)[0]))
 
 
@@ -58,7 +58,7 @@ def definition(model, ids, reference_logits):
 )
 def test_long_text_is_the_definitions(model, ids, definition, attention, lengths):
     spec, expected = definition(attention)
-    patched = lambda_model(model, spec)
+    patched = patched_model(model, spec)
     for chunk, n in lengths.items():
         torch.testing.assert_close(in_chunks(patched, ids[:, :n], chunk), expected[:n], rtol=0, atol=1e-3)
     patched.restore()

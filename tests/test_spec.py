@@ -13,18 +13,22 @@ from transformers import (
     T5Config,
 )
 
+from lminf_eval.config.trained_length import trained_length
 from lminf_eval.errors import UsageError
-from lminf_eval.methods.spec import LambdaSpec, closest, trained_length
+from lminf_eval.harness.model_args import own_args
+from lminf_eval.methods.registry import MethodArgs
+from lminf_eval.utils.names import closest
 
 
 def test_defaults_are_the_papers():
-    spec = LambdaSpec.parse({})
-    assert (spec.attention, spec.n_local, spec.n_global, spec.chunk_size) == ("lambda", None, 10, 2048)
+    method = MethodArgs.parse({}).at(4096)
+    assert (method.name, method.n_local, method.n_global, method.top_k) == ("lambda", 4096, 10, 0)
 
 
 def test_values_may_come_as_strings():
-    spec = LambdaSpec.parse({"n_local": "2048", "n_global": "0", "chunk_size": "512", "attention": "window"})
-    assert (spec.n_local, spec.n_global, spec.chunk_size, spec.attention) == (2048, 0, 512, "window")
+    args = MethodArgs.parse({"n_local": "2048", "n_global": "0", "attention": "streaming"})
+    assert args.given == {"n_local": 2048, "n_global": 0}
+    assert (args.at(0).n_local, args.at(0).n_global, args.at(0).name) == (2048, 0, "streaming")
 
 
 @pytest.mark.parametrize(
@@ -39,15 +43,17 @@ def test_values_may_come_as_strings():
         ({"n_local": 8, "n_global": 9}, ["n_global=9", "smaller than n_local=8"]),
         ({"n_local": 8}, ["n_global=10", "smaller than n_local=8"]),
         ({"n_local": 8, "n_global": 9, "attention": "streaming"}, ["n_global=9", "smaller than n_local=8"]),
-        ({"chunk_size": 0}, ["chunk_size=0", "greater than or equal to 1"]),
-        ({"attention": "sparse"}, ["attention=sparse", "'lambda'", "'full'", "'streaming'", "'window'"]),
+        ({"attention": "sparse"}, ["attention=sparse", "lambda", "full", "streaming", "window"]),
+        ({"attention": "streamin"}, ["attention=streamin", "did you mean streaming?"]),
+        ({"attention": "full", "n_local": 0}, ["n_local=0", "greater than or equal to 1"]),
+        ({"rope": "yarn", "rope_factor": 4}, ["goes with attention=full, not with attention=lambda"]),
         ({"n_locl": 8}, ["n_locl=8"]),
         ({"n_local": True}, ["n_local=True", "must be a number"]),
     ],
 )
 def test_a_bad_value_is_one_line_that_names_it(args, named):
     with pytest.raises(UsageError) as error:
-        LambdaSpec.parse(args)
+        MethodArgs.parse(args)
     message = str(error.value)
     assert "\n" not in message
     for part in named:
@@ -56,17 +62,17 @@ def test_a_bad_value_is_one_line_that_names_it(args, named):
 
 def test_several_bad_values_are_all_named_in_one_line():
     with pytest.raises(UsageError) as error:
-        LambdaSpec.parse({"n_local": 0, "n_global": -1, "attention": "x"})
+        MethodArgs.parse({"n_local": 0, "n_global": -1, "top_k": -2})
     assert "\n" not in str(error.value)
-    for part in ("n_local=0", "n_global=-1", "attention=x"):
+    for part in ("n_local=0", "n_global=-1", "top_k=-2"):
         assert part in str(error.value)
 
 
 def test_methods_without_starting_tokens_take_any_window():
     """The default n_global is 10; a window of 5 is fine where no starting tokens are kept."""
-    assert LambdaSpec.parse({"attention": "window", "n_local": 5}).sinks == 0
-    assert LambdaSpec.parse({"attention": "full", "n_local": 5}).n_local == 5
-    assert LambdaSpec.parse({"n_local": 11}).sinks == 10
+    assert MethodArgs.parse({"attention": "window", "n_local": 5}).at(0).kept(100) == 5
+    assert MethodArgs.parse({"attention": "full", "n_local": 5}).record()["n_local"] == 5
+    assert MethodArgs.parse({"n_local": 11}).at(0).kept(100) == 21
 
 
 PHI3_FACTORS = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
@@ -156,20 +162,20 @@ def test_the_length_a_model_was_trained_at(config, length, key):
 
 def test_the_window_is_the_trained_length_unless_set():
     config = LlamaConfig(max_position_embeddings=4096)
-    spec, why = LambdaSpec(n_global=4).resolve(config)
+    spec, why = MethodArgs.parse({"n_global": 4}).resolve(config)
     assert (spec.n_local, spec.n_global, why) == (4096, 4, "max_position_embeddings")
-    spec, why = LambdaSpec(n_local=77).resolve(config)
+    spec, why = MethodArgs.parse({"n_local": 77}).resolve(config)
     assert (spec.n_local, why) == (77, "set by n_local")
 
 
 def test_no_length_to_be_had_asks_for_one():
     with pytest.raises(UsageError, match="'t5' tells no pre-training length; pass n_local=<tokens>"):
-        LambdaSpec().resolve(T5Config())
+        MethodArgs.parse({}).resolve(T5Config())
 
 
 def test_starting_tokens_must_fit_in_the_trained_length_too():
     with pytest.raises(UsageError, match="n_global=64 must be smaller than n_local=64"):
-        LambdaSpec(n_global=64).resolve(LlamaConfig(max_position_embeddings=64))
+        MethodArgs.parse({"n_global": 64}).resolve(LlamaConfig(max_position_embeddings=64))
 
 
 @pytest.mark.parametrize(
@@ -177,4 +183,4 @@ def test_starting_tokens_must_fit_in_the_trained_length_too():
     [("n_locl", " (did you mean n_local?)"), ("chunksize", " (did you mean chunk_size?)"), ("xyz", "")],
 )
 def test_a_hint_at_the_nearest_name(name, hint):
-    assert closest(name, LambdaSpec.model_fields) == hint
+    assert closest(name, own_args()) == hint

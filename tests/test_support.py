@@ -5,8 +5,9 @@ from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lminf_eval.errors import UsageError
-from lminf_eval.models import families
-from lminf_eval.models.families.registry import TESTED, check, families_table, support
+from lminf_eval.methods.registry import METHODS
+from lminf_eval.models.families.registry import check, families_table, support
+from lminf_eval.models.families.table import FAMILIES
 
 REFUSED = {
     "deepseek_v3": "multi-head latent attention",
@@ -39,7 +40,7 @@ REFUSED = {
 @pytest.mark.parametrize("family", REFUSED)
 def test_a_family_out_of_reach_is_refused_by_name_and_reason(family):
     with pytest.raises(UsageError, match=f"'{family}': .*{REFUSED[family]}") as refusal:
-        check(CONFIG_MAPPING[family]())
+        check(CONFIG_MAPPING[family](), METHODS["lambda"])
     assert "\n" not in str(refusal.value)
     runs_at_all = REFUSED[family] not in ("encoder-decoder", "no causal language model")
     assert ("attention=full" in str(refusal.value)) == runs_at_all
@@ -48,8 +49,8 @@ def test_a_family_out_of_reach_is_refused_by_name_and_reason(family):
 @pytest.mark.parametrize(
     ("family", "more", "kind", "where"),
     [
-        ("llama", {}, "rotary", "patch.py"),
-        ("gpt_oss", {}, "rotary", "patch.py"),
+        ("llama", {}, "rotary", "patching.py"),
+        ("gpt_oss", {}, "rotary", "patching.py"),
         ("codegen", {}, "rotary", "families/gptj.py"),
         ("mpt", {}, "ALiBi", "families/mpt.py"),
         ("bloom", {}, "ALiBi", "families/bloom.py"),
@@ -60,7 +61,7 @@ def test_a_family_out_of_reach_is_refused_by_name_and_reason(family):
 def test_where_a_family_is_taken_over(family, more, kind, where):
     found = support(CONFIG_MAPPING[family](**more))
     assert (found.kind, found.where, found.reason, found.tested) == (kind, where, "", True)
-    check(CONFIG_MAPPING[family](**more))
+    check(CONFIG_MAPPING[family](**more), METHODS["lambda"])
 
 
 def test_a_config_from_a_folder_is_enough(tiny_llama):
@@ -71,9 +72,13 @@ def test_the_table_is_of_every_causal_family_and_of_the_code():
     rows = families_table()
     by_name = {row.family: row for row in rows}
     assert len(rows) == len(by_name) > 100
-    known = {name for name in TESTED if name in CONFIG_MAPPING}  # an older transformers lacks some
+    known = {
+        name for name, row in FAMILIES.items() if row.tested and name in CONFIG_MAPPING
+    }  # an older transformers lacks some
     assert by_name.keys() >= known > {"llama", "falcon"}
     assert all(by_name[name].kind != "none" for name in known)
-    assert {row.family for row in rows if row.where.startswith("families/")} == families.FAMILIES.keys()
+    assert {row.family for row in rows if row.where.startswith("families/")} == {
+        name for name, row in FAMILIES.items() if row.adapter
+    }
     assert all(bool(row.reason) == (row.kind == "none") == (not row.where) for row in rows)
     assert not any(row.tested for row in rows if row.kind == "none")

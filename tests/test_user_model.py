@@ -8,13 +8,14 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+import lminf_eval
 from lminf_eval.errors import UsageError
 from lminf_eval.harness.lm import LMInfinite
-from lminf_eval.methods.spec import LambdaSpec
-from lminf_eval.models.equivalence_check import lambda_model
+from lminf_eval.methods.registry import make
+from lminf_eval.models.equivalence_check import patched_model
 from lminf_eval.models.modules import attention_layers
 
-SPEC = LambdaSpec(n_local=16, n_global=4)
+SPEC = make(n_local=16, n_global=4)
 ARGUMENTS = ("The grass is green. " * 9, " The sky is blue.")
 
 
@@ -76,7 +77,7 @@ def test_a_request_that_fails_gives_the_model_back(owned, monkeypatch):
     model, _ = owned
     lm = lminf(owned, n_local=16)
     lm.loglikelihood(request())
-    monkeypatch.setattr(lm, "_score", lambda *args: 1 / 0)
+    monkeypatch.setattr(lm, "_sum", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         lm.loglikelihood(request())
     assert not any(hasattr(layer, "lminf") for layer in attention_layers(model))
@@ -126,14 +127,14 @@ SMALL = {
 @pytest.fixture(params=KINDS)
 def patched(request, randomise):
     config = CONFIG_MAPPING[request.param](**SMALL | KINDS[request.param])
-    made = lambda_model(randomise(AutoModelForCausalLM.from_config(config)).eval(), SPEC)
+    made = patched_model(randomise(AutoModelForCausalLM.from_config(config)).eval(), SPEC)
     yield made
     made.restore()
 
 
 @torch.inference_mode()
 def engine_logits(patched, ids_1S):
-    output = patched.hidden(ids_1S, patched.new_cache(1, ids_1S.shape[1]), keep=False)
+    output = patched.hidden(ids_1S, patched.new_cache(1, ids_1S.shape[1]), update_cache=False)
     return patched.logits(output, output.last_hidden_state[0])
 
 
@@ -158,29 +159,13 @@ def test_a_patched_model_generates_as_the_engine_does(patched):
     assert found.tolist() == expected.tolist()
 
 
-@torch.no_grad()
-def test_padding_and_top_k_are_refused_when_a_patched_model_is_called(tiny_model):
-    patched = lambda_model(tiny_model(), SPEC)
-    mask = torch.ones(2, 9, dtype=torch.long)
-    patched.model(torch.ones_like(mask), attention_mask=mask)
-    mask[1, 0] = 0
-    with pytest.raises(UsageError, match=r"attention_mask: .*no padding"):
-        patched.model(torch.ones_like(mask), attention_mask=mask)
-    patched.restore()
-    patched = lambda_model(tiny_model(), LambdaSpec(n_local=16, n_global=4, top_k=2, top_k_distance=8))
-    with pytest.raises(UsageError, match="top_k=2: "):
-        patched.model(torch.ones(1, 9, dtype=torch.long))
-    patched.restore()
-
-
 def test_an_open_n_local_is_the_models_own_length(tiny_model):
-    patched = lambda_model(tiny_model(), LambdaSpec())
-    assert patched.spec.n_local == 64
-    patched.restore()
+    with lminf_eval.patch(tiny_model()) as patched:
+        assert patched.method.n_local == 64
 
 
 def test_taking_over_and_giving_back_again_changes_nothing(tiny_model):
-    patched = lambda_model(tiny_model(), SPEC)
+    patched = patched_model(tiny_model(), SPEC)
     ids = torch.randint(97, (1, 40))
     first = engine_logits(patched, ids)
     patched.apply()

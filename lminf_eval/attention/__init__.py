@@ -1,1 +1,1 @@
-"""The Λ computation. `reference.py` defines it; `banded.py` makes it linear in length; both agree."""
+"""The attention of methods: `reference.py` defines it, the other files make it fast, one for each shape of key set."""

@@ -2,10 +2,9 @@
 
 A query at position i becomes [q, slope/scale, -i slope/scale] and a key at position j becomes [k, j, 1], so that their
 product, scaled, is scale * q·k - slope * (i - j). Coordinates are float32 and small: a block's own first query stands
-at position 0, so that the bias of near keys, which are those that count, is exact to float32 however far the sequence
-has come.
+at position 0. So the bias of near keys, which are those that count, is exact to float32 at any length.
 
-Shapes: as in `banded.py`.
+Shapes: as in `sliding_window.py`.
 """
 
 from __future__ import annotations
@@ -18,26 +17,26 @@ _BLOCK = 256  # queries that share one origin
 _COORDINATES = 8  # two used; kernels want head dimensions that are multiples of eight
 
 
-def band(
+def sliding_window_attention(
     q_BHLD: torch.Tensor,
     k_BKMD: torch.Tensor,
     v_BKMD: torch.Tensor,
-    n_local: int,
+    window: int,
     scale: float,
     slopes_H: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The local branch, `banded.band`, with ALiBi's bias. Inputs are float32 (or float64)."""
+    """Compute `sliding_window.sliding_window_attention` with ALiBi's bias. Inputs are float32 (or float64)."""
     L, past = q_BHLD.shape[2], k_BKMD.shape[2] - q_BHLD.shape[2]
     pieces = []
     for start in range(0, L, _BLOCK):
         stop = min(start + _BLOCK, L)
-        keys = slice(max(0, past + start - n_local + 1), past + stop)
+        keys = slice(max(0, past + start - window + 1), past + stop)
         pieces.append(
-            sliding_window.band(
+            sliding_window.sliding_window_attention(
                 queries_at(q_BHLD[:, :, start:stop], torch.arange(stop - start), slopes_H / scale),
                 keys_at(k_BKMD[:, :, keys], torch.arange(keys.start, keys.stop) - past - start),
                 v_BKMD[:, :, keys],
-                n_local,
+                window,
                 scale,
             )
         )
@@ -46,7 +45,7 @@ def band(
 
 
 def queries_at(q_BHLD: torch.Tensor, position_L: torch.Tensor, steepness_H: torch.Tensor) -> torch.Tensor:
-    """Queries [B, H, L, D + 8] at integer positions; `steepness_H` is slope / scale."""
+    """Return queries [B, H, L, D + 8] at positions; `steepness_H` is slope / scale."""
     B, H, L, _ = q_BHLD.shape
     extra = q_BHLD.new_zeros(B, H, L, _COORDINATES)
     steepness_H1 = steepness_H.to(q_BHLD)[:, None]
@@ -56,7 +55,7 @@ def queries_at(q_BHLD: torch.Tensor, position_L: torch.Tensor, steepness_H: torc
 
 
 def keys_at(k_BKMD: torch.Tensor, position_M: torch.Tensor) -> torch.Tensor:
-    """Keys [B, K, M, D + 8] at integer positions."""
+    """Return keys [B, K, M, D + 8] at positions."""
     extra = k_BKMD.new_zeros(*k_BKMD.shape[:3], _COORDINATES)
     extra[..., 0] = position_M.to(k_BKMD)
     extra[..., 1] = 1

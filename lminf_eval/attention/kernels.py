@@ -30,7 +30,7 @@ def attend(
     Returns:
         out [B, H, L, D of v] in the dtype of q, and lse [B, H, L], float32 (float64 for float64 inputs).
     """
-    name = primitive(q_BHLD, softcap)
+    name = kernel_name(q_BHLD, softcap)
     if name == "math":
         return _math(q_BHLD, k_BKMD, v_BKMD, scale, causal, softcap)
     D = v_BKMD.shape[3]
@@ -65,7 +65,7 @@ def attend_biased(
     """
     B, H, _, D = q_BH1D.shape
     K = k_BKMD.shape[1]
-    if primitive(q_BH1D, softcap) == "cpu-flash" and v_BKMD.shape[3] == D and (H == K or _cpu_flash_groups_heads()):
+    if kernel_name(q_BH1D, softcap) == "cpu-flash" and v_BKMD.shape[3] == D and (H == K or _cpu_flash_groups_heads()):
         mask = None if bias is None else bias.to(q_BH1D.dtype)
         q, k, v = dense(q_BH1D, k_BKMD, v_BKMD)
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -88,8 +88,8 @@ def dense(*tensors: torch.Tensor) -> list[torch.Tensor]:
     return [x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in tensors]
 
 
-def primitive(q: torch.Tensor, softcap: float | None = None) -> str:
-    """The primitive `attend` uses for such a query: cpu-flash, cuda-flash, cuda-efficient or math."""
+def kernel_name(q: torch.Tensor, softcap: float | None = None) -> str:
+    """Return the kernel that `attend` uses for such a query: cpu-flash, cuda-flash, cuda-efficient or math."""
     if softcap is not None:
         return "math"
     if q.device.type == "cpu" and hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu"):

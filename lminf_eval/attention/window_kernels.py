@@ -25,7 +25,7 @@ _QUERIES, _ROWS = 64, 192
 
 def has_window(q_BHLD: torch.Tensor, softcap: float | None = None) -> bool:
     """Whether `attend_window` can be had for such queries."""
-    name = kernels.primitive(q_BHLD, softcap)
+    name = kernels.kernel_name(q_BHLD, softcap)
     return name == "cpu-flash" or (name == "cuda-flash" and _varlen() is not None)
 
 

@@ -25,6 +25,7 @@ from lminf_eval.bench.roofline import Size
 from lminf_eval.bench.shapes import SHAPES
 from lminf_eval.errors import UsageError
 from lminf_eval.harness.lm import LMInfinite
+from lminf_eval.methods.registry import DEFAULT, METHODS
 from lminf_eval.models.families import registry
 from lminf_eval.models.loading import read_config, read_weights
 from lminf_eval.utils.formatting import format_bytes
@@ -50,7 +51,7 @@ class BenchmarkModel:
         self.config = (
             read_config(options.pretrained, {}) if options.pretrained else LlamaConfig.from_dict(SHAPES[options.shape])
         )
-        registry.check(self.config)
+        registry.check(self.config, METHODS[DEFAULT])
         with torch.device("meta"):
             self.size = Size.of(AutoModelForCausalLM.from_config(self.config, dtype=_dtype(options, self.config)))
         needed = self.size.parameters * self.size.itemsize

@@ -9,12 +9,12 @@ from typing import Any
 from lm_eval.utils import simple_parse_args_string
 
 from lminf_eval.bench.shapes import SHAPES
-from lminf_eval.demo.smollm2 import NAME
 from lminf_eval.errors import UsageError
+from lminf_eval.harness.model_args import ExecutionArgs, answer_args, find_device
 from lminf_eval.harness.model_args import check as check_args
-from lminf_eval.harness.model_args import find_device
-from lminf_eval.methods.spec import LambdaSpec, closest
-from lminf_eval.paths import cache_home
+from lminf_eval.methods.registry import MethodArgs
+from lminf_eval.paths import DEMO_MODEL, cache_home
+from lminf_eval.utils.names import closest
 from lminf_eval.utils.tokens import parse_tokens
 
 CASES = {
@@ -81,17 +81,18 @@ def parse_options(
     if dtype not in DTYPES:
         raise UsageError(f"dtype={dtype}: must be one of {', '.join(DTYPES)}")
     if not pretrained and not shape:
-        smollm2 = cache_home() / NAME
+        smollm2 = cache_home() / DEMO_MODEL
         pretrained, shape = (str(smollm2), "") if smollm2.is_dir() else ("", "135m")
     own = simple_parse_args_string(model_args)
     for name in own.keys() - set(MODEL_ARGS):
         hint = "; n_local is --n-local" if name == "n_local" else closest(name, MODEL_ARGS)
         raise UsageError(f"model_args: {name}={own[name]}: bench takes {' and '.join(MODEL_ARGS)} there{hint}")
     windows = parse_counts("n-local", n_local)
+    ExecutionArgs.parse(own)
     for window in windows:
-        LambdaSpec.parse({**own, "n_local": window})
+        MethodArgs.parse({name: own[name] for name in own if name in answer_args()} | {"n_local": window})
     if pretrained:
-        check_args(pretrained, 1, True, None, {})
+        check_args(pretrained, {})
     return Options(
         pretrained,
         shape,

@@ -6,20 +6,20 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from lminf_eval.bench.benchmark_model import BenchmarkModel
-from lminf_eval.cache.window_cache import LambdaCache
+from lminf_eval.cache.attention_state import AttentionState
 from lminf_eval.harness.lm import LMInfinite
+from lminf_eval.methods.base import window_of
 
 
 def prefilled_lambda_cache(
     bench_model: BenchmarkModel, lm: LMInfinite, context: int, rows: int, room: int
-) -> LambdaCache:
+) -> AttentionState:
     """Return the cache of `rows` equal sequences after `context` tokens, with room for more.
 
     Keys that left the window are not in it. So only the last one or two windows are run; then the length of the
     sequence is increased by a whole number of windows, which leaves each key in its slot and at its distance.
     """
-    model, window = lm.streaming, lm.spec.n_local
-    assert window is not None  # a loaded model's spec is resolved
+    model, window = lm.model_runner(), window_of(lm.method.branches())
     turns = max(0, context // window - 1)
     held = context - turns * window
     cache = model.new_cache(1, context + room)

@@ -87,16 +87,3 @@ class Size:
 def full_pairs(tokens: int) -> int:
     """Pairs of a query and a key it sees in causal attention: 1 + 2 + … + tokens."""
     return tokens * (tokens + 1) // 2
-
-
-def lambda_pairs(tokens: int, n_local: int, sinks: int) -> int:
-    """The same in Λ-attention: min(i + 1, n_local) keys near position i, and the starting tokens that are far."""
-    near = full_pairs(min(tokens, n_local)) + max(0, tokens - n_local) * n_local
-    beyond = max(0, tokens - n_local)
-    growing = min(beyond, sinks)  # query n_local sees one far token, the next two, until all are
-    return near + full_pairs(growing) + (beyond - growing) * sinks
-
-
-def lambda_keys(position: int, n_local: int, sinks: int) -> int:
-    """Keys that the query at `position` sees in Λ-attention, its own included."""
-    return min(position + 1, n_local) + min(max(0, position + 1 - n_local), sinks)

@@ -1,7 +1,7 @@
-"""Top-k re-admission: the invisible middle keys with the largest logits, seen again (LM-Infinite, arXiv 2308.16137,
+"""Retrieval: the hidden keys with the largest logits, seen again (LM-Infinite, arXiv 2308.16137,
 section 4 and appendix on passkeys). What retrieval beyond the window needs; O(n) storage, in host memory.
 
-Shapes: K key-value heads, g query heads per key-value head (H = K * g), L queries, M middle keys, D head dimension.
+Shapes: K key-value heads, g query heads per key-value head (H = K * g), L queries, M hidden keys, D head dimension.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _LOOSE = 64  # single-token pieces that may lie about before they are joined
 
 
 @dataclass(frozen=True)
-class Middle:
+class OffloadedKeys:
     """One row's keys and values in one layer, all from position 0, the keys rotated to 0.
 
     Immutable: to append is to make a new object that shares the old one's pieces, so that sequences with a common
@@ -24,13 +24,13 @@ class Middle:
 
     pieces: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()  # (keys, values), each [K, M, D]
 
-    def append(self, k_KLD: torch.Tensor, v_KLD: torch.Tensor) -> Middle:
+    def append(self, k_KLD: torch.Tensor, v_KLD: torch.Tensor) -> OffloadedKeys:
         """With L more keys and values, copied to host memory."""
         pieces = (*self.pieces, (k_KLD.to("cpu", copy=True), v_KLD.to("cpu", copy=True)))
         if len(pieces) > _LOOSE and all(k.shape[1] == 1 for k, _ in pieces[-_LOOSE:]):
-            tail = tuple(torch.cat(parts, 1) for parts in zip(*pieces[-_LOOSE:], strict=True))
-            pieces = (*pieces[:-_LOOSE], tail)
-        return Middle(pieces)
+            keys, values = (torch.cat(parts, 1) for parts in zip(*pieces[-_LOOSE:], strict=True))
+            pieces = (*pieces[:-_LOOSE], (keys, values))
+        return OffloadedKeys(pieces)
 
     def attend(
         self,
@@ -44,8 +44,8 @@ class Middle:
         """Attention over each query's and head's own `top_k` best of the keys at positions low .. stop_L[l] - 1.
 
         Args:
-            q_HLD: queries rotated to the distance at which middle keys are scored.
-            stop_L: per query, where its window begins; a query with no middle gets a log-sum-exp of -inf.
+            q_HLD: queries rotated to the distance at which hidden keys are scored.
+            stop_L: per query, where its window begins; a query with no hidden key gets a log-sum-exp of -inf.
 
         Returns:
             out [H, L, D] and lse [H, L], on the device of q.

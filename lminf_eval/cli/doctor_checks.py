@@ -19,11 +19,13 @@ from lm_eval.utils import simple_parse_args_string
 from rich.console import Console
 from rich.text import Text
 
-from lminf_eval.attention.kernels import primitive
+from lminf_eval.attention.kernels import kernel_name
 from lminf_eval.config.model_shape import ModelShape
-from lminf_eval.harness.model_args import check, find_device
+from lminf_eval.harness.model_args import ModelArgs, find_device
 from lminf_eval.harness.plugin import MODEL_NAME, task_folder
-from lminf_eval.methods.spec import LambdaSpec
+from lminf_eval.methods.base import AttentionMethod, WindowedMethod, first_keys
+from lminf_eval.methods.full import Full
+from lminf_eval.methods.registry import MethodArgs
 from lminf_eval.models.families import registry
 from lminf_eval.models.loading import read_config
 from lminf_eval.models.memory_estimate import memory
@@ -52,17 +54,16 @@ def print_checks(pretrained: str | None, length: int, model_args: str, batch_siz
     _print(console, "installed", [*versions(), *devices(), *startup_hook()])
     if pretrained is None:
         return
-    check(pretrained, batch_size, args.get("prefix_sharing", True), args.get("journal"), args)
-    spec = LambdaSpec.parse({name: args[name] for name in args if name in LambdaSpec.model_fields})
+    read = ModelArgs.parse(pretrained, {**args, "batch_size": batch_size})
     config = read_config(pretrained, args)
-    registry.check(config, spec.attention)
+    registry.check(config, read.method.method)
     dtype = _dtype(args.get("dtype", "auto"), config)
-    spec, rows = describe_model(config, spec, dtype, device)
+    method, rows = describe_model(config, read.method, dtype, device)
     _print(console, pretrained, rows)
     _print(
         console,
         f"memory for {length:,} tokens, batch size {batch_size}",
-        memory_rows(config, spec, length, batch_size, dtype),
+        memory_rows(config, method, read.execution.chunk_size, length, batch_size, dtype),
     )
 
 
@@ -111,37 +112,37 @@ def startup_hook() -> list[Row]:
     return [("start-up hook", state), ("model", model), ("tasks", tasks)]
 
 
-def describe_model(config: Any, spec: LambdaSpec, dtype: torch.dtype, device: str) -> tuple[LambdaSpec, list[Row]]:
-    """Return the spec with n_local resolved, and how the model will be run."""
+def describe_model(config: Any, args: MethodArgs, dtype: torch.dtype, device: str) -> tuple[AttentionMethod, list[Row]]:
+    """Return the method for this model, and how the model will be run."""
     rows = [("family", config.model_type)]
-    if spec.attention == "full":
-        return spec, [*rows, ("attention", "full: the model's own")]
+    method, why = args.resolve(config)
+    if not isinstance(method, WindowedMethod):
+        return method, [*rows, ("attention", f"{method.name}: the model's own")]
     found = registry.support(config)
-    spec, why = spec.resolve(config)
     text = config.get_text_config()
     head = torch.empty(1, 1, 1, ModelShape.of(config).head_dim, dtype=dtype, device=device)
     check_status = "tested against the definition" if found.tested else "checked against the model itself at each load"
-    return spec, [
+    first = first_keys(method.branches())
+    return method, [
         *rows,
         ("positions", f"{found.kind}, taken over by {found.where}, {check_status}"),
-        ("attention", spec.attention),
-        ("n_local", f"{spec.n_local:,} ({why})"),
-        ("n_global", f"{spec.sinks}"),
-        ("primitive", f"{primitive(head, getattr(text, 'attn_logit_softcapping', None))} on {device}, {dtype}"),
+        ("attention", method.name),
+        ("n_local", f"{method.n_local:,} ({why})"),
+        ("n_global", f"{first.keys.kept(0) if first else 0}"),
+        ("kernel", f"{kernel_name(head, getattr(text, 'attn_logit_softcapping', None))} on {device}, {dtype}"),
     ]
 
 
-def memory_rows(config: Any, spec: LambdaSpec, length: int, batch_size: int, dtype: torch.dtype) -> Iterator[Row]:
+def memory_rows(
+    config: Any, method: AttentionMethod, chunk_size: int, length: int, batch_size: int, dtype: torch.dtype
+) -> Iterator[Row]:
     """Yield the parts of the estimated memory, and their sum."""
-    needed = memory(config, spec, length, batch_size, dtype)
+    needed = memory(config, method, chunk_size, length, batch_size, dtype)
     under_full = needed.pop("keys and values of full")
     for name, value in needed.items():
         if value:
-            note = (
-                f" (attention=full: {format_bytes(under_full)})"
-                if name == "keys and values" and spec.attention != "full"
-                else ""
-            )
+            compared = name == "keys and values" and method.patched
+            note = f" (attention={Full.name}: {format_bytes(under_full)})" if compared else ""
             yield name, format_bytes(value) + note
     yield "total", f"{format_bytes(sum(needed.values()))}, plus about 0.5 GB for Python and its libraries"
 

@@ -25,8 +25,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lminf_eval.demo.smollm2 import NAME, fetch
+from lminf_eval.demo.smollm2 import fetch
 from lminf_eval.errors import UsageError
+from lminf_eval.paths import DEMO_MODEL
 from lminf_eval.utils.atomic_write import write_text
 from lminf_eval.utils.formatting import format_estimate
 
@@ -237,7 +238,7 @@ def read_cells(folder: Path, inside: int) -> dict[str, str]:
 
 def make_table(rows: Mapping[str, Mapping[str, str]], plan: Plan) -> Table:
     """Return the table of `read_cells`, row by row; a tail more than half a nat above the row's inside is red."""
-    shown = Table(title=f"{NAME}, trained at {plan.inside} tokens", title_justify="left", caption_justify="left")
+    shown = Table(title=f"{DEMO_MODEL}, trained at {plan.inside} tokens", title_justify="left", caption_justify="left")
     shown.caption = "nll in nats per token, less is better; passkeys found of those hidden, more is better"
     shown.add_column("attention")
     for heading in ("nll\nfirst 8k", "nll\n14k to 16k", "passkeys\nin 4k", "passkeys\nin 16k"):

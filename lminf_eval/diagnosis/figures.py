@@ -14,11 +14,11 @@ from matplotlib.lines import Line2D
 
 from lminf_eval.diagnosis.tables import Tables
 from lminf_eval.report.figures.figure import SETTINGS, Plot
-from lminf_eval.report.figures.style import FIRST_OF_ATTENTION, GRID, INK, VERMILION, Style
+from lminf_eval.report.figures.style import GRID, INK, VERMILION, Style, own_style
 from lminf_eval.report.frames import group_by_name, group_by_number
 from lminf_eval.utils.tokens import format_tokens
 
-_FULL, _OURS = FIRST_OF_ATTENTION["full"], FIRST_OF_ATTENTION["lambda"]
+_FULL, _OURS = own_style("full"), own_style("lambda")
 _GROUPS = 24  # of neighbouring queries whose entropies are averaged for the line
 
 Row = Callable[[Tables, Sequence[Axes], int, int], list[Line2D]]
@@ -75,7 +75,7 @@ def logits_row(tables: Tables, row: Sequence[Axes], n_local: int, n_global: int)
 
 def _draw_logits(axes: Axes, method: str, logits: pd.DataFrame, n_local: int) -> None:
     """Draw one method's lines: a thick one of the highest logit of each bin, a thin one of the mean."""
-    style = FIRST_OF_ATTENTION[method]
+    style = own_style(method)
     bins = logits.assign(total=logits["mean"] * logits["pairs"]).groupby("distance_from")
     curve = pd.DataFrame(
         {
@@ -100,7 +100,7 @@ def entropy_row(tables: Tables, row: Sequence[Axes], n_local: int, n_global: int
         position = np.sort(of_layer["position"].unique()) + 1
         axes.plot(position, np.log(position), color=GRID, linewidth=1)
         for method, queries in group_by_name(of_layer, "method"):
-            style = FIRST_OF_ATTENTION[method]
+            style = own_style(method)
             at = queries["position"] + 1
             axes.plot(at, queries["entropy"], ".", color=style.color, markersize=3, alpha=0.4)
             groups = queries.assign(at=at).groupby(pd.cut(at, _GROUPS), observed=True)

@@ -11,44 +11,42 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from lminf_eval.attention.prefill import far_positions
-from lminf_eval.methods.spec import LambdaSpec
+from lminf_eval.methods.branches import Branch
 
-Turn = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Rotate = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def visible_logits(
     q_HSD: torch.Tensor,
     k_KND: torch.Tensor,
     positions_S: torch.Tensor,
-    spec: LambdaSpec,
-    window: int,
-    sinks: int,
-    turn: Turn,
+    branches: tuple[Branch, ...],
+    rotate: Rotate,
     scale: float,
     softcap: float | None = None,
     slopes_H: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits [H, S, M] of queries, and the distance [S, M] that each key is seen at; both -inf or -1 where it isn't.
+    """Return logits [H, S, M] and the distance [S, M] that each key is seen at; -inf and -1 if it is not seen.
 
     Args:
         q_HSD, k_KND: queries at `positions_S` (ascending) and all keys up to the last of them, *before* any rotation.
-        window, sinks: the layer's reach.
-        turn: (x [?, S, D], positions [S]) -> x rotated to these positions.
-        slopes_H: ALiBi's slopes; `turn` then returns x as it is.
+        branches: the layer's; M counts the keys that any of the queries sees, branch by branch.
+        rotate: (x [?, S, D], positions [S]) -> x rotated to these positions.
+        slopes_H: ALiBi's slopes; `rotate` then returns x as it is.
     """
-    base, last = max(0, int(positions_S[0]) - window + 1), int(positions_S[-1])
-    keys_M = torch.arange(base, last + 1, device=positions_S.device)
-    distance_SM = positions_S[:, None] - keys_M
-    distance_SM = distance_SM.masked_fill((distance_SM < 0) | (distance_SM >= window), -1)
-    logits_HSM = _product(turn(q_HSD, positions_S - base), turn(k_KND[:, base : last + 1], keys_M - base))
-    if sinks and last >= window:
-        query_at, key_at = (x.to(positions_S.device) for x in far_positions(spec, window, sinks, positions_S))
-        hidden = positions_S[:, None] - torch.arange(sinks, device=positions_S.device) < window
-        far_SG = (query_at[:, None] - key_at).masked_fill(hidden, -1)
-        distance_SM = torch.cat([distance_SM, far_SG], 1)
-        logits_HSM = torch.cat([logits_HSM, _product(turn(q_HSD, query_at), turn(k_KND[:, :sinks], key_at))], 2)
-    logits_HSM = logits_HSM * scale
+    all_keys_N = torch.arange(int(positions_S[-1]) + 1, device=positions_S.device)
+    logits, distances = [], []
+    for branch in branches:
+        visible_SN = branch.keys.visible(positions_S[:, None], all_keys_N[None])
+        keys_M = all_keys_N[visible_SN.any(0)]
+        if not len(keys_M):
+            continue
+        query_at, key_at = branch.query_position(positions_S), branch.key_position(keys_M)
+        base = min(query_at.min(), key_at.min())  # small positions have exact angles
+        logits.append(_product(rotate(q_HSD, query_at - base), rotate(k_KND[:, keys_M], key_at - base)))
+        distance_SM = branch.distance(positions_S[:, None], keys_M[None])
+        distances.append(distance_SM.masked_fill(~visible_SN[:, keys_M], -1))
+    logits_HSM, distance_SM = torch.cat(logits, 2) * scale, torch.cat(distances, 1)
     if softcap is not None:
         logits_HSM = softcap * torch.tanh(logits_HSM / softcap)
     if slopes_H is not None:

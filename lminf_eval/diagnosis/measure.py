@@ -14,15 +14,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from lminf_eval.diagnosis.logits import LogitStatistics, distance_edges, entropy, visible_logits
-from lminf_eval.methods.spec import LambdaSpec
-from lminf_eval.models.equivalence_check import lambda_model
+from lminf_eval.methods.base import WindowedMethod
+from lminf_eval.methods.window import Window
+from lminf_eval.models.attention_module import AttentionModule
+from lminf_eval.models.equivalence_check import patched_model
 from lminf_eval.models.modules import layer_type
-from lminf_eval.models.patching import LambdaModel
+from lminf_eval.models.patching import Observer, PatchedModel
 
 _LOGITS_AT_ONCE = 2**24
 _QUERIES = 64  # spaced evenly, and as many spaced by their logarithm
@@ -63,20 +64,27 @@ class Measures:
     layers: dict[int, LayerMeasure]
 
 
-def method_specs(spec: LambdaSpec, length: int) -> dict[str, LambdaSpec]:
-    """The two methods measured: the model as it is, and a resolved Λ spec."""
-    return {"full": spec.model_copy(update={"attention": "window", "n_local": length}), "lambda": spec}
+def methods_compared(ours: WindowedMethod, length: int) -> dict[str, WindowedMethod]:
+    """Return what is measured: the model as it is, which is a window over the whole text, and a method."""
+    return {"full": Window(n_local=length, top_k_distance=0), ours.name: ours}
 
 
 def measure(
-    model: PreTrainedModel, spec: LambdaSpec, n_local: int, ids_N: torch.Tensor, layers: list[int], bar: tqdm
+    model: PreTrainedModel,
+    method: WindowedMethod,
+    n_local: int,
+    ids_N: torch.Tensor,
+    layers: list[int],
+    bar: tqdm,
+    chunk_size: int = 2048,
 ) -> Measures:
-    """Run the tokens through `model` under `spec` and record `layers`; the model is left as it was.
+    """Run the tokens through `model` under `method` and record `layers`; the model is left as it was.
 
     Args:
-        spec: one of `specs`.
+        method: one of `methods_compared`.
         n_local: where the trained range ends, whatever the method.
         bar: is moved on by each token.
+        chunk_size: tokens that pass through the model at once.
 
     Raises:
         UsageError: if the family can't be patched.
@@ -86,14 +94,14 @@ def measure(
     positions = np.unique(np.r_[evenly, np.geomspace(1, length, _QUERIES) - 1].astype(int))
     state_positions = np.unique(np.r_[np.arange(min(_FIRST, length)), np.linspace(0, length - 1, _STATES).astype(int)])
     edges = distance_edges(length, n_local)
-    patched = lambda_model(model, spec)
+    patched = patched_model(model, method)
     try:
         recorders = {index: _Recorder(patched, index, length, positions, edges, n_local) for index in layers}
-        with _recording(patched, recorders), _hooked(patched, recorders, state_positions) as states:
+        with patched.observed(_observer(recorders)), _hooked(patched, recorders, state_positions) as states:
             cache = patched.new_cache(1, length)
-            for start in range(0, length, spec.chunk_size):
-                ids_1L = ids_N[None, start : start + spec.chunk_size].to(model.device)
-                patched.hidden(ids_1L, cache, keep=start + spec.chunk_size < length)
+            for start in range(0, length, chunk_size):
+                ids_1L = ids_N[None, start : start + chunk_size].to(model.device)
+                patched.hidden(ids_1L, cache, update_cache=start + chunk_size < length)
                 bar.update(ids_1L.shape[1])
     finally:
         patched.restore()
@@ -105,7 +113,7 @@ class _Recorder:
     """Looks at one layer's queries and keys as they pass; keeps the keys of the whole text, without rotation."""
 
     def __init__(
-        self, patched: LambdaModel, layer: int, length: int, positions: np.ndarray, edges: np.ndarray, n_local: int
+        self, patched: PatchedModel, layer: int, length: int, positions: np.ndarray, edges: np.ndarray, n_local: int
     ):
         self._patched, self._layer = patched, layer
         self._length, self._positions = length, torch.from_numpy(positions)
@@ -116,8 +124,10 @@ class _Recorder:
         self._entropy: list[torch.Tensor] = []
         self._seen: list[torch.Tensor] = []
 
-    def look(self, module: nn.Module, q_BHLD: torch.Tensor, k_BKLD: torch.Tensor, scale: float, options: dict) -> None:
-        """The next L tokens: each chosen query among them against all keys that it sees."""
+    def look(
+        self, module: AttentionModule, q_BHLD: torch.Tensor, k_BKLD: torch.Tensor, scale: float, options: dict
+    ) -> None:
+        """Take the next L tokens: each chosen query among them against all keys that it sees."""
         q_HLD, k_KLD = (x[0].to(torch.promote_types(x.dtype, torch.float32)) for x in (q_BHLD, k_BKLD))
         H, L, D = q_HLD.shape
         if self._keys_KND is None or self._statistics is None:
@@ -125,20 +135,21 @@ class _Recorder:
             self._statistics = LogitStatistics(H, self._edges, self._n_local, k_KLD.device)
         start, self._start = self._start, self._start + L
         self._keys_KND[:, start : self._start] = k_BKLD[0]
-        window, sinks, _ = self._patched._reach(module, options)
+        branches, _ = self._patched.layer_branches(module, options)
         patched, kind = self._patched, layer_type(module, self._patched.model.config.get_text_config())
 
-        def turn(x_HSD: torch.Tensor, positions_S: torch.Tensor) -> torch.Tensor:
-            if not patched.rotated[self._layer]:
+        def rotate(x_HSD: torch.Tensor, positions_S: torch.Tensor) -> torch.Tensor:
+            rotary = patched.rotary
+            if rotary is None or not patched.rotated[self._layer]:
                 return x_HSD
-            angles = patched.rotary.angles(positions_S[None], x_HSD, kind)
-            return patched.rotary.rotate(x_HSD[None], angles)[0]
+            angles = rotary.angles(positions_S[None], x_HSD, kind)
+            return rotary.rotate(x_HSD[None], angles)[0]
 
         here = self._positions[(self._positions >= start) & (self._positions < self._start)].to(q_HLD.device)
-        for positions_S in here.split(max(1, _LOGITS_AT_ONCE // (H * (self._start + sinks)))):
+        for positions_S in here.split(max(1, _LOGITS_AT_ONCE // (H * self._start))):
             keys_KND = self._keys_KND[:, : int(positions_S[-1]) + 1].to(k_KLD.dtype)
             logits_HSM, distance_SM = visible_logits(
-                *(q_HLD[:, positions_S - start], keys_KND, positions_S, patched.spec, window, sinks, turn, scale),
+                *(q_HLD[:, positions_S - start], keys_KND, positions_S, branches, rotate, scale),
                 softcap=options.get("softcap"),
                 slopes_H=patched.slopes,
             )
@@ -154,26 +165,20 @@ class _Recorder:
         )
 
 
-@contextmanager
-def _recording(patched: LambdaModel, recorders: dict[int, _Recorder]) -> Iterator[None]:
-    """Within it, attention passes its queries and keys by the recorders."""
-    attend = patched.attend
+def _observer(recorders: dict[int, _Recorder]) -> Observer:
+    """Return what passes the queries and keys of each layer by its recorder."""
 
-    def look_and_attend(module, q, k, v, scale, options):
+    def look_and_attend(attend, module, q, k, v, scale, options):
         if module.layer_idx in recorders:
             recorders[module.layer_idx].look(module, q, k, scale, options)
         return attend(module, q, k, v, scale, options)
 
-    vars(patched)["attend"] = look_and_attend  # hides the method until it is deleted
-    try:
-        yield
-    finally:
-        del patched.attend
+    return look_and_attend
 
 
 @contextmanager
 def _hooked(
-    patched: LambdaModel, recorders: dict[int, _Recorder], positions: np.ndarray
+    patched: PatchedModel, recorders: dict[int, _Recorder], positions: np.ndarray
 ) -> Iterator[dict[int, list[torch.Tensor]]]:
     """Within it, the blocks around the recorded layers add their outputs at `positions` to the lists it yields."""
     states: dict[int, list[torch.Tensor]] = {index: [] for index in recorders}

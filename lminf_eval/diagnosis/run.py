@@ -11,11 +11,12 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lminf_eval.diagnosis.figures import draw_figures
-from lminf_eval.diagnosis.measure import Measures, measure, method_specs
+from lminf_eval.diagnosis.measure import Measures, measure, methods_compared
 from lminf_eval.diagnosis.tables import Tables, build_tables
 from lminf_eval.errors import UsageError
 from lminf_eval.harness import model_args
-from lminf_eval.methods.spec import LambdaSpec
+from lminf_eval.methods.lambda_ import Lambda
+from lminf_eval.methods.registry import MethodArgs
 from lminf_eval.models.families import registry
 from lminf_eval.models.loading import read_config, read_weights
 from lminf_eval.report.escape import plain, shorten
@@ -44,12 +45,14 @@ def diagnose(
     Raises:
         UsageError: for bad input, or a model that Λ-attention cannot run; before any weight is read.
     """
-    model_args.check(pretrained, 1, True, None, {"dtype": dtype})
+    model_args.check(pretrained, {"dtype": dtype})
     device = model_args.find_device(device)
     config = read_config(pretrained, {})
-    registry.check(config)
-    spec, why = LambdaSpec.parse({} if n_local is None else {"n_local": n_local}).resolve(config)
-    window = spec.n_local
+    args = MethodArgs.parse({"attention": Lambda.name, "n_local": n_local})
+    registry.check(config, args.method)
+    ours, why = args.resolve(config)
+    assert isinstance(ours, Lambda)
+    window = ours.n_local
     assert window is not None  # `resolve` has settled it
     if window < _LEAST:
         raise UsageError(f"n_local={window} ({why}): must be {_LEAST} or more, to tell a range by; see --n-local")
@@ -67,29 +70,29 @@ def diagnose(
     model = read_weights(AutoModelForCausalLM, pretrained, dtype=dtype).eval()
     module: torch.nn.Module = model  # transformers' own annotation of `to` takes no device
     module.to(device)
-    measures = _measure_methods(model, spec, window, ids_N, chosen)
-    tables = build_tables(measures, window, spec.n_global, length)
+    measures = _measure_methods(model, ours, window, ids_N, chosen)
+    tables = build_tables(measures, window, ours.n_global, length)
     name = shorten(plain(Path(pretrained).resolve().name if Path(pretrained).is_dir() else pretrained), 40)
     try:
         write_csv(tables, output)
-        for plot in draw_figures(tables, name, window, spec.n_global):
+        for plot in draw_figures(tables, name, window, ours.n_global):
             plot.write(output)
     except OSError as error:
         raise UsageError(f"{error.filename}: {error.strerror}") from None
-    print(summarize(tables, window, spec.n_global, length))
+    print(summarize(tables, window, ours.n_global, length))
     print(f"figures (PNG, SVG) and numbers (CSV): {plain(str(output))}")
 
 
 def _measure_methods(
-    model: PreTrainedModel, spec: LambdaSpec, n_local: int, ids_N: torch.Tensor, layers: list[int]
+    model: PreTrainedModel, ours: Lambda, n_local: int, ids_N: torch.Tensor, layers: list[int]
 ) -> dict[str, Measures]:
     """Run the text under each method, with a progress bar."""
     measures = {}
-    specs = method_specs(spec, len(ids_N))
-    with tqdm(total=len(specs) * len(ids_N), unit="token") as bar:
-        for method, method_spec in specs.items():
-            bar.set_description(method)
-            measures[method] = measure(model, method_spec, n_local, ids_N, layers, bar)
+    compared = methods_compared(ours, len(ids_N))
+    with tqdm(total=len(compared) * len(ids_N), unit="token") as bar:
+        for name, method in compared.items():
+            bar.set_description(name)
+            measures[name] = measure(model, method, n_local, ids_N, layers, bar)
     return measures
 
 

@@ -44,7 +44,7 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
-def keep_requests_apart(task: type) -> None:
+def keep_requests_apart(task: Any) -> None:
     """Make lm-eval's `Task` name its built requests by the task's metadata too: length, tokenizer, model arguments."""
     build = task.build_all_requests
     signature = inspect.signature(build)

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from lm_eval.models.utils import normalize_gen_kwargs
 from transformers import PreTrainedTokenizerBase
@@ -152,37 +152,42 @@ class Stop:
         self._start: int | None = 0 if think is None else None  # the token the answer begins with, once it is known
         self._head = ""  # what the token before it, the reasoning's last, holds of the answer
 
-    def __call__(self, new: Sequence[int]) -> bool:
+    def __call__(self, new: list[int]) -> bool:
         """Whether the generation ends after the tokens `new`, one more at each call."""
         if new[-1] in self._ends:
             return True
-        if self._think is not None and not self._answering(new):
+        start = self._start if self._think is None else self._answer_start(new)
+        if start is None:
             return False
-        return any(text in self._text(new, back) for text, back in self._back.items())
+        return any(text in self._text(new, back, start) for text, back in self._back.items())
 
     def _longest(self, text: str) -> int:
         # A text may come in other tokens than it encodes to; as `hf`, look two tokens further back.
         return len(self._tokenizer.encode(text, add_special_tokens=False)) + 2
 
-    def _text(self, new: Sequence[int], back: int) -> str:
-        """Decode the answer's last `back` tokens."""
-        first = max(self._start, len(new) - back)
-        text = self._tokenizer.decode(new[first:])
-        return text if self._think is None or first > self._start else (self._head + text).lstrip()
+    def _text(self, new: list[int], back: int, start: int) -> str:
+        """Decode the last `back` tokens of the answer, which begins at `start`."""
+        first = max(start, len(new) - back)
+        text = self._decoded(new[first:])
+        return text if self._think is None or first > start else (self._head + text).lstrip()
 
-    def _answering(self, new: Sequence[int]) -> bool:
-        """Whether the answer has begun; finds where."""
+    def _decoded(self, tokens: list[int]) -> str:
+        return cast(str, self._tokenizer.decode(tokens))  # a list of strings for a list of lists alone
+
+    def _answer_start(self, new: list[int]) -> int | None:
+        """Return the token that the answer begins with, or None while it has not begun."""
         if self._start is None:
             self._start = self._after_reasoning(new)
-        elif not self._head and self._start == len(new) - 1 and not self._text(new, 1):
+        elif not self._head and self._start == len(new) - 1 and not self._text(new, 1, self._start):
             self._start = len(new)
-        return self._start is not None and bool(self._head or self._start < len(new))
+        begun = self._start is not None and (self._head or self._start < len(new))
+        return self._start if begun else None
 
-    def _after_reasoning(self, new: Sequence[int]) -> int | None:
+    def _after_reasoning(self, new: list[int]) -> int | None:
         if isinstance(self._think, tuple):
             return len(new) if tuple(new[-len(self._think) :]) == self._think else None
-        text = self._tokenizer.decode(new[-self._think_back :])
-        if self._think not in text:
+        text = self._decoded(new[-self._think_back :])
+        if self._think is None or self._think not in text:
             return None
         self._head = text.split(self._think)[-1].lstrip()
         return len(new)

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,21 +19,23 @@ from lm_eval.models.huggingface import HFLM
 from safetensors import SafetensorError
 from transformers import GenerationConfig
 
-from lminf_eval.attention.kernels import primitive
+from lminf_eval.attention.kernels import kernel_name
 from lminf_eval.config.model_shape import ModelShape
 from lminf_eval.config.rope_scaling import apply_rope
+from lminf_eval.config.trained_length import trained_length
 from lminf_eval.errors import UsageError, first_line
 from lminf_eval.harness.answer_cache import identify
-from lminf_eval.harness.model_args import identity
+from lminf_eval.harness.model_args import ModelArgs, identity
 from lminf_eval.inference.sampling import Decoding
-from lminf_eval.methods.spec import LambdaSpec, trained_length
+from lminf_eval.methods.base import AttentionMethod
+from lminf_eval.methods.full import Full
 from lminf_eval.models.families import registry
 from lminf_eval.models.loading import CheckedAuto
 from lminf_eval.models.modules import check_structure, device_of
 from lminf_eval.models.peft_adapters import base_of, check_adapter
 from lminf_eval.parallel.ranks import Ranks
 from lminf_eval.parallel.strategy import ParallelStrategy
-from lminf_eval.resume.journal import ANSWERS, HOW, Journal
+from lminf_eval.resume.journal import ANSWERS, Journal
 from lminf_eval.tasks.chunked_tokenization import fingerprint_tokenizer
 from lminf_eval.utils.allocator import keep_freed_memory
 
@@ -45,24 +48,28 @@ class LateHFLM(HFLM):
     """HFLM's own steps of loading, each told apart from the next: config, tokenizer, and at the first request weights.
 
     Attributes:
-        spec, strategy, ranks: what is asked for, how a group of ranks runs it, and where this process stands among
+        args, strategy, ranks: what the user asks for, how a group of ranks runs it, and where this process stands among
             them; all three are set before `construct`.
+        method: the attention method, once the model's config is read.
+        n_local_from: what said its n_local.
 
     Raises:
         UsageError: for a config or tokenizer that can't be read, and an architecture that can't be run, in `construct`;
-            for weights that can't be read, at the first use of `model`.
+            for weights that cannot be read, in `load`.
     """
 
-    spec: LambdaSpec
+    args: ModelArgs
+    method: AttentionMethod
     strategy: ParallelStrategy
     ranks: Ranks
     n_local_from = ""
-    _unread: dict[str, Any] | None = None  # the arguments the weights will be loaded with
+    AUTO_MODEL_CLASS: Any
+    _model: Any
+    _unread: Mapping[str, Any] = MappingProxyType({})  # the arguments the weights will be loaded with
     _constructed = _closed = False
-    _streaming: Any = None
+    _runner: Any = None
     shares_model = False  # whether a user, who passed the model object, calls it between our requests
     journal: Journal | None = None
-    _given: Mapping[str, Any] = {}  # the user's arguments
     _longest = 0  # tokens of context that a request took since results were last written
     _written = False  # whether lm-eval is writing results
 
@@ -86,6 +93,11 @@ class LateHFLM(HFLM):
         """
         if self._written and not self._max_length:
             return self._longest or None
+        return self.limit
+
+    @property
+    def limit(self) -> int:
+        """Tokens of context that a request may take: what the user set, else without bound."""
         return self._max_length or UNBOUNDED
 
     def begin(self) -> None:
@@ -115,8 +127,8 @@ class LateHFLM(HFLM):
         if self.shares_model:
             logger.warning("use_cache: answers of a model object are not found again; pass a directory or a hub name")
         else:
-            who = identity(self.pretrained, self.config, self._given)
-        spec = self.spec.model_dump(exclude=HOW)
+            who = identity(self.pretrained, self.config, self.args.hf)
+        spec = self.args.method.record(self.method)
         tokens = fingerprint_tokenizer(self.tokenizer)
         return who | {"answers": ANSWERS, "spec": spec, "tokens": tokens, "seed": torch.initial_seed()}
 
@@ -129,18 +141,21 @@ class LateHFLM(HFLM):
                 f"pretrained={pretrained}: {where}its config can't be read: {first_line(error)}"
             ) from error
         self.inspect(self._config)
-        check_structure(self._config, self.spec.attention, bool(kwargs.get("trust_remote_code")))
+        check_structure(self._config, self.args.method.method, bool(kwargs.get("trust_remote_code")))
 
     def inspect(self, config: transformers.PretrainedConfig) -> None:
-        """Refuse what can't be run, and settle n_local."""
+        """Refuse what can't be run, and resolve the method."""
         if getattr(config, "is_encoder_decoder", False):
             raise UsageError(f"the family {config.model_type!r} is an encoder-decoder; only causal LMs can be run")
-        registry.check(config, self.spec.attention)
-        if self.spec.attention != "full":
-            self.spec, self.n_local_from = self.spec.resolve(config)
-        self.strategy.check(config, self.spec)
+        registry.check(config, self.args.method.method)
+        self.method, self.n_local_from = self.args.method.resolve(config)
+        self.strategy.check(config, self.method)
         self.trained_length, _ = trained_length(config)
-        apply_rope(config, self.spec)
+        self._apply_rope(config)
+
+    def _apply_rope(self, config: transformers.PretrainedConfig) -> None:
+        if isinstance(self.method, Full):
+            apply_rope(config, self.method.rope, self.method.rope_factor)
 
     def _create_tokenizer(self, pretrained, tokenizer, **kwargs: Any) -> None:
         try:
@@ -157,47 +172,82 @@ class LateHFLM(HFLM):
     def _create_model(self, pretrained: str, **kwargs: Any) -> None:
         if kwargs.get("peft"):
             check_adapter(kwargs["peft"], kwargs.get("revision"))
-        if self.spec.rope:
+        if isinstance(self.method, Full) and self.method.rope:
             kwargs["config"] = self._config
         if self.strategy.reads_on_host:
             kwargs["device_map"] = "cpu"  # HFLM then leaves the model where transformers puts it by default
         self._unread = {"pretrained": pretrained, **kwargs}
         self._model = _Unread()
 
+    def load(self) -> transformers.PreTrainedModel:
+        """Read the weights, if they are not read yet, and return the transformers model.
+
+        Raises:
+            UsageError: if they cannot be read, or after `close`.
+        """
+        if self._closed:
+            raise UsageError("the model is closed; make another LMInfinite")
+        if not self.unread:
+            return super().model
+        destination = self._model.destination
+        logger.info("Loading the weights of %s", self._unread["pretrained"])
+        try:
+            self._model = self.strategy.load(self._read, self._dtype(), self.device)
+        except UsageError:
+            raise
+        except (OSError, ValueError, ImportError, SafetensorError) as error:
+            line = f"pretrained={self.pretrained}: its weights can't be read: {first_line(error)}"
+            raise UsageError(line) from error
+        if destination is not None and not self.strategy.reads_on_host:
+            self._model.to(destination)
+        return super().model
+
     @property
-    def streaming(self):
-        """The model as the engine takes it: patched to Λ-attention and checked, or as it is for `full`.
+    def model(self):
+        """The transformers model.
+
+        Raises:
+            UsageError: before `load` has read its weights, and after `close`.
+        """
+        if self._closed:
+            raise UsageError("the model is closed; make another LMInfinite")
+        if self._constructed and self.unread:
+            raise UsageError("the model is not loaded yet; load() loads it")
+        return super().model
+
+    def model_runner(self) -> Any:
+        """Load the model and return it as the engine takes it: patched and checked, or as it is for `full`.
 
         A model that its user shares stays so until the next requests are answered.
         """
-        if self._streaming is not None:
-            self._streaming.apply()
-            return self._streaming
-        model = base_of(self.model, self.peft)
-        self._streaming = self.strategy.prepare(model, self.spec)
+        if self._runner is not None:
+            self._runner.apply()
+            return self._runner
+        model = base_of(self.load(), self.peft)
+        self._runner = self.strategy.prepare(model, self.method)
         if device_of(model.get_input_embeddings()).type == "cpu":
             keep_freed_memory()
         name = type(model).__name__ if self.shares_model else self.pretrained
         logger.info("Running %s with %s", name, self.describe())
-        return self._streaming
+        return self._runner
 
     @contextlib.contextmanager
-    def restored(self, streaming: Any) -> Iterator[None]:
-        """After it, a model that its user shares is itself again."""
+    def restored(self, runner: Any) -> Iterator[None]:
+        """Make a model that its user shares itself again, at the end."""
         try:
             yield
         finally:
             if self.shares_model:
-                streaming.restore()
+                runner.restore()
 
     def close(self) -> None:
         """Give the model back as it was, and answer no more requests. Closing again changes nothing."""
         if self._closed:
             return
         self._closed = True
-        if self._streaming is not None:
-            self._streaming.restore()
-        self._streaming = self._model = None
+        if self._runner is not None:
+            self._runner.restore()
+        self._runner = self._model = None
         if self.journal is not None:
             self.journal.close()
 
@@ -208,50 +258,30 @@ class LateHFLM(HFLM):
         self.close()
 
     def describe(self) -> str:
-        """The attention in one line, for the log."""
-        if self.spec.attention == "full":
-            return f"attention=full, chunk_size={self.spec.chunk_size}"
-        return (
-            f"attention={self.spec.attention}, n_local={self.spec.n_local} ({self.n_local_from}), "
-            f"n_global={self.spec.sinks}, chunk_size={self.spec.chunk_size}, primitive={self.attention_primitive()}"
-        )
+        """Return the attention in one line, for the log."""
+        values = self.method.model_dump(exclude_defaults=True)
+        if self.n_local_from:
+            values["n_local"] = f"{values['n_local']} ({self.n_local_from})"
+        shown = {"attention": self.method.name, **values, "chunk_size": self.args.execution.chunk_size}
+        if self.method.patched:
+            shown["kernel"] = self.attention_kernel()
+        return ", ".join(f"{name}={value}" for name, value in shown.items())
 
-    def attention_primitive(self) -> str:
-        if self.spec.attention == "full" or self.unread:
+    def attention_kernel(self) -> str:
+        """Return the name of the kernel that attention runs on; "" while nobody can tell."""
+        if not self.method.patched or self.unread:
             return ""
         head = ModelShape.of(self.config).head_dim
         where = device_of(self._model.get_input_embeddings())
-        return primitive(torch.empty(1, 1, 1, head, dtype=self._model.dtype, device=where))
-
-    @property
-    def model(self):
-        """The transformers model; its weights are read at the first call after construction.
-
-        Raises:
-            UsageError: after `close`.
-        """
-        if self._closed:
-            raise UsageError("the model is closed; make another LMInfinite")
-        if self._constructed and self.unread:
-            destination = self._model.destination
-            logger.info("Loading the weights of %s", self._unread["pretrained"])
-            try:
-                self._model = self.strategy.load(self._read, self._dtype(), self.device)
-            except UsageError:
-                raise
-            except (OSError, ValueError, ImportError, SafetensorError) as error:
-                line = f"pretrained={self.pretrained}: its weights can't be read: {first_line(error)}"
-                raise UsageError(line) from error
-            if destination is not None and not self.strategy.reads_on_host:
-                self._model.to(destination)
-        return super().model
+        return kernel_name(torch.empty(1, 1, 1, head, dtype=self._model.dtype, device=where))
 
     @cached_property
     def decoding(self) -> Decoding:
         """The model's rules of picking tokens, known before its weights are read."""
-        own = None if self.unread else getattr(self.model, "generation_config", None)
+        own = None if self.unread else getattr(self.load(), "generation_config", None)
         if own is None:
-            own = read_generation_config(self.config, **self._unread) if self._unread else GenerationConfig()
+            source = {name: value for name, value in (self._unread or {}).items() if name != "config"}
+            own = read_generation_config(self.config, **source) if source else GenerationConfig()
         return Decoding(self.config, own)
 
     def _read(self) -> transformers.PreTrainedModel:
@@ -320,13 +350,13 @@ def alone() -> Iterator[None]:
 class _Unread(torch.nn.Module):
     """Stands where HFLM expects its model, until the weights are read."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.destination: Any = None
 
-    def to(self, device: Any) -> _Unread:
+    def to(self, *args: Any, **kwargs: Any) -> _Unread:
         """Remember where HFLM wants the model."""
-        self.destination = device
+        self.destination = args[0] if args else kwargs.get("device")
         return self
 
     def tie_weights(self) -> None:

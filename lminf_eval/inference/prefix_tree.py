@@ -12,7 +12,7 @@ MIN_SHARED = 32  # tokens below which sharing saves less than a pass of its own 
 # While a GPU reads the weights once, s bytes a number, it can compute F s / 2 B tokens (F operations and B bytes a
 # second): by NVIDIA's data sheets about 150 on an A100 in bfloat16, about 300 on an H100.
 MIN_SHARED_ON_GPU = 256
-HELD = 8  # states held at once for branches still to come; beyond, prefixes are computed again
+MAX_CACHED_PREFIXES = 8  # states held at once for branches still to come; beyond, prefixes are computed again
 MAX_DEPTH = 64  # branchings on one path, for the call stack's sake; beyond, likewise
 
 
@@ -22,9 +22,9 @@ class Node:
 
     start: int
     tokens: np.ndarray
-    members: list[int] = field(default_factory=list)  # requests whose last input token lies in this node
+    ending_requests: list[int] = field(default_factory=list)  # requests whose last input token lies in this node
     children: list[Node] = field(default_factory=list)
-    marked_from: int = 0  # the first position that carries a mark; `stop` where none does
+    retrieve_from: int = 0  # the first position that retrieves keys; `stop` if none does
 
     @property
     def stop(self) -> int:
@@ -32,47 +32,53 @@ class Node:
 
     def descendants(self) -> list[int]:
         """The requests that end in this node or below it."""
-        return self.members + [member for child in self.children for member in child.descendants()]
+        return self.ending_requests + [index for child in self.children for index in child.descendants()]
 
     def longest(self) -> int:
         """Tokens of the longest path through this node."""
         return max([self.stop, *(child.longest() for child in self.children)])
 
 
-def forest(
+def build_prefix_tree(
     inputs: list[np.ndarray],
     share: bool = True,
-    marks: list[int] | None = None,
-    held: int = HELD,
-    least: int = MIN_SHARED,
+    retrieve_from: list[int] | None = None,
+    max_cached: int = MAX_CACHED_PREFIXES,
+    min_shared: int = MIN_SHARED,
 ) -> list[Node]:
-    """The roots under which each of `inputs`, arrays of token ids, is the path to the node that names it a member.
+    """Return the roots under which each of `inputs`, arrays of token ids, is the path to the node where it ends.
 
-    Inputs branch from one another after `least` common tokens or more; with `share=False` every input has a root of its
-    own. Worked through depth first, the forest takes at most `held` states at once for branches still to come; branches
-    beyond that have their prefix again. With `marks`, input i is computed in another way from position marks[i] on, so
-    that only inputs whose marks agree share what lies there.
+    Args:
+        share: whether inputs branch from one another, after `min_shared` common tokens or more; else each has a root of
+            its own.
+        retrieve_from: input i retrieves keys from the position retrieve_from[i] on, so that only inputs that begin
+            there alike share what lies after it.
+        max_cached: states that a walk, depth first, holds at once for branches still to come; branches beyond that have
+            their prefix again.
     """
-    if marks is None:
-        marks = [len(tokens) for tokens in inputs]
+    starts = [len(tokens) for tokens in inputs] if retrieve_from is None else retrieve_from
     if not share:
-        return [Node(0, tokens, [i], marked_from=marks[i]) for i, tokens in enumerate(inputs)]
-    # A marked token is told from the same token without a mark by its sign: ~token is negative.
-    marked = [_marked(tokens, mark) for tokens, mark in zip(inputs, marks, strict=True)]
-    order = sorted(range(len(inputs)), key=cmp_to_key(lambda a, b: _compare(marked[a], marked[b])))
+        return [Node(0, tokens, [i], retrieve_from=starts[i]) for i, tokens in enumerate(inputs)]
+    # A token that retrieves is told from the same token that does not by its sign: ~token is negative.
+    marked = [_marked(tokens, mark) for tokens, mark in zip(inputs, starts, strict=True)]
+
+    def compare(a: int, b: int) -> int:
+        return _compare(marked[a], marked[b])
+
+    order = sorted(range(len(inputs)), key=cmp_to_key(compare))
     agreed = [_common_prefix(marked[a], marked[b]) for a, b in pairwise(order)]
-    roots = _grow(_Sorted(marked, order, agreed, least), 0, len(order), 0, held, MAX_DEPTH)
+    roots = _grow(_Sorted(marked, order, agreed, min_shared), 0, len(order), 0, max_cached, MAX_DEPTH)
     todo = list(roots)
     while todo:
         node = todo.pop()
-        node.marked_from = node.start + int((node.tokens >= 0).sum())
-        node.tokens = _marked(node.tokens, node.marked_from - node.start)
+        node.retrieve_from = node.start + int((node.tokens >= 0).sum())
+        node.tokens = _marked(node.tokens, node.retrieve_from - node.start)
         todo += node.children
     return roots
 
 
 def _marked(tokens: np.ndarray, mark: int) -> np.ndarray:
-    """`tokens` with those from index `mark` on marked, or their marks taken away; itself where there are none."""
+    """Return `tokens`, those from index `mark` on inverted: this marks them, or takes their marks away."""
     return np.append(tokens[:mark], ~tokens[mark:]) if mark < len(tokens) else tokens
 
 
@@ -83,36 +89,36 @@ class _Sorted:
     inputs: list[np.ndarray]
     order: list[int]
     agreed: list[int]
-    least: int
+    min_shared: int
 
 
-def _grow(these: _Sorted, low: int, high: int, start: int, held: int, depth: int) -> list[Node]:
+def _grow(these: _Sorted, low: int, high: int, start: int, cached: int, depth: int) -> list[Node]:
     """Nodes at `start` for the low-th to (high-1)-th inputs, all of which agree before it.
 
-    Neighbours share a node where one is a prefix of the other, or where they agree on `least` more tokens.
+    Neighbours share a node where one is a prefix of the other, or where they agree on `min_shared` more tokens.
 
     Of siblings the one with the most requests comes last, and may go on with its parent's state instead of a copy. So
-    the teeth of a comb need one held state, not one each, and any tree at most the logarithm of its requests.
+    the teeth of a comb need one cached state, not one each, and any tree at most the logarithm of its requests.
     """
     inputs, order, agreed = these.inputs, these.order, these.agreed
     nested = [agreed[i] == len(inputs[order[i]]) for i in range(low, high - 1)]
-    branch = held > 0 and depth > 0
-    joined = [n or (branch and agreed[low + i] - start >= these.least) for i, n in enumerate(nested)]
+    branch = cached > 0 and depth > 0
+    joined = [n or (branch and agreed[low + i] - start >= these.min_shared) for i, n in enumerate(nested)]
     ends = [i + 1 for i in range(low, high) if i == high - 1 or not joined[i - low]]
     groups = sorted(pairwise([low, *ends]), key=lambda group: group[1] - group[0])
     nodes = []
     for group in groups:
         first, end = group
-        partings = [agreed[j] for j in range(first, end - 1) if not nested[j - low]]
-        left = held if start == 0 or group == groups[-1] else held - 1
-        if partings and not left:
+        branch_points = [agreed[j] for j in range(first, end - 1) if not nested[j - low]]
+        left = cached if start == 0 or group == groups[-1] else cached - 1
+        if branch_points and not left:
             nodes += _grow(these, first, end, start, 0, depth)
             continue
         longest = inputs[order[end - 1]]  # of nested inputs the last is the longest
-        node = Node(start, longest[start : min(partings, default=len(longest))])
+        node = Node(start, longest[start : min(branch_points, default=len(longest))])
         inside = first
         while inside < end and len(inputs[order[inside]]) <= node.stop:
-            node.members.append(order[inside])
+            node.ending_requests.append(order[inside])
             inside += 1
         if inside < end:
             node.children = _grow(these, inside, end, node.stop, left, depth - 1)

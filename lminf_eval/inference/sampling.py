@@ -17,7 +17,7 @@ import torch
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, PretrainedConfig, WatermarkingConfig
 
 from lminf_eval.errors import UsageError, first_line
-from lminf_eval.methods.spec import closest
+from lminf_eval.utils.names import closest
 
 # Options that ask for more than one sequence, one pass of one model for each token -> the values that ask for nothing.
 _ONE_PASS = {
@@ -97,7 +97,7 @@ class Decoding(GenerationMixin):
         options = {"pad_token_id": 0} | options  # nothing is padded, but some releases warn if there is none
         if isinstance(mark := options.get("watermarking_config"), dict):
             options["watermarking_config"] = WatermarkingConfig(**mark)  # some releases take no dictionary
-        merged, _ = self._prepare_generation_config(None, **options)
+        merged, _ = self._mixin._prepare_generation_config(None, **options)
         for name, default in merged._get_default_generation_params().items():
             if isinstance(default, float) and type(getattr(merged, name, None)) is int:
                 setattr(merged, name, float(getattr(merged, name)))  # the processors refuse a temperature of 2
@@ -134,7 +134,7 @@ class Decoding(GenerationMixin):
         return [strings] if isinstance(strings, str) else list(strings)
 
     def sampler(
-        self, options: dict[str, Any], prompt: Sequence[int], max_new: int, request: str = ""
+        self, options: dict[str, Any], prompt: Sequence[int] | np.ndarray, max_new: int, request: str = ""
     ) -> Callable[[torch.device], Sample] | None:
         """Make what begins one sequence on a device; None for plain greedy decoding.
 
@@ -151,21 +151,28 @@ class Decoding(GenerationMixin):
         seed = f"{torch.initial_seed()} {request}" if settled.do_sample else None
         return partial(self._begin, settled, prompt, max_new, seed)
 
-    def _begin(self, settled, prompt: Sequence[int], max_new: int, seed: str | None, device: torch.device) -> Sample:
+    def _begin(
+        self, settled: Any, prompt: Sequence[int] | np.ndarray, max_new: int, seed: str | None, device: torch.device
+    ) -> Sample:
         tokens_1L = torch.zeros(1, len(prompt) + max_new, dtype=torch.long, device=device)
         tokens_1L[0, : len(prompt)] = torch.from_numpy(np.array(prompt, dtype=np.int64))
         processors = self._processors(settled, tokens_1L[:, : len(prompt)])
         return Sampler(processors, tokens_1L, len(prompt), seed)
 
     def _processors(self, settled: GenerationConfig, prompt_1L: torch.Tensor) -> LogitsProcessorList:
-        self._prepare_special_tokens(settled, True, device=prompt_1L.device)
-        return self._get_logits_processor(
+        self._mixin._prepare_special_tokens(settled, True, device=prompt_1L.device)
+        return self._mixin._get_logits_processor(
             generation_config=settled,
             input_ids_seq_length=prompt_1L.shape[1],
             encoder_input_ids=prompt_1L,  # of a decoder, `generate` takes the prompt for the encoder's input
             device=prompt_1L.device,
             model_kwargs={},
         )
+
+    @property
+    def _mixin(self) -> Any:
+        """Itself, for the methods that transformers declares for models with weights alone."""
+        return self
 
     def _refuse_many_passes(self, options: dict[str, Any]) -> None:
         for name, allowed in _ONE_PASS.items():
@@ -184,7 +191,9 @@ class Decoding(GenerationMixin):
         vocabulary = getattr(self.config.get_text_config(), "vocab_size", 2)
         "".join(self.stop_strings(options))
         prompt_1L = torch.zeros(1, 2, dtype=torch.long)
-        self._processors(self.settle(options), prompt_1L)(prompt_1L, torch.zeros(1, vocabulary))
+        scores = torch.zeros(1, vocabulary)
+        # transformers asks for a LongTensor, which for torch's stubs no tensor is.
+        self._processors(self.settle(options), prompt_1L)(prompt_1L, scores)  # type: ignore[arg-type]
 
     def _blame(self, options: dict[str, Any], error: Exception) -> UsageError:
         """Find the option that fails even alone."""
@@ -230,7 +239,8 @@ class Sampler:
         length = self.length + len(new)
         if new:
             self.tokens_1L[0, length - 1] = new[-1]
-        scores_V = self.processors(self.tokens_1L[:, :length], logits_V[None].float())[0]
+        seen_1L, logits_1V = self.tokens_1L[:, :length], logits_V[None].float()
+        scores_V = self.processors(seen_1L, logits_1V)[0]  # type: ignore[arg-type]  # as in `_rehearse`
         if self.generator is None:
             return most_likely(new, scores_V)
         probability_V = scores_V.softmax(-1).cpu()

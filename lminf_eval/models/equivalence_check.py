@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,9 +20,14 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from lminf_eval.attention.kernels import attend
 from lminf_eval.errors import UsageError, first_line, out_of_memory
-from lminf_eval.methods.spec import LambdaSpec
-from lminf_eval.models.families import FAMILIES
+from lminf_eval.methods.base import AttentionMethod, WindowedMethod, window_of
+from lminf_eval.methods.full import Full
+from lminf_eval.methods.registry import DEFAULT
+from lminf_eval.models.attention_interface import IMPLEMENTATION
+from lminf_eval.models.attention_module import AttentionModule
 from lminf_eval.models.families.registry import unsupported
+from lminf_eval.models.families.table import adapter_of
+from lminf_eval.models.forward_context import ForwardContext
 from lminf_eval.models.full_model import FullModel
 from lminf_eval.models.modules import (
     attention_layers,
@@ -32,8 +38,9 @@ from lminf_eval.models.modules import (
     short_windows,
     takes,
 )
-from lminf_eval.models.patching import IMPLEMENTATION, LambdaModel
-from lminf_eval.models.rope import held
+from lminf_eval.models.patching import PatchedModel
+from lminf_eval.models.rope import frozen_length
+from lminf_eval.models.runner import ModelRunner
 
 logger = logging.getLogger(f"lm_eval.{__name__}")  # lm-eval shows the loggers below its own name
 
@@ -44,44 +51,42 @@ _LOGITS = {torch.float64: 1e-4, torch.float32: 1e-3}
 _HALF_ROTATION, _HALF_LOGITS, _HALF_SHIFT = 2e-2, 1e-1, 2.5e-1
 _TOKENS, _SHIFT = 64, 64  # tokens of the check; how far the same tokens are moved on
 _PLAIN = 2**15  # of the vocabulary, from which they are drawn
-_LOCAL, _GLOBAL, _OWN = 20, 4, 8  # n_local and n_global during the check, and each layer's own window, at most
+_LOCAL, _OWN = 20, 8  # n_local during the check, and each layer's own window, at most
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # as configs call their number
 _SCALED = "llama_4_scaling_beta"  # of rope_parameters: queries are scaled by their position, on purpose
 
 
-def lambda_model(
+def patched_model(
     model: PreTrainedModel,
-    spec: LambdaSpec,
-    make: Callable[..., LambdaModel] = LambdaModel,
+    method: WindowedMethod,
+    make: Callable[..., PatchedModel] = PatchedModel,
     expected: torch.Tensor | None = None,
-) -> LambdaModel:
-    """Patch `model` to Λ-attention by `make(model, spec)`, and check it.
+) -> PatchedModel:
+    """Patch `model` by `make(model, method)`, and check it.
 
-    `spec` is resolved against the model's config if its n_local is open. `expected` are the model's `own_logits` from
-    before, if it can no longer tell them: each of several ranks holds a part.
+    Args:
+        expected: the model's `own_logits` from before, if each of several ranks now holds a part of it.
 
     Raises:
         UsageError: if the patched model would not be the same model; `model` is then as it was.
     """
-    if spec.n_local is None:
-        spec, _ = spec.resolve(model.config)
     if any(hasattr(layer, "lminf") for layer in attention_layers(model)):
-        raise UsageError("the model is a Λ model already; `restore()` that one first")
-    with _refusing(model.config):
-        own = model.config.model_type in FAMILIES
+        raise UsageError("the model is patched already; restore it first (leave its `with lminf.patch(model):` block)")
+    with _refusing(model.config, method.name):
+        own = adapter_of(model.config.model_type) is not None
         rotary = next(iter(find_rotary(model)), None) if own else rotary_module(model)
-        expected = own_logits(model, spec) if expected is None else expected.to(model.device)
+        expected = own_logits(model, method) if expected is None else expected.to(model.device)
         ids = _ids(model)
-        with torch.inference_mode(), held(rotary, spec.n_local):
+        with torch.inference_mode(), frozen_length(rotary, method.n_local):
             recorded = None if own else _record(model, ids)
-        patched = make(model, spec)
+        patched = make(model, method)
         try:
-            windows = {spec.n_local} if own else _compare_layers(patched, recorded, ids)
+            windows = {method.n_local} if recorded is None else _compare_layers(patched, recorded, ids)
             _compare_logits(patched, expected, ids)
         except BaseException:
             patched.restore()
             raise
-    if spec.n_local not in windows:
+    if method.n_local not in windows:
         logger.warning(
             "%r: all layers slide as trained, over %s tokens, whatever n_local is: this is the model as it is",
             model.config.model_type,
@@ -93,12 +98,12 @@ def lambda_model(
 def full_model(model: PreTrainedModel, expected: torch.Tensor | None = None) -> FullModel:
     """Return `model` for `attention=full`, its chunks and batches checked against its own forward.
 
-    `expected` are the model's `own_logits` from before, as for `lambda_model`.
+    `expected` are the model's `own_logits` from before, as for `patched_model`.
 
     Raises:
         UsageError: if chunks or batches would change what the model says; `model` is then as it was.
     """
-    with _refusing(model.config, "full"):
+    with _refusing(model.config, Full.name):
         expected = own_logits(model, None) if expected is None else expected.to(model.device)
         full = FullModel(model)
         try:
@@ -111,7 +116,7 @@ def full_model(model: PreTrainedModel, expected: torch.Tensor | None = None) -> 
 
 
 @contextmanager
-def _refusing(config: PretrainedConfig, attention: str = "lambda") -> Iterator[None]:
+def _refusing(config: PretrainedConfig, attention: str) -> Iterator[None]:
     """Whatever goes wrong inside is the family's, unless it is memory."""
     try:
         yield
@@ -122,18 +127,20 @@ def _refusing(config: PretrainedConfig, attention: str = "lambda") -> Iterator[N
 
 
 @torch.no_grad()  # not inference_mode: some weights are made by the first pass, and their user may train them
-def own_logits(model: PreTrainedModel, spec: LambdaSpec | None) -> torch.Tensor:
+def own_logits(model: PreTrainedModel, method: AttentionMethod | None) -> torch.Tensor:
     """Return [T, V]: what the unpatched model's own forward says of the check's T tokens, its windows made short.
 
-    With a resolved `spec` its frequencies are those that Λ will use, and the same tokens further on must give the same.
+    Under a `method` with a window its frequencies are those of n_local, and the same tokens further on must give the
+    same.
 
     Raises:
         UsageError: if the logits are not finite numbers, or depend on absolute positions.
     """
     ids = _ids(model)
-    length = ids.shape[1] if spec is None or spec.n_local is None else spec.n_local
-    shifted = spec is not None and spec.attention != "full" and _takes_positions(model)
-    with held(next(iter(find_rotary(model)), None), length), short_windows(model, _OWN):
+    length, shifted = ids.shape[1], False
+    if isinstance(method, WindowedMethod):
+        length, shifted = method.n_local, _takes_positions(model)
+    with frozen_length(next(iter(find_rotary(model)), None), length), short_windows(model, _OWN):
         logits = model(input_ids=ids, use_cache=False).logits[0]
         if not logits.isfinite().all():
             line = "the model's own logits are not finite numbers; check its weights and dtype"
@@ -149,7 +156,7 @@ def own_logits(model: PreTrainedModel, spec: LambdaSpec | None) -> torch.Tensor:
 
 def _takes_positions(model: PreTrainedModel) -> bool:
     rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-    own = model.config.model_type in FAMILIES
+    own = adapter_of(model.config.model_type) is not None
     return not own and _SCALED not in rope and takes(model, "position_ids") is not None
 
 
@@ -164,12 +171,22 @@ def _ids(model: PreTrainedModel) -> torch.Tensor:
 
 
 class _Recorder:
-    """Stands in for a LambdaModel: keeps each layer's rotated queries and keys, and what it answered."""
+    """Stands in for a `PatchedModel`: keeps each layer's rotated queries and keys, and what it answered."""
 
-    def __init__(self):
-        self.layers = {}
+    def __init__(self) -> None:
+        self.layers: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
 
-    def attend(self, module: nn.Module, q, k, v, scale, options):
+    def attend(
+        self,
+        module: AttentionModule,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float,
+        options: dict[str, Any],
+        /,
+    ) -> torch.Tensor:
+        """Keep what the layer hands over, and compute its attention as it is."""
         out, _ = attend(q, k, v, scale, causal=True)
         self.layers[module.layer_idx] = q, k, out
         return out
@@ -190,7 +207,7 @@ def _record(model: PreTrainedModel, ids: torch.Tensor) -> dict:
     return recorder.layers
 
 
-def _compare_layers(patched: LambdaModel, recorded: dict, ids: torch.Tensor) -> set[int]:
+def _compare_layers(patched: PatchedModel, recorded: dict, ids: torch.Tensor) -> set[int]:
     """Find which layers rotate, and refuse the family if some layer does neither what we do nor nothing.
 
     Returns:
@@ -199,46 +216,48 @@ def _compare_layers(patched: LambdaModel, recorded: dict, ids: torch.Tensor) -> 
     positions = torch.arange(ids.shape[1])[None]
     seen, windows = set(), set()
 
-    def attend_and_compare(module, q, k, v, scale, options):
+    def compare(attend, module, q, k, v, scale, options):
+        context = ForwardContext(None)
         expected_q, expected_k, out = recorded[module.layer_idx]
         limit = _ROTATION.get(q.dtype, _HALF_ROTATION)
         seen.add(module.layer_idx)
-        windows.add(patched._reach(module, options)[0])
+        windows.add(window_of(patched.layer_branches(module, options)[0]))
         for rotated in (patched.rotated[module.layer_idx], False):
             patched.rotated[module.layer_idx] = rotated
-            found = [patched._turn(module, x, positions, "near") for x in (q, k)]
+            found = [patched.rotate(module, context, x, positions, "local") for x in (q, k)]
             if max(relative_error(found[0], expected_q), relative_error(found[1], expected_k)) < limit:
                 return out
         raise UsageError(
-            unsupported(patched.model.config, f"layer {module.layer_idx} changes queries or keys after rotating them")
+            unsupported(
+                patched.model.config,
+                f"layer {module.layer_idx} changes queries or keys after rotating them",
+                patched.method.name,
+            )
         )
 
-    patched.attend = attend_and_compare
-    try:
-        with torch.inference_mode():
-            patched.decoder(input_ids=ids, use_cache=False)
-    finally:
-        del patched.attend
-        patched._shared = {}
+    with patched.observed(compare), torch.inference_mode():
+        patched.decoder(input_ids=ids, use_cache=False)
     if seen != {layer.layer_idx for layer in patched.layers}:
         raise UsageError(
-            unsupported(patched.model.config, "some of its attention layers can't be reached from outside")
+            unsupported(
+                patched.model.config, "some of its attention layers can't be reached from outside", patched.method.name
+            )
         )
     return windows
 
 
-def _compare_logits(patched: LambdaModel, expected: torch.Tensor, ids: torch.Tensor) -> None:
+def _compare_logits(patched: PatchedModel, expected: torch.Tensor, ids: torch.Tensor) -> None:
     """Chunks and single tokens against the model's own below n_local, and beyond it against one whole chunk."""
-    model, spec = patched.model, patched.spec
-    n = min(spec.n_local, _LOCAL, ids.shape[1])
-    patched.spec = spec.model_copy(update={"n_local": n, "n_global": min(spec.n_global, _GLOBAL, n - 1), "top_k": 0})
+    model, method = patched.model, patched.method
+    n = min(method.n_local, _LOCAL, ids.shape[1])
+    patched.method = method.shrunk(n)
     try:
         with short_windows(model, _OWN):
             chunked = _logits(patched, ids, {n // 2, n - 1, n, 2 * n + 3, ids.shape[1] - 1})
             whole = _logits(patched, ids, set())
     finally:
-        patched.spec = spec
-    rough = patched.slopes is not None and patched.family.rounds_bias
+        patched.method = method
+    rough = patched.slopes is not None and patched.family is not None and patched.family.rounds_bias
     limit = _HALF_LOGITS if rough else None
     _require(model, chunked[:n], expected[:n], "its patched logits differ from its own below n_local by", limit)
     _require(model, chunked, whole, "its logits in chunks differ from those in one piece by")
@@ -263,7 +282,7 @@ def _compare_with_own(full: FullModel, expected: torch.Tensor, ids: torch.Tensor
 
 def _compare_chunks(full: FullModel, expected: torch.Tensor, ids: torch.Tensor) -> None:
     T, why = ids.shape[1], "its logits in chunks differ from those of its own forward by"
-    _require(full.model, _logits(full, ids, {T // 3, 2 * T // 3, T - 2, T - 1}), expected, why, attention="full")
+    _require(full.model, _logits(full, ids, {T // 3, 2 * T // 3, T - 2, T - 1}), expected, why, attention=Full.name)
 
 
 def _compare_batch(full: FullModel, expected: torch.Tensor, ids: torch.Tensor, lengths: tuple[int, int]) -> None:
@@ -275,11 +294,11 @@ def _compare_batch(full: FullModel, expected: torch.Tensor, ids: torch.Tensor, l
     output = full.hidden(torch.cat([ids[:, n : n + 1] for n in lengths]), batch)
     found = full.logits(output, output.last_hidden_state[:, -1])
     why = "its logits in a batch differ from those of its own forward by"
-    _require(full.model, found, expected[list(lengths)], why, attention="full")
+    _require(full.model, found, expected[list(lengths)], why, attention=Full.name)
 
 
-def _logits(runner: LambdaModel | FullModel, ids: torch.Tensor, cuts: set[int]) -> torch.Tensor:
-    """[T, V]: the tokens passed in chunks that end at `cuts`, so that the cache is part of the check."""
+def _logits(runner: ModelRunner[Any], ids: torch.Tensor, cuts: set[int]) -> torch.Tensor:
+    """Return [T, V]: the tokens passed in chunks that end at `cuts`, so that the cache is part of the check."""
     ends = sorted({cut for cut in cuts if 0 < cut < ids.shape[1]} | {ids.shape[1]})
     cache, found = runner.new_cache(1, ids.shape[1]), []
     for start, end in zip([0, *ends], ends, strict=False):
@@ -294,7 +313,7 @@ def _require(
     expected: torch.Tensor,
     why: str,
     limit: float | None = None,
-    attention: str = "lambda",
+    attention: str = DEFAULT,
 ) -> None:
     """Refuse the model if logits lie further apart than rounding explains."""
     quantised = _quantisation(model)

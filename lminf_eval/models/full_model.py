@@ -2,147 +2,32 @@
 
 from __future__ import annotations
 
-import copy
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.functional import pad
-from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, cache_utils
+from transformers import PreTrainedModel
 
-from lminf_eval.models.modules import CACHE_NAMES, decoder_of, find_rotary, head_logits, takes
-from lminf_eval.models.onednn_linear import Linears
-from lminf_eval.models.rope import Frequencies, follows_length
-
-_BY_TOKEN = ("keys", "values", "indexer_keys")  # a cache layer's tensors [B, …, tokens, D]; others are states [B, …]
-_WHOLE = {  # a layer that slides would forget what a copy of some rows still needs: it keeps everything instead
-    "DynamicSlidingWindowLayer": "DynamicLayer",
-    "LinearAttentionAndSlidingWindowAttentionLayer": "LinearAttentionAndFullAttentionLayer",
-}
-
-
-def new_layers(config: PretrainedConfig) -> DynamicCache:
-    """Return transformers' own cache for a model: keys and values, and recurrent states in the layers that have any."""
-    layers = DynamicCache(config=config)
-    for i, layer in enumerate(layers.layers):
-        if whole := _WHOLE.get(type(layer).__name__):
-            layers.layers[i] = getattr(cache_utils, whole)()
-    return layers
-
-
-@dataclass
-class FullCache:
-    """Keys, values and recurrent states of B sequences, as long as they are.
-
-    Sequences of unequal length are padded on the left; `mask` [B, S] is False there, and None where nothing is padded.
-    """
-
-    capacity: int  # tokens the longest sequence will have
-    layers: DynamicCache
-    lengths: list[int]
-    mask: torch.Tensor | None = None
-    readmit_from: list[int] | None = None  # nothing is ever hidden here: not used
-
-    @torch.inference_mode()
-    def rows(self, index: list[int]) -> FullCache:
-        """Return a copy with these rows alone."""
-        layers = _mapped(lambda name, x: x[index], self.layers)
-        mask = None if self.mask is None else self.mask[index]
-        return FullCache(self.capacity, layers, [self.lengths[i] for i in index], mask)
-
-    def narrow(self, n: int) -> FullCache:
-        """Return a copy with the first n rows."""
-        return self.rows(list(range(n)))
-
-    def expand(self, n: int) -> FullCache:
-        """Return a copy with n times the one row of this cache."""
-        return self.rows([0] * n)
-
-    @classmethod
-    @torch.inference_mode()
-    def stack(cls, caches: list[FullCache]) -> FullCache:
-        """Return one cache whose rows are those of `caches`, of one row each."""
-        lengths = [cache.lengths[0] for cache in caches]
-        longest = max(lengths)
-
-        def joined(name: str, *parts: torch.Tensor) -> torch.Tensor:
-            if name not in _BY_TOKEN:
-                return torch.cat(parts)
-            padded = [pad(part, (0, 0, longest - n, 0)) for part, n in zip(parts, lengths, strict=True)]
-            return torch.cat(padded)
-
-        layers = _mapped(joined, *(cache.layers for cache in caches))
-        mask = torch.arange(longest)[None] >= longest - torch.tensor(lengths)[:, None]
-        return cls(max(cache.capacity for cache in caches), layers, lengths, None if mask.all() else mask)
-
-    def saved_states(self) -> dict[int, Any]:
-        """Return copies of the layers that write over their own state, for `rollback`."""
-        kinds = (cache_utils.DynamicLayer, getattr(cache_utils, "DynamicIndexedLayer", cache_utils.DynamicLayer))
-        layers = {i: layer for i, layer in enumerate(self.layers.layers) if type(layer) not in kinds}
-        return {
-            i: _mapped_layer(lambda name, x: x if name in _BY_TOKEN else x.clone(), layer)
-            for i, layer in layers.items()
-        }
-
-    def rollback(self, seen: int, states: dict[int, Any]) -> None:
-        """Make every layer what it was after `seen` tokens; `states` are `saved_states` of then."""
-        for i, layer in enumerate(self.layers.layers):
-            if i in states:
-                self.layers.layers[i] = states[i]
-                continue
-            for name in _BY_TOKEN:
-                if getattr(layer, name, None) is not None:
-                    setattr(layer, name, getattr(layer, name)[..., :seen, :])
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held in keys, values and states, over all layers."""
-        sizes: list[int] = []
-        _mapped(lambda name, x: sizes.append(x.numel() * x.element_size()) or x, self.layers)
-        return sum(sizes)
-
-
-def _mapped(function: Callable[..., torch.Tensor], first: DynamicCache, *others: DynamicCache) -> DynamicCache:
-    """Return a cache like `first`, each tensor `function(its name, first's, *others')`."""
-    made = copy.copy(first)
-    made.layers = [
-        _mapped_layer(function, *layers)
-        for layers in zip(first.layers, *(other.layers for other in others), strict=True)
-    ]
-    return made
-
-
-def _mapped_layer(function: Callable[..., torch.Tensor], first: Any, *others: Any) -> Any:
-    made = copy.copy(first)
-    for name, value in vars(first).items():
-        parts = [vars(other)[name] for other in others]
-        if isinstance(value, torch.Tensor):
-            setattr(made, name, function(name, value, *parts))
-        elif isinstance(value, dict):  # states by number, and what is known of each
-            states = {
-                key: function(name, x, *(part[key] for part in parts)) if isinstance(x, torch.Tensor) else x
-                for key, x in value.items()
-            }
-            setattr(made, name, states)
-    return made
+from lminf_eval.cache.full_cache import FullCache, new_layers
+from lminf_eval.models.modules import CACHE_NAMES, DecoderTap, decoder_of, find_rotary, head_logits, takes
+from lminf_eval.models.onednn_linear import OneDNNLinearPatch
+from lminf_eval.models.rope import FrozenFrequencies, depends_on_length
 
 
 class FullModel:
-    """A causal LM with its own attention (`attention=full`); the same methods as `LambdaModel`.
+    """A causal LM with its own attention (`attention=full`); the same methods as `PatchedModel`.
 
     Attributes:
-        by_length: whether its rotary frequencies follow the length of the sequence (dynamic NTK, LongRoPE). Then they
-            are those of a cache's capacity from its first chunk on, as if the whole sequence passed at once, and
-            sequences of unequal length can share neither a batch nor a prefix.
+        rope_depends_on_length: whether its rotary frequencies follow the length of the sequence (dynamic NTK,
+            LongRoPE). Then they are those of a cache's capacity from its first chunk on, as if the whole sequence
+            passed at once, and sequences of unequal length can share neither a batch nor a prefix.
     """
 
     def __init__(self, model: PreTrainedModel):
         self.model, self.decoder = model, decoder_of(model)
-        self.by_length = any(follows_length(module) for module in find_rotary(model))
-        self.reach = sys.maxsize  # tokens before it that a token sees
-        self.readmits = False
+        self.rope_depends_on_length = any(depends_on_length(module) for module in find_rotary(model))
+        self.attention_span = sys.maxsize  # keys that a token sees at most
+        self.retrieves = False
         self.pads = True  # whether sequences of unequal length can share a batch; the check at load finds out
         self.gives_positions = takes(self.decoder, "position_ids") is not None  # the check at load may say no
         self._cache_name = takes(self.decoder, *CACHE_NAMES)
@@ -154,8 +39,9 @@ class FullModel:
         if self.active:
             return
         self.active, self._length = True, 1
-        self._held = [Frequencies(module, 1) for module in find_rotary(self.model) if follows_length(module)]
-        self._linears = Linears(self.model)
+        self._frozen = [FrozenFrequencies(module, 1) for module in find_rotary(self.model) if depends_on_length(module)]
+        self._tap = DecoderTap(self.decoder, lambda forward, handed, args, options: forward(*args, **options))
+        self._linears = OneDNNLinearPatch(self.model)
 
     def new_cache(self, batch: int, capacity: int) -> FullCache:
         """State for `batch` sequences of `capacity` tokens; it grows as they do."""
@@ -169,26 +55,28 @@ class FullModel:
             return self.model
         self.active = False
         self._linears.restore()
-        for frequencies in self._held:
+        self._tap.restore()
+        for frequencies in self._frozen:
             frequencies.restore()
         return self.model
 
     @torch.inference_mode()
-    def hidden(self, ids_BL: torch.Tensor, cache: FullCache, keep: bool = True):
+    def hidden(self, ids_BL: torch.Tensor, cache: FullCache, update_cache: bool = True):
         """The decoder's output for the next L tokens of each row; `last_hidden_state` is [B, L, hidden]."""
         B, L = ids_BL.shape
         if cache.capacity != self._length:
             self._length = cache.capacity
-            for frequencies in self._held:
-                frequencies.settle(cache.capacity)
-        options, seen, mask = {}, max(cache.lengths), cache.mask
+            for frequencies in self._frozen:
+                frequencies.set_length(cache.capacity)
+        options: dict[Any, Any] = {}
+        seen, mask = max(cache.lengths), cache.mask
         states = cache.saved_states() if L > 1 else {}  # one token alone is never tried again
         if cache.mask is not None:
             cache.mask = torch.cat([cache.mask, torch.ones(B, L, dtype=torch.bool)], 1)
             options["attention_mask"] = cache.mask.to(ids_BL.device)
         if self.gives_positions:
             options["position_ids"] = (torch.tensor(cache.lengths)[:, None] + torch.arange(L)).to(ids_BL.device)
-        if keep or seen:
+        if update_cache or seen:
             options |= {self._cache_name: cache.layers, "use_cache": True}
         else:
             options["use_cache"] = False
@@ -204,4 +92,4 @@ class FullModel:
     @torch.inference_mode()
     def logits(self, output, hidden_TC: torch.Tensor) -> torch.Tensor:
         """[T, V]: the model's own head on T chosen hidden states."""
-        return head_logits(self.model, self.decoder, output, hidden_TC)
+        return head_logits(self.model, self._tap, output, hidden_TC)

@@ -8,18 +8,22 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lminf_eval.errors import BUILDING, UsageError
-from lminf_eval.models.families import FAMILIES
+from lminf_eval.methods.base import AttentionMethod
+from lminf_eval.methods.registry import DEFAULT
+from lminf_eval.models.attention_module import AttentionModule
 from lminf_eval.models.families.registry import unsupported
+from lminf_eval.models.families.table import adapter_of
 from lminf_eval.models.rope import set_forward
 
 CACHE_NAMES = ("cache", "past_key_values")  # of a decoder's argument and output: transformers 5.24 renamed it
@@ -36,8 +40,8 @@ def decoder_of(model: PreTrainedModel) -> nn.Module:
     return next((one for one in found if isinstance(one, PreTrainedModel) and one is not model), model)
 
 
-def check_structure(config: PretrainedConfig, attention: str, trust_remote_code: bool = False) -> None:
-    """Refuse, before any weight is read, a model that lacks the parts which `attention` takes over.
+def check_structure(config: PretrainedConfig, method: type[AttentionMethod], trust_remote_code: bool = False) -> None:
+    """Refuse, before any weight is read, a model that lacks the parts which `method` takes over.
 
     Raises:
         UsageError: naming the family and the reason.
@@ -47,13 +51,13 @@ def check_structure(config: PretrainedConfig, attention: str, trust_remote_code:
             model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
     except BUILDING:
         return  # some can be built only with their weights; what is wrong is said when these are read
-    if attention == "full":
+    if not method.patched:
         if takes(decoder_of(model), *CACHE_NAMES) is None:
-            raise UsageError(unsupported(config, "its state is not a cache that chunks could go on from", attention))
+            raise UsageError(unsupported(config, "its state is not a cache that chunks could go on from", method.name))
     else:
-        attention_layers(model)
-        if config.model_type not in FAMILIES:
-            rotary_module(model)
+        attention_layers(model, method.name)
+        if adapter_of(config.model_type) is None:
+            rotary_module(model, method.name)
 
 
 def takes(module: nn.Module, *names: str) -> str | None:
@@ -62,15 +66,15 @@ def takes(module: nn.Module, *names: str) -> str | None:
     return next((name for name in names if name in arguments), None)
 
 
-def attention_layers(model: PreTrainedModel) -> list[nn.Module]:
+def attention_layers(model: PreTrainedModel, attention: str = DEFAULT) -> list[AttentionModule]:
     """Return the model's attention modules, in order.
 
     Raises:
         UsageError: if there are none whose queries and keys can be read before rotation.
     """
-    own = model.config.model_type in FAMILIES
+    own = adapter_of(model.config.model_type) is not None
     found = [
-        module
+        cast(AttentionModule, module)
         for module in decoder_of(model).modules()
         if hasattr(module, "layer_idx")
         and "Attention" in type(module).__name__
@@ -79,7 +83,7 @@ def attention_layers(model: PreTrainedModel) -> list[nn.Module]:
     # DBRX wraps its attention in a block of a like name; only the innermost computes attention.
     layers = [module for module in found if not any(part in found for part in list(module.modules())[1:])]
     if not layers:
-        raise UsageError(unsupported(model.config, "its attention has no apply_rotary_pos_emb to take over"))
+        raise UsageError(unsupported(model.config, "its attention has no apply_rotary_pos_emb to take over", attention))
     return layers
 
 
@@ -89,7 +93,7 @@ def find_rotary(model: PreTrainedModel) -> list[nn.Module]:
     return [module for name, module in named if name.rpartition(".")[2].startswith("rotary_emb")]
 
 
-def rotary_module(model: PreTrainedModel) -> nn.Module:
+def rotary_module(model: PreTrainedModel, attention: str = DEFAULT) -> nn.Module:
     """Return the one module that turns positions into (cos, sin).
 
     Raises:
@@ -97,11 +101,12 @@ def rotary_module(model: PreTrainedModel) -> nn.Module:
     """
     found = find_rotary(model)
     if len(found) != 1:
-        raise UsageError(unsupported(model.config, f"it has {len(found)} rotary_emb modules where one is expected"))
+        why = f"it has {len(found)} rotary_emb modules where one is expected"
+        raise UsageError(unsupported(model.config, why, attention))
     return found[0]
 
 
-def layer_type(module: nn.Module, config: Any) -> str | None:
+def layer_type(module: AttentionModule, config: Any) -> str | None:
     """Return what a family calls the kind of an attention layer ("full_attention", …), or None if it has no name."""
     for name in ("layer_type", "attention_type"):
         if isinstance(getattr(module, name, None), str):
@@ -119,7 +124,65 @@ def device_of(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
 
 
-def head_logits(model: PreTrainedModel, decoder: nn.Module, output: Any, hidden_TC: torch.Tensor) -> torch.Tensor:
+class DecoderTap:
+    """Stands before a decoder's forward, and says for each thread what its next pass is about.
+
+    Args:
+        decoder: the module; its own forward is given back by `restore`.
+        around: (own forward, the cache handed to this pass or None, args, options) -> what the pass returns.
+    """
+
+    def __init__(self, decoder: nn.Module, around: Callable[[Callable, Any, tuple, dict], Any]):
+        self.decoder, self._around, self._here = decoder, around, threading.local()
+        self._before = vars(decoder).get("forward")
+        self._own = decoder.forward
+        decoder.forward = self._forward
+
+    def restore(self) -> None:
+        """Give the decoder its forward back."""
+        set_forward(self.decoder, self._before)
+
+    def _forward(self, *args: Any, **options: Any) -> Any:
+        answer, self._here.answer = getattr(self._here, "answer", None), None
+        if answer is not None:
+            return answer
+        handed, self._here.handed = getattr(self._here, "handed", None), None
+        return self._around(self._own, handed, args, options)
+
+    @property
+    def current(self) -> Any:
+        """The context of the pass that this thread is in."""
+        return self._here.context
+
+    @contextmanager
+    def context(self, context: Any) -> Iterator[None]:
+        """Make `context` the current one inside."""
+        self._here.context = context
+        try:
+            yield
+        finally:
+            self._here.context = None
+
+    @contextmanager
+    def handing(self, cache: Any) -> Iterator[None]:
+        """Hand `cache` to the next pass; transformers, which may do more with a cache, does not see it."""
+        self._here.handed = cache
+        try:
+            yield
+        finally:
+            self._here.handed = None
+
+    @contextmanager
+    def answering(self, output: Any) -> Iterator[None]:
+        """Let the next pass return `output` and compute nothing."""
+        self._here.answer = output
+        try:
+            yield
+        finally:
+            self._here.answer = None
+
+
+def head_logits(model: PreTrainedModel, tap: DecoderTap, output: Any, hidden_TC: torch.Tensor) -> torch.Tensor:
     """Return [T, V]: the model's own forward, its decoder standing still and answering with the given hidden states.
 
     So whatever a family does between the decoder and its logits (scaling, soft-capping) happens as it always does.
@@ -127,19 +190,8 @@ def head_logits(model: PreTrainedModel, decoder: nn.Module, output: Any, hidden_
     caches = {field.name: None for field in fields(output) if field.name in CACHE_NAMES}
     answer = replace(output, last_hidden_state=hidden_TC[None], **caches)
     ids_1T = torch.zeros(1, len(hidden_TC), dtype=torch.long, device=device_of(model.get_input_embeddings()))
-    with replaced_forward(decoder, lambda *args, **kwargs: answer):
+    with tap.answering(answer):
         return model(input_ids=ids_1T, use_cache=False).logits[0]  # Gemma 4 looks its tokens up, too
-
-
-@contextmanager
-def replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
-    """Within it, the module's forward is `forward`."""
-    before = vars(module).get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        set_forward(module, before)
 
 
 @contextmanager

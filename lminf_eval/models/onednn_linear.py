@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.functional import linear
 
+from lminf_eval.models.rope import set_forward
 
-class Linears:
+
+class OneDNNLinearPatch:
     """The plain linear layers of a model, through oneDNN where that is faster, until `restore` is called.
 
     Quantised layers, those that a library has hooked or replaced, and other dtypes and devices stay as they are.
@@ -23,9 +26,10 @@ class Linears:
 
     def __init__(self, model: nn.Module):
         self._forwards: dict[nn.Module, Callable] = {}
-        for module in model.modules() if on_this_processor() else ():
+        for module in model.modules() if prefers_onednn() else ():
             if type(module) is nn.Linear and type(module.weight) is nn.Parameter and "forward" not in vars(module):
-                self._forwards[module] = module.forward = partial(_forward, module)
+                self._forwards[module] = partial(_forward, module)
+                set_forward(module, self._forwards[module])
 
     def restore(self) -> None:
         """The layers as they were found."""
@@ -44,7 +48,7 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
         x.dtype == weight.dtype == torch.float32
         and x.device.type == weight.device.type == "cpu"
         and not torch.is_grad_enabled()
-        and on_this_processor()
+        and prefers_onednn()
     ):
         return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
     return linear(x, weight, bias)
@@ -55,8 +59,9 @@ def _forward(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
 
 
 @cache
-def on_this_processor() -> bool:
+def prefers_onednn() -> bool:
     """Whether oneDNN is there, and the faster one: on AMD's processors, in a PyTorch that has MKL."""
-    name = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", "")
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    name = capabilities.get("cpu_name", "")
     there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     return name.startswith("AMD") and there and torch.backends.mkl.is_available()

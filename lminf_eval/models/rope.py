@@ -11,17 +11,36 @@ Shapes: B batch, S tokens, H heads, D head dimension, r rotated dimensions.
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import ModuleType
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import nn
 
 Angles = tuple[torch.Tensor, torch.Tensor]
+_FUNCTION = "apply_rotary_pos_emb"
 
 
-class Frequencies:
+class RotaryEmbedding(Protocol):
+    """What rotates a model's queries and keys: `Rotary`, or a family's own."""
+
+    def restore(self) -> None:
+        """Give the model its rotation back."""
+
+    def knows(self, layer_type: str | None) -> bool:
+        """Return whether layers of this type are rotated at all."""
+
+    def angles(self, positions_BS: torch.Tensor, like: torch.Tensor, layer_type: str | None = None) -> Angles:
+        """Return (cos, sin) at integer positions, in the dtype and on the device of `like`."""
+
+    def rotate(self, x_BHSD: torch.Tensor, angles: Angles) -> torch.Tensor:
+        """Return x turned by `angles`."""
+
+
+class FrozenFrequencies:
     """A rotary module whose frequencies are those of one length, whatever it is then asked for, until `restore`.
 
     Of transformers' rope types only dynamic and longrope follow the running length. Left alone, they change under keys
@@ -38,14 +57,15 @@ class Frequencies:
         self._plain = {k: v for k, v in vars(module).items() if isinstance(v, (int, float, torch.Tensor))}
         self._before = vars(module).get("forward")
         module.forward = self.angles
-        self.settle(length)
+        self.set_length(length)
 
     @torch.inference_mode(False)
-    def settle(self, length: int) -> None:
+    def set_length(self, length: int) -> None:
         """Take the frequencies that the family uses for sequences of `length` tokens."""
-        if not follows_length(self.module):
+        if not depends_on_length(self.module):
             return
-        for layer_type in self.module.layer_types if self.by_type else [None]:
+        layer_types: Any = self.module.layer_types if self.by_type else [None]
+        for layer_type in layer_types:
             extra = [layer_type] if self.by_type else []
             for last in (0, length - 1):  # back to the trained ones first
                 position = torch.tensor([[last]], device=next(self.module.buffers()).device)
@@ -65,7 +85,7 @@ class Frequencies:
         vars(self.module).update(self._plain)
 
 
-def follows_length(module: nn.Module) -> bool:
+def depends_on_length(module: nn.Module) -> bool:
     """Whether a rotary module's frequencies depend on the running length."""
     found = getattr(module, "rope_type", "default")
     names = found.values() if isinstance(found, dict) else [found]
@@ -73,16 +93,65 @@ def follows_length(module: nn.Module) -> bool:
 
 
 @contextmanager
-def held(module: nn.Module | None, length: int) -> Iterator[None]:
+def frozen_length(module: nn.Module | None, length: int) -> Iterator[None]:
     """Within it, the module's frequencies are those of `length` tokens; None is a model without such a module."""
-    if module is None or not follows_length(module):
+    if module is None or not depends_on_length(module):
         yield
         return
-    frequencies = Frequencies(module, length)
+    frequencies = FrozenFrequencies(module, length)
     try:
         yield
     finally:
         frequencies.restore()
+
+
+class RotationSwitch:
+    """Stands in for a file's `apply_rotary_pos_emb`, which any model of the family may be calling in any thread.
+
+    Attributes:
+        rotate: the file's own function.
+        takes_pairs: whether it takes queries and keys together; Gemma 3n's takes one tensor.
+    """
+
+    _installed: ClassVar[dict[ModuleType, RotationSwitch]] = {}
+    _lock = threading.Lock()
+
+    def __init__(self, home: ModuleType):
+        self.home, self.rotate = home, home.apply_rotary_pos_emb
+        self.takes_pairs = "k" in inspect.signature(self.rotate).parameters
+        self._users, self._here = 0, threading.local()
+
+    @classmethod
+    def install(cls, home: ModuleType) -> RotationSwitch:
+        """Return the file's switch, put in place if it is the first; each caller must `remove` it once."""
+        with cls._lock:
+            switch = cls._installed.get(home) or cls._installed.setdefault(home, cls(home))
+            switch._users += 1
+            setattr(home, _FUNCTION, switch)
+            return switch
+
+    def remove(self) -> None:
+        """Give the file its function back, if nobody else uses the switch."""
+        with self._lock:
+            self._users -= 1
+            if not self._users:
+                setattr(self.home, _FUNCTION, self.rotate)
+                del self._installed[self.home]
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Rotate nothing inside, in this thread."""
+        self._here.off = True
+        try:
+            yield
+        finally:
+            self._here.off = False
+
+    def __call__(self, q: torch.Tensor, *args: Any, **options: Any) -> Any:
+        """Rotate as the file does, or return the tensors as they are."""
+        if not getattr(self._here, "off", False):
+            return self.rotate(q, *args, **options)
+        return (q, options["k"] if "k" in options else args[0]) if self.takes_pairs else q
 
 
 class Rotary:
@@ -90,22 +159,22 @@ class Rotary:
 
     Args:
         module: turns positions into (cos, sin).
-        apply: the family's `apply_rotary_pos_emb`.
+        home: the family's file, with its `apply_rotary_pos_emb`.
     """
 
-    def __init__(self, module: nn.Module, apply: Callable, n_local: int):
+    def __init__(self, module: nn.Module, home: ModuleType, n_local: int):
         self.module = module
-        pairs = "k" in inspect.signature(apply).parameters
-        self._apply = apply if pairs else _alone(apply)
-        self._nothing = (lambda q, k, *rest, **options: (q, k)) if pairs else (lambda x, *rest, **options: x)
+        self._switch = RotationSwitch.install(home)
+        self._apply = self._switch.rotate if self._switch.takes_pairs else _alone(self._switch.rotate)
         self._takes_whole_heads: bool | None = None  # found out at the first rotation
         self._in_halves: bool | None = None  # likewise
-        self._frequencies = Frequencies(module, n_local)
+        self._frequencies = FrozenFrequencies(module, n_local)
         module.forward = self.identity
 
     def restore(self) -> None:
         """Give the model its rotation back."""
         self._frequencies.restore()
+        self._switch.remove()
 
     @torch.no_grad()
     def angles(self, positions_BS: torch.Tensor, like: torch.Tensor, layer_type: str | None = None) -> Angles:
@@ -118,21 +187,21 @@ class Rotary:
         return not self._frequencies.by_type or hasattr(self.module, f"{layer_type}_inv_freq")
 
     def rotate(self, x_BHSD: torch.Tensor, angles: Angles) -> torch.Tensor:
-        """x turned by `angles`; where the family rotates part of a head, the rest passes through."""
+        """Return x rotated by `angles`; if the family rotates part of a head, the rest passes through."""
         if self._in_halves is None:
             self._in_halves = self._multiplies_halves(angles)
         if self._in_halves and x_BHSD.shape[-1] == angles[0].shape[-1]:
-            return _turned_halves(x_BHSD, angles)
+            return _rotate_halves(x_BHSD, angles)
         if self._takes_whole_heads is None:
             self._takes_whole_heads = self._accepts(x_BHSD, angles)
         if self._takes_whole_heads:
             return self._apply(x_BHSD, x_BHSD[:, :0], *angles)[0]
         r = angles[0].shape[-1]
-        turned = self._apply(x_BHSD[..., :r], x_BHSD[:, :0, :, :r], *angles)[0]
-        return torch.cat([turned, x_BHSD[..., r:]], -1)
+        rotated = self._apply(x_BHSD[..., :r], x_BHSD[:, :0, :, :r], *angles)[0]
+        return torch.cat([rotated, x_BHSD[..., r:]], -1)
 
     def _multiplies_halves(self, angles: Angles) -> bool:
-        """Whether the family's function does what `_turned_halves` does, faster; tried on numbers of no meaning."""
+        """Whether the family's function does what `_rotate_halves` does, faster; tried on numbers of no meaning."""
         cos, sin = (part[:1, :1] for part in angles)
         draw, r = torch.Generator().manual_seed(0), cos.shape[-1]
         x, cos, sin = (torch.randn(1, *shape, generator=draw).to(cos) for shape in ((1, 1, r), (1, r), (1, r)))
@@ -140,7 +209,7 @@ class Rotary:
             expected = self._apply(x, x[:, :0], cos, sin)[0]
         except (RuntimeError, IndexError):  # shapes that it doesn't know
             return False
-        found = _turned_halves(x, (cos, sin)) if cos.shape[-1] % 2 == 0 else None
+        found = _rotate_halves(x, (cos, sin)) if cos.shape[-1] % 2 == 0 else None
         limit = 1e-6 if x.dtype in (torch.float32, torch.float64) else 3e-2
         return found is not None and found.shape == expected.shape and torch.allclose(found, expected, limit, limit)
 
@@ -153,18 +222,14 @@ class Rotary:
         return True
 
     @contextmanager
-    def skipped(self, home: ModuleType) -> Iterator[None]:
-        """Within it, the family's file `home` does not even go through the motions of turning by the identity.
+    def skipped(self) -> Iterator[None]:
+        """Make the family's file skip, in this thread, even the motions of rotating by the identity.
 
         Those are four products and three copies of queries and keys a layer. A file that calls its function by another
         name goes on multiplying by one.
         """
-        before = home.apply_rotary_pos_emb
-        home.apply_rotary_pos_emb = self._nothing
-        try:
+        with self._switch.off():
             yield
-        finally:
-            home.apply_rotary_pos_emb = before
 
     @torch.no_grad()
     def identity(self, x: torch.Tensor, position_ids: torch.Tensor, *args, **kwargs) -> Angles:
@@ -173,14 +238,14 @@ class Rotary:
         return torch.ones_like(cos), torch.zeros_like(sin)
 
 
-def _turned_halves(x_BHSD: torch.Tensor, angles: Angles) -> torch.Tensor:
+def _rotate_halves(x_BHSD: torch.Tensor, angles: Angles) -> torch.Tensor:
     """[x1 cos - x2 sin, x2 cos + x1 sin] for the halves x1, x2 of x (arXiv 2104.09864, in GPT-NeoX's order)."""
     cos, sin = (part[:, None] for part in angles)
     half = x_BHSD.shape[-1] // 2
-    turned = x_BHSD * cos
-    turned[..., :half].addcmul_(x_BHSD[..., half:], sin[..., :half], value=-1)
-    turned[..., half:].addcmul_(x_BHSD[..., :half], sin[..., half:])
-    return turned.to(x_BHSD.dtype)  # angles may be wider
+    rotated = x_BHSD * cos
+    rotated[..., :half].addcmul_(x_BHSD[..., half:], sin[..., :half], value=-1)
+    rotated[..., half:].addcmul_(x_BHSD[..., :half], sin[..., half:])
+    return rotated.to(x_BHSD.dtype)  # angles may be wider
 
 
 def _alone(apply: Callable) -> Callable:

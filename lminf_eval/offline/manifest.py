@@ -24,11 +24,10 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import simple_parse_args_string
 
 from lminf_eval.errors import UsageError
+from lminf_eval.harness.model_args import execution_args, own_args
 from lminf_eval.harness.plugin import task_folder
-from lminf_eval.methods.spec import LambdaSpec
 from lminf_eval.models.loading import read_config
 from lminf_eval.paths import sha256_of
-from lminf_eval.resume.journal import HOW
 from lminf_eval.sweep.config import read_sweep
 from lminf_eval.tasks import corpora
 from lminf_eval.tasks.data_files import find_files
@@ -61,7 +60,7 @@ def required_items(config: Path) -> Iterator[Item]:
     seen = set()
     for settings in _runs(config):
         args = settings["model_args"]
-        counted = {name: args[name] for name in args if name not in HOW and name not in LambdaSpec.model_fields}
+        counted = {name: args[name] for name in args if name not in execution_args() and name not in own_args()}
         models = [(kind, args[kind]) for kind in ("pretrained", "tokenizer", "peft", "delta") if args.get(kind)]
         found = [
             Item("model" if kind == "pretrained" else kind, name, partial(_model, kind, name, args))

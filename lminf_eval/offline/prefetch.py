@@ -51,6 +51,7 @@ def prefetch(config: Path, check: bool = False, output: Path | None = None) -> i
     logging.getLogger("lm_eval.api").setLevel(logging.ERROR)  # it explains --metadata at every task
     found, missing = [], []
     for item in manifest.required_items(config):
+        line = ""
         with console.status(Text(f"{item.kind} {item.name}")):
             try:
                 resolved = item.resolve(checksums=not check)

@@ -11,20 +11,26 @@ Shapes: B rows, H query heads, K key-value heads, L tokens of a chunk, S of a sh
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from transformers import PretrainedConfig, PreTrainedModel
 
-from lminf_eval.attention.prefill import attend_chunk
-from lminf_eval.cache.window_cache import LambdaCache, LayerCache
+from lminf_eval.attention.call import AttentionCall
+from lminf_eval.attention.prefill import prefill_attention
+from lminf_eval.cache.attention_state import AttentionState
+from lminf_eval.cache.layer_cache import LayerCache
 from lminf_eval.errors import UsageError
+from lminf_eval.inference.chunks import ChunkRunner
 from lminf_eval.inference.engine import Engine
-from lminf_eval.methods.spec import LambdaSpec
-from lminf_eval.models.equivalence_check import lambda_model
-from lminf_eval.models.patching import LambdaModel
+from lminf_eval.methods.base import AttentionMethod, WindowedMethod
+from lminf_eval.methods.registry import METHODS, keeps_all
+from lminf_eval.models.equivalence_check import patched_model
+from lminf_eval.models.patching import PatchedModel
 from lminf_eval.parallel.halo_exchange import HaloExchange
 from lminf_eval.parallel.strategy import ParallelStrategy
 
@@ -33,102 +39,122 @@ CHUNK = 2**16  # tokens a rank gets at most, by default: what it holds at once o
 _BATCH = 2048  # tokens a rank gets of a batch of short requests
 
 
-class ContextModel(LambdaModel):
-    """A `LambdaModel` whose long chunks are spread over the ranks of `group`, which call each method in step.
+class ContextModel(PatchedModel):
+    """A `PatchedModel` whose long chunks are spread over the ranks of `group`, which call each method in step.
 
-    Between calls every rank holds the cache that one process would have.
+    Between calls every rank holds the state that one process would have.
 
     Attributes:
         split: whether the last chunk was spread; `exchange.local_slice` are then the tokens of it that this rank has.
     """
 
-    def __init__(self, model: PreTrainedModel, spec: LambdaSpec, group: dist.ProcessGroup):
-        super().__init__(model, spec)
+    def __init__(self, model: PreTrainedModel, method: WindowedMethod, group: dist.ProcessGroup):
+        super().__init__(model, method)
         self.exchange = HaloExchange(group)
         self.split = False
         self._sees_cache = self._renews = False
+        self._capacity = 0
 
     @torch.inference_mode()
-    def hidden(self, ids_BL: torch.Tensor, cache: LambdaCache, keep: bool = True, skipped: int = 0):
-        """The decoder's output; `last_hidden_state` is [B, S, E] for this rank's own tokens of a chunk that is spread.
+    def hidden(self, ids_BL: torch.Tensor, state: AttentionState, update_cache: bool = True, skipped: int = 0):
+        """Return the decoder's output; [B, S, E] for this rank's own tokens of a chunk that is spread.
 
-        With `keep`, the last state of all is the chunk's last, on every rank.
+        With `update_cache`, the last hidden state is the chunk's last, on every rank.
         """
-        start, L = cache.lengths[0], ids_BL.shape[1]
+        start, L = state.lengths[0], ids_BL.shape[1]
         self.split = L // self.exchange.world >= SHARD
         if not self.split:
-            return super().hidden(ids_BL, cache, keep)
+            return super().hidden(ids_BL, state, update_cache)
         self.exchange.shard(L)
-        widest = max((layer.window for layer in cache.layers.values()), default=0)
+        widest = max((layer.window for layer in state.layers.values()), default=0)
         own = self.exchange.local_slice
         self._sees_cache = own.start < widest  # some of this rank's tokens do
         self._renews = widest <= L  # nothing that is cached now stays in a window
-        output = super().hidden(ids_BL[:, own], cache, keep, own.start)
-        cache.lengths = [start + L] * len(cache.lengths)
-        if keep:
+        self._capacity = state.capacity
+        output = super().hidden(ids_BL[:, own], state, update_cache, own.start)
+        state.lengths = [start + L] * len(state.lengths)
+        if update_cache:
             if self._renews:
-                cache.origins = list(cache.lengths)
+                state.origins = list(state.lengths)
             last_B1E = self.exchange.broadcast_range(output.last_hidden_state[:, None], L - 1, L)[:, 0]
             if own.stop < L:
                 output.last_hidden_state = torch.cat([output.last_hidden_state, last_B1E], 1)
         return output
 
-    def _attend_chunk(
-        self, q_BHSD, k_BKSD, v_BKSD, layer, keep, start, origin, spec, window, sinks, turn, **how
+    def _prefill(
+        self,
+        q_BHSD: torch.Tensor,
+        k_BKSD: torch.Tensor,
+        v_BKSD: torch.Tensor,
+        layer: LayerCache | None,
+        call: AttentionCall,
+        update_cache: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`attend_chunk` of this rank's shard of a chunk at position `start`, against a past that others filled in."""
+        """Compute this rank's shard of a chunk at `call.start`, against a past that others filled in."""
         if not self.split:
-            return attend_chunk(q_BHSD, k_BKSD, v_BKSD, layer, keep, start, origin, spec, window, sinks, turn, **how)
-        exchange, L = self.exchange, self.exchange.shard_offsets[-1]
+            return prefill_attention(q_BHSD, k_BKSD, v_BKSD, layer, call, update_cache)
+        exchange, L, start, window = self.exchange, self.exchange.shard_offsets[-1], call.start, call.window
         first = start + exchange.local_slice.start
-        near = origin if self._sees_cache else first  # so that angles stay below a shard's length and a window
-        past = LayerCache.empty(k_BKSD, v_BKSD, window, sinks, self._cache.capacity)
+        origin = call.origin if self._sees_cache else first  # so that angles stay below a shard's length and a window
+        past = LayerCache.empty(k_BKSD, v_BKSD, call.branches, self._capacity)
         if start:
+            assert layer is not None  # tokens came before: something is kept of them
             past.write_sinks(layer.sink_keys[:, :, :start], layer.values[:, :, : min(start, past.sinks)], 0)
             if self._sees_cache:
                 k_old, v_old = layer.past(start)
                 past.write(k_old, v_old, start - k_old.shape[2])
-        fresh = min(past.sinks - start, L)  # starting tokens that this chunk brings
+        fresh = min(past.sinks - start, L)  # first tokens that this chunk brings
+        heads = None
         if fresh > 0:
             heads = exchange.broadcast_range(k_BKSD, 0, fresh), exchange.broadcast_range(v_BKSD, 0, fresh)
             past.write_sinks(*heads, start)
         k_new, v_new = exchange.recv_previous(k_BKSD, window), exchange.recv_previous(v_BKSD, window)
         if n := k_new.shape[2]:
             at = torch.arange(first - n, first)
-            past.write(turn(k_new, (at - near)[None], f"past {window}"), v_new, first - n)
-        found = attend_chunk(q_BHSD, k_BKSD, v_BKSD, past, False, first, near, spec, window, sinks, turn, **how)
-        if keep:
-            if fresh > 0:
+            past.write(call.rotate(k_new, (at - origin)[None], f"past {window}"), v_new, first - n)
+        own = replace(call, start=first, origin=origin)
+        found = prefill_attention(q_BHSD, k_BKSD, v_BKSD, past, own, False)
+        if update_cache:
+            assert layer is not None
+            if heads is not None:
                 layer.write_sinks(*heads, start)
             end = start + L
             n = min(window, L)
             k_kept, v_kept = exchange.broadcast_range(k_BKSD, L - n, L), exchange.broadcast_range(v_BKSD, L - n, L)
-            at = torch.arange(end - n, end) - (end if self._renews else origin)
-            layer.write(turn(k_kept, at[None], f"kept {window}"), v_kept, end - n)
+            at = torch.arange(end - n, end) - (end if self._renews else call.origin)
+            layer.write(call.rotate(k_kept, at[None], f"kept {window}"), v_kept, end - n)
         return found
 
 
-class ContextEngine(Engine):
-    """An `Engine` over a `ContextModel`: each rank computes the logits of its own positions, and all have all answers.
+class ContextChunks(ChunkRunner):
+    """Chunks of a `ContextModel`: each rank computes the logits of its own positions, and all have all answers.
 
-    What is sent for a chunk doesn't depend on its length, so that it is best a whole document.
+    What is sent for a chunk does not depend on its length, so that it is best a whole document.
     """
 
-    in_step = True
+    model: ContextModel
 
-    def __init__(self, model: ContextModel, chunk_size: int, *args, **kwargs):
-        super().__init__(model, chunk_size, *args, **kwargs)
+    def __init__(self, model: ContextModel, chunk_size: int, *args: Any):
+        super().__init__(model, chunk_size, *args)
         self.batch_tokens = min(chunk_size, _BATCH * model.exchange.world)
 
-    def _log_probs(self, output, row: int, at_U: np.ndarray, token_U: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def log_probs(self, output: Any, row: int, at_U: np.ndarray, token_U: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """See `ChunkRunner`; positions count from the chunk's first token."""
         if not self.model.split:
-            return super()._log_probs(output, row, at_U, token_U)
+            return super().log_probs(output, row, at_U, token_U)
         own = self.model.exchange.local_slice
         mine_U = (at_U >= own.start) & (at_U < own.stop)
         found_2U = np.zeros((2, len(at_U)))
-        found_2U[:, mine_U] = super()._log_probs(output, row, at_U[mine_U] - own.start, token_U[mine_U])
+        found_2U[:, mine_U] = super().log_probs(output, row, at_U[mine_U] - own.start, token_U[mine_U])
         found_2U = self.model.exchange.all_reduce(torch.from_numpy(found_2U).to(self.device)).cpu().numpy()
         return found_2U[0], found_2U[1].astype(bool)
+
+
+class ContextEngine(Engine):
+    """An `Engine` over a `ContextModel`."""
+
+    lockstep = True
+    chunk_runner = ContextChunks
 
 
 class ContextParallel(ParallelStrategy):
@@ -136,19 +162,21 @@ class ContextParallel(ParallelStrategy):
 
     engine = ContextEngine
 
-    def settle(self, spec: LambdaSpec) -> LambdaSpec:
-        """A chunk is `CHUNK` tokens for each rank, most often a whole document, unless `chunk_size` says otherwise."""
-        if "chunk_size" in spec.model_fields_set:
-            return spec
-        return spec.model_copy(update={"chunk_size": CHUNK * self.topology.group_size})
+    def chunk_size(self, asked: int, chosen: bool) -> int:
+        """Return `CHUNK` tokens for each rank, most often a whole document, unless somebody has chosen."""
+        return asked if chosen else CHUNK * self.topology.group_size
 
-    def check(self, config: PretrainedConfig, spec: LambdaSpec) -> None:
-        """Refuse attention that needs keys from anywhere."""
-        if spec.attention == "full":
-            raise UsageError("attention=full: parallel=context goes with lambda, streaming and window")
-        if spec.top_k:
-            raise UsageError(f"top_k={spec.top_k}: parallel=context goes with 0 alone; no rank has all keys")
+    def check(self, config: PretrainedConfig, method: AttentionMethod) -> None:
+        """Refuse a method that needs keys from anywhere."""
+        if method.keeps_all:
+            possible = [name for name, one in METHODS.items() if not keeps_all(one)]
+            raise UsageError(f"attention={method.name}: parallel=context goes with {', '.join(possible)}")
+        if method.retrieves:
+            raise UsageError("top_k: parallel=context goes with top_k=0 alone; no rank has all keys")
 
-    def prepare(self, model: PreTrainedModel, spec: LambdaSpec) -> ContextModel:
-        """The model on this rank, patched to Λ-attention and checked."""
-        return lambda_model(model, spec, partial(ContextModel, group=self.topology.process_group))
+    def prepare(self, model: PreTrainedModel, method: AttentionMethod) -> PatchedModel:
+        """Return the model on this rank, patched and checked."""
+        group = self.topology.process_group
+        assert group is not None  # a group of one has another strategy
+        assert isinstance(method, WindowedMethod)  # `check` lets no other pass
+        return patched_model(model, method, partial(ContextModel, group=group))

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from functools import partial
 
 import torch
 import torch.distributed as dist
 
-from lminf_eval.inference.engine import Engine, GenerateRequest
+from lminf_eval.inference.engine import Engine
+from lminf_eval.inference.generation import Greedy, Rules
+from lminf_eval.inference.requests import GenerateRequest
 from lminf_eval.inference.sampling import Sample, most_likely
 
 
 class LockstepEngine(Engine):
     """An `Engine` that never changes its chunk size by itself: the other ranks could not follow."""
 
-    in_step = True
+    lockstep = True
 
 
 class SyncedSamplingEngine(LockstepEngine):
@@ -26,12 +26,26 @@ class SyncedSamplingEngine(LockstepEngine):
     token, would stop at another length and leave the others waiting.
     """
 
-    def generate(self, requests: Sequence[GenerateRequest]) -> Iterator[tuple[int, list[int]]]:
+    def generate(
+        self, requests: Sequence[GenerateRequest], rules: Rules | None = None
+    ) -> Iterator[tuple[int, list[int]]]:
         """Generate as `Engine.generate` does."""
-        return super().generate([replace(one, sampler=partial(self._synced, one.sampler)) for one in requests])
+        return super().generate(requests, _FirstRanksTokens(rules or Greedy()))
 
-    def _synced(self, sampler: Callable[[torch.device], Sample] | None, device: torch.device) -> Sample:
-        sample = most_likely if sampler is None else sampler(device)
+
+class _FirstRanksTokens:
+    """Rules under which every rank takes the token that the first rank picks."""
+
+    def __init__(self, rules: Rules):
+        self._rules = rules
+
+    def should_stop(self, request: GenerateRequest) -> Callable[[list[int]], bool]:
+        """See `Rules`."""
+        return self._rules.should_stop(request)
+
+    def sampler(self, request: GenerateRequest, device: torch.device) -> Sample:
+        """See `Rules`."""
+        sample = self._rules.sampler(request, device) or most_likely
 
         def first_ranks_token(new: Sequence[int], logits_V: torch.Tensor) -> int | None:
             own = sample(new, logits_V)

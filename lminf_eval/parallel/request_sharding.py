@@ -9,63 +9,59 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from lminf_eval.inference.prefix_tree import Node, forest
+from lminf_eval.inference.prefix_tree import Node, build_prefix_tree
+from lminf_eval.inference.requests import GenerateRequest, Request, ScoreRequest
 from lminf_eval.parallel.ranks import Ranks
 
 ENOUGH = 1.02  # of the ideal share: a longest share below it is not worth splitting prefixes for
 
 
-@dataclass(frozen=True)
-class Work:
-    """One request on its way to a rank: what the adapter builds an engine's request from.
-
-    `key` is the journal's, "" without one; `options` are plain JSON.
-    """
-
-    key: str
-    tokens: np.ndarray
-    options: dict[str, Any]
-
-
-# run("score" or "generate", works, bar) yields (index, answer in JSON) as they are done, and counts into `tokens`.
-Run = Callable[[str, list[Work], Any], Iterator[tuple[int, Any]]]
+# run("score" or "generate", requests, bar) yields (index, answer in JSON) as they are done, and counts into `tokens`.
+Run = Callable[[str, Sequence[Any], Any], Iterator[tuple[int, Any]]]
+_KINDS = {"score": ScoreRequest, "generate": GenerateRequest}
 
 
 def answers(
-    ranks: Ranks, run: Run, what: str, works: list[Work], bar: tqdm, tokens: Counter, share: bool, held: int
+    ranks: Ranks,
+    run: Run,
+    what: str,
+    requests: Sequence[Request],
+    bar: tqdm,
+    tokens: Counter,
+    share: bool,
+    max_cached: int,
 ) -> Iterator[tuple[int, Any]]:
     """Rank 0's side: each request's index and its answer, as they are done or come in.
 
-    `tokens` becomes the whole run's count, of all groups. `share` and `held` are `prefix.forest`'s.
+    `tokens` becomes the whole run's count, of all groups. `share` and `max_cached` are `build_prefix_tree`'s.
     """
-    if ranks.topology.world == 1 or not works:
-        yield from run(what, works, bar) if works else ()
+    if ranks.topology.world == 1 or not requests:
+        yield from run(what, requests, bar) if requests else ()
         return
-    shares = split(works, ranks.topology.groups, share, held)
+    shares = split(requests, ranks.topology.groups, share, max_cached)
     with ranks.lifecycle.guard():
         ranks.status.has_pending_requests, ranks.status.call = True, ranks.status.call + 1
         for group in range(ranks.topology.groups):
             if group or ranks.topology.group_size > 1:
-                ranks.mailbox.send(f"work/{ranks.status.call}/{group}", pack(what, [works[i] for i in shares[group]]))
+                message = pack(what, [requests[i] for i in shares[group]])
+                ranks.mailbox.send(f"work/{ranks.status.call}/{group}", message)
         progress = Progress(ranks, what, len(shares[0]), bar)
-        for i, answer in run(what, [works[i] for i in shares[0]], progress) if shares[0] else ():
+        for i, answer in run(what, [requests[i] for i in shares[0]], progress) if shares[0] else ():
             yield shares[0][i], answer
         ranks.status.activity, ranks.status.total = "waiting for the other ranks", 0
         waiting = set(range(1, ranks.topology.groups))
         while waiting:
-            for group in [
-                group for group in sorted(waiting) if ranks.mailbox.ready(f"answers/{ranks.status.call}/{group}")
-            ]:
-                found = json.loads(ranks.mailbox.receive(f"answers/{ranks.status.call}/{group}"))
+            names = {group: f"answers/{ranks.status.call}/{group}" for group in sorted(waiting)}
+            for group in [group for group, name in names.items() if ranks.mailbox.ready(name)]:
+                found = json.loads(ranks.mailbox.receive(names[group]))
                 tokens.update(found["tokens"])
                 progress.arrived[group] = found["announced"]
                 yield from zip(shares[group], found["answers"], strict=True)
@@ -77,17 +73,19 @@ def answers(
 
 def serve(ranks: Ranks, run: Run, tokens: Counter) -> NoReturn:
     """Every other rank's side: answer what comes, until rank 0 is done. The groups' first ranks send the answers."""
-    for call in count(1):
+    call = 0
+    while True:
+        call += 1
         ranks.status.activity, ranks.status.total = "waiting for requests", 0
         readers = ranks.topology.group_size - (ranks.topology.group == 0)
         message = ranks.mailbox.receive(f"work/{call}/{ranks.topology.group}", readers)
         if not message:
             ranks.lifecycle.exit()
-        what, works = unpack(message)
+        what, requests = unpack(message)
         ranks.status.call, before = call, Counter(tokens)
-        found: list[Any] = [None] * len(works)
-        progress = Progress(ranks, what, len(works))
-        for i, answer in run(what, works, progress) if works else ():
+        found: list[Any] = [None] * len(requests)
+        progress = Progress(ranks, what, len(requests))
+        for i, answer in run(what, requests, progress) if requests else ():
             found[i] = answer
         if ranks.topology.is_group_leader:
             more = {name: tokens[name] - before[name] for name in tokens}
@@ -95,23 +93,25 @@ def serve(ranks: Ranks, run: Run, tokens: Counter) -> NoReturn:
             ranks.mailbox.send(f"answers/{call}/{ranks.topology.group}", json.dumps(told).encode())
 
 
-def pack(what: str, works: list[Work]) -> bytes:
+def pack(what: str, requests: list[Request]) -> bytes:
     """A message: a line of JSON, then all tokens, 4 bytes each. With them goes the seed that sampling starts from."""
-    each = [[work.key, len(work.tokens), work.options] for work in works]
-    head = json.dumps({"what": what, "seed": torch.initial_seed(), "works": each}).encode()
-    return b"".join([head, b"\n", *(np.ascontiguousarray(work.tokens, dtype="<i4").tobytes() for work in works)])
+    each = [
+        [len(one.tokens), {name: value for name, value in vars(one).items() if name != "tokens"}] for one in requests
+    ]
+    head = json.dumps({"what": what, "seed": torch.initial_seed(), "requests": each}).encode()
+    return b"".join([head, b"\n", *(np.ascontiguousarray(one.tokens, dtype="<i4").tobytes() for one in requests)])
 
 
-def unpack(message: bytes) -> tuple[str, list[Work]]:
+def unpack(message: bytes) -> tuple[str, list[Request]]:
     """What `pack` put in; torch's seed becomes the sender's."""
     head, _, rest = message.partition(b"\n")
     told = json.loads(head)
     torch.manual_seed(told["seed"])
-    tokens, works, at = np.frombuffer(rest, dtype="<i4"), [], 0
-    for key, n, options in told["works"]:
-        works.append(Work(key, tokens[at : at + n], options))
+    tokens, requests, at = np.frombuffer(rest, dtype="<i4"), [], 0
+    for n, fields in told["requests"]:
+        requests.append(_KINDS[told["what"]](tokens[at : at + n], **fields))
         at += n
-    return told["what"], works
+    return told["what"], requests
 
 
 class Progress:
@@ -149,15 +149,12 @@ class Progress:
         if self._bar is None:
             return
         ranks = self._ranks
-        told = {
-            rank // ranks.topology.group_size: record
-            for rank, record in ranks.peers.records.items()
-            if rank % ranks.topology.group_size == 0
-        }
-        told = {group: (r["done"], r["total"]) for group, r in told.items() if group and r["call"] == ranks.status.call}
-        told |= {group: (n, n) for group, n in self.arrived.items()}
-        self._bar.total = self.announced + sum(total for _, total in told.values())
-        self._bar.update(self._done + sum(done for done, _ in told.values()) - self._bar.n)
+        size, call = ranks.topology.group_size, ranks.status.call
+        leaders = {rank // size: record for rank, record in ranks.peers.records.items() if rank % size == 0}
+        counts = {group: (r["done"], r["total"]) for group, r in leaders.items() if group and r["call"] == call}
+        counts |= {group: (n, n) for group, n in self.arrived.items()}
+        self._bar.total = self.announced + sum(total for _, total in counts.values())
+        self._bar.update(self._done + sum(done for done, _ in counts.values()) - self._bar.n)
 
 
 # ---------------------------------------------------------------------- which requests go to which group
@@ -179,17 +176,17 @@ class _Piece:
         above = (*self.above, self.node)
         parts = [_piece(child, above) for child in self.node.children]
         first = parts[0]  # what ends before the branches goes with one of them
-        return [_Piece(first.node, above, (*self.node.members, *first.requests), first.tokens), *parts[1:]]
+        return [_Piece(first.node, above, (*self.node.ending_requests, *first.requests), first.tokens), *parts[1:]]
 
 
-def split(works: list[Work], groups: int, share: bool, held: int) -> list[list[int]]:
+def split(requests: Sequence[Request], groups: int, share: bool, max_cached: int) -> list[list[int]]:
     """The requests of each group, in order: every request once, their tokens as even as it pays.
 
     Whole families go to the group with the least so far, the largest first. While the fullest group is above the ideal
     and a family in it has branches, the branches are given out apart, if that makes the fullest group less full.
     """
-    extra = [work.options.get("max_new", 0) for work in works]
-    roots = forest([work.tokens for work in works], share, None, held)
+    extra = [getattr(one, "max_new_tokens", 0) for one in requests]
+    roots = build_prefix_tree([np.asarray(one.tokens) for one in requests], share, None, max_cached)
     pieces = [_piece(root, ()) for root in roots]
     ideal = (sum(piece.tokens for piece in pieces) + sum(extra)) / groups
     best, loads = _assign(pieces, groups, extra)
@@ -221,7 +218,8 @@ def _tokens(node: Node) -> int:
 def _assign(pieces: list[_Piece], groups: int, extra: list[int]) -> tuple[list[list[_Piece]], list[int]]:
     """Each group's pieces and tokens: the largest piece first, each to where the least would be to do after it."""
     shares: list[list[_Piece]] = [[] for _ in range(groups)]
-    loads, there = [0] * groups, [set() for _ in range(groups)]
+    loads = [0] * groups
+    there: list[set[int]] = [set() for _ in range(groups)]
     weights = {id(piece): piece.tokens + sum(extra[i] for i in piece.requests) for piece in pieces}
     for piece in sorted(pieces, key=lambda piece: -weights[id(piece)]):
         after = loads

@@ -1,7 +1,7 @@
 """How one group of ranks runs one model: the interface that each kind of parallelism implements in its own file.
 
 `parallel=none` and `parallel=layers` are `ParallelStrategy` itself. The others are subclasses, imported when they are
-chosen; the adapter and the engine know none of them.
+chosen; the harness and the engine know none of them.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import transformers
 
 from lminf_eval.errors import UsageError
 from lminf_eval.inference.engine import Engine
-from lminf_eval.methods.spec import LambdaSpec
-from lminf_eval.models.equivalence_check import full_model, lambda_model
+from lminf_eval.methods.base import AttentionMethod, WindowedMethod
+from lminf_eval.models.equivalence_check import full_model, patched_model
 from lminf_eval.models.full_model import FullModel
-from lminf_eval.models.patching import LambdaModel
+from lminf_eval.models.patching import PatchedModel
 from lminf_eval.parallel.topology import Topology
 
 STRATEGIES = {
@@ -33,7 +33,7 @@ _SIZE_ARGS = {"deepspeed": "tp_size", "context": "cp_size"}  # what sets the ran
 class ParallelStrategy:
     """A model on one group of ranks. All ranks of the group run the same engine on the same requests, in lockstep.
 
-    The adapter calls `settle` and `check` before it reads anything, `load` at the first request, then `prepare`.
+    The harness calls `chunk_size` and `check` before it reads anything, `load` at the first request, then `prepare`.
 
     Attributes:
         engine: the class that runs requests through what `prepare` returns: `Engine`, or a subclass of it.
@@ -48,11 +48,11 @@ class ParallelStrategy:
     def __init__(self, topology: Topology):
         self.topology = topology
 
-    def settle(self, spec: LambdaSpec) -> LambdaSpec:
-        """Return the spec, with this strategy's own defaults for what the user left open."""
-        return spec
+    def chunk_size(self, asked: int, chosen: bool) -> int:
+        """Return the tokens of a chunk: what is asked for, or this strategy's own default if nobody has chosen it."""
+        return asked
 
-    def check(self, config: transformers.PretrainedConfig, spec: LambdaSpec) -> None:
+    def check(self, config: transformers.PretrainedConfig, method: AttentionMethod) -> None:
         """Refuse what can't run on `topology.group_size` ranks, judging by the config alone.
 
         Raises:
@@ -65,13 +65,13 @@ class ParallelStrategy:
         """Load the model in `dtype`. `read()` is lm-eval's own `from_pretrained`, on this rank's `device`."""
         return read()
 
-    def prepare(self, model: transformers.PreTrainedModel, spec: LambdaSpec) -> LambdaModel | FullModel:
-        """Return what the engine takes: the model patched to Λ-attention and checked, or unchanged for `full`.
+    def prepare(self, model: transformers.PreTrainedModel, method: AttentionMethod) -> PatchedModel | FullModel:
+        """Return what the engine takes: the model patched and checked, or unchanged for `full`.
 
         Raises:
             UsageError: if what runs would not be the same model.
         """
-        return full_model(model) if spec.attention == "full" else lambda_model(model, spec)
+        return patched_model(model, method) if isinstance(method, WindowedMethod) else full_model(model)
 
 
 def choose_strategy(parallel: str, sizes: dict[str, int | None], topology: Topology) -> ParallelStrategy:

@@ -22,20 +22,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from lminf_eval.config.model_shape import ModelShape
 from lminf_eval.errors import UsageError, first_line
-from lminf_eval.methods.spec import LambdaSpec
-from lminf_eval.models.equivalence_check import full_model, lambda_model, own_logits
+from lminf_eval.methods.base import AttentionMethod, WindowedMethod
+from lminf_eval.models.equivalence_check import full_model, own_logits, patched_model
+from lminf_eval.models.families.table import family_row
 from lminf_eval.models.full_model import FullModel
-from lminf_eval.models.patching import LambdaModel
+from lminf_eval.models.patching import PatchedModel
 from lminf_eval.parallel.deepspeed_import import check_installed, import_deepspeed
 from lminf_eval.parallel.lockstep import LockstepEngine
 from lminf_eval.parallel.strategy import ParallelStrategy
 
-# The tested families (models/families/registry.py) that AutoTP divides wrongly: by tests/parallel/test_deepspeed.py.
-_UNSHARDED = """
-    afmoe bitnet codegen dbrx flex_olmo flint gemma3n_text gemma4_text granitemoeshared jetmoe minimax_m2
-    modernbert-decoder nanochat olmo2 olmo3 olmoe persimmon phimoe
-"""
-UNSHARDED = frozenset(_UNSHARDED.split())
 _OTHERS = "use parallel=layers, zero3 or context"
 
 
@@ -44,24 +39,25 @@ class TensorParallel(ParallelStrategy):
 
     reads_on_host = True
     engine = LockstepEngine
-    _spec: LambdaSpec | None = None
+    _method: AttentionMethod | None = None
     _expected: torch.Tensor | None = None  # the whole model's own logits [T, V] on the check's T tokens
 
-    def check(self, config: PreTrainedConfig, spec: LambdaSpec) -> None:
+    def check(self, config: PreTrainedConfig, method: AttentionMethod) -> None:
         """Refuse heads that can't be divided, and families that AutoTP divides wrongly.
 
         Raises:
             UsageError: naming the value and what would work.
         """
         check_installed("deepspeed")
-        self._spec, self._expected = spec, None
+        self._method, self._expected = method, None
         _check_heads(ModelShape.of(config), self.topology.group_size)
         text, family = config.get_text_config(), config.model_type
-        if family in UNSHARDED:
+        if not family_row(family).sharded:
             raise UsageError(f"parallel=deepspeed: DeepSpeed can't shard the family {family!r}; {_OTHERS}")
-        if spec.attention == "full" and (family in ("bloom", "mpt") or getattr(text, "alibi", False)):
+        if not method.patched and (family in ("bloom", "mpt") or getattr(text, "alibi", False)):
             raise UsageError(
-                f"parallel=deepspeed: DeepSpeed can't shard the ALiBi of {family!r} under attention=full; {_OTHERS}"
+                f"parallel=deepspeed: DeepSpeed can't shard the ALiBi of {family!r} under attention="
+                f"{method.name}; {_OTHERS}"
             )
         if getattr(config, "quantization_config", None):
             raise UsageError(f"parallel=deepspeed: DeepSpeed can't shard quantised weights; {_OTHERS}")
@@ -91,18 +87,18 @@ class TensorParallel(ParallelStrategy):
         if merge is not None:  # the small layers that an adapter (LoRA) adds can't be sharded
             model = merge()
         if first:
-            self._expected = own_logits(model, self._spec)
+            self._expected = own_logits(model, self._method)
         with self._blame_sharding(model.config):
             shard(deepspeed, model, self._group)
         return model
 
-    def prepare(self, model: PreTrainedModel, spec: LambdaSpec) -> LambdaModel | FullModel:
+    def prepare(self, model: PreTrainedModel, method: AttentionMethod) -> PatchedModel | FullModel:
         """Patch the part, and check the parts together against what the whole model said."""
         if self._expected is None:
             raise UsageError("pretrained: with parallel=deepspeed it must be a directory or hub name, not a model")
         with self._blame_sharding(model.config):
-            if spec.attention != "full":
-                return lambda_model(model, spec, partial(_own_slopes, self._group), self._expected)
+            if isinstance(method, WindowedMethod):
+                return patched_model(model, method, partial(_own_slopes, self._group), self._expected)
             return full_model(model, self._expected)
 
     @property
@@ -194,9 +190,9 @@ class _OwnHeads:
         return getattr(self._config, name)
 
 
-def _own_slopes(group: dist.ProcessGroup, model: PreTrainedModel, spec: LambdaSpec) -> LambdaModel:
-    """Make a `LambdaModel` with the ALiBi slopes of this rank's heads, if its family has any."""
-    patched = LambdaModel(model, spec)
+def _own_slopes(group: dist.ProcessGroup, model: PreTrainedModel, method: WindowedMethod) -> PatchedModel:
+    """Make a `PatchedModel` with the ALiBi slopes of this rank's heads, if its family has any."""
+    patched = PatchedModel(model, method)
     if patched.slopes is not None:
         patched.slopes = patched.slopes.chunk(dist.get_world_size(group))[dist.get_rank(group)]
     return patched

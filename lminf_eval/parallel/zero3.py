@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from lminf_eval.errors import UsageError, first_line
-from lminf_eval.methods.spec import LambdaSpec
+from lminf_eval.methods.base import AttentionMethod
 from lminf_eval.parallel.deepspeed_import import check_installed, import_deepspeed
 from lminf_eval.parallel.lockstep import SyncedSamplingEngine
 from lminf_eval.parallel.strategy import ParallelStrategy
@@ -32,7 +32,7 @@ class ZeRO3(ParallelStrategy):
     reads_on_host = True
     engine = SyncedSamplingEngine
 
-    def check(self, config: PreTrainedConfig, spec: LambdaSpec) -> None:
+    def check(self, config: PreTrainedConfig, method: AttentionMethod) -> None:
         """Refuse quantised weights, and a settings file that is not valid.
 
         Raises:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import pandas as pd
 
-from lminf_eval.report.run_metadata import METHOD_SETTINGS
+from lminf_eval.report.run_metadata import method_settings
 
-RUN_COLUMNS = ("model_path", "backend", "attention", *METHOD_SETTINGS, "other", "dtype", "weights")
+RUN_COLUMNS = ("model_path", "backend", "attention", *method_settings(), "other", "dtype", "weights")
 TASK_COLUMNS = ("length", "task", "n_shot", "task_settings", "task_version", "n", "limit", "subset")
 PROMPT_COLUMNS = ("prompt", "generation", "seeds")
 IDENTITY = (*RUN_COLUMNS, *TASK_COLUMNS, *PROMPT_COLUMNS, "metric", "filter")

@@ -14,7 +14,7 @@ from lminf_eval.errors import UsageError
 from lminf_eval.report.captions import format_comparison
 from lminf_eval.report.identity import PROMPT_COLUMNS, RUN_COLUMNS, TASK_COLUMNS
 from lminf_eval.report.paired_bootstrap import Comparison
-from lminf_eval.report.run_metadata import METHOD_SETTINGS, text
+from lminf_eval.report.run_metadata import method_settings, text
 from lminf_eval.report.sample_store import MEASURE, SampleStore
 from lminf_eval.utils.tokens import format_tokens
 
@@ -40,7 +40,10 @@ DISTINGUISHING_COLUMNS = TASK_COLUMNS
 # What the baseline of a result has in common with it, if there are several baselines.
 SHARED_WITH_BASELINE = (*PROMPT_COLUMNS, "n_shot", "task_settings", "task_version", "subset")
 # What is clear from another difference between two results: a method's settings are in its name.
-IMPLIED = {"method": ("backend", "attention", *METHOD_SETTINGS), "model": ("model_path", "weights", *METHOD_SETTINGS)}
+IMPLIED = {
+    "method": ("backend", "attention", *method_settings()),
+    "model": ("model_path", "weights", *method_settings()),
+}
 
 
 @dataclass

@@ -13,14 +13,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from lminf_eval.harness.model_args import answer_args, execution_args
 from lminf_eval.harness.plugin import MODEL_NAME
-from lminf_eval.methods.spec import GOES_WITH, LambdaSpec
+from lminf_eval.methods.registry import DEFAULT, METHODS, parameters
 from lminf_eval.report.samples import DATE_IN_NAME
-from lminf_eval.resume.journal import HOW
 
-METHOD_SETTINGS = tuple(GOES_WITH)
 # Where and how fast a model runs, here or in lm-eval's other backends: what differs in nothing else measures the same.
-RUNTIME_ARGS = HOW | {
+RUNTIME_ARGS = {
     *("trust_remote_code", "tensor_parallel_size", "data_parallel_size", "pipeline_parallel_size", "swap_space"),
     *("gpu_memory_utilization", "num_concurrent", "max_retries", "timeout", "verify_certificate", "base_url"),
 }
@@ -35,15 +34,15 @@ def describe_run(file: Path, raw: dict[str, Any]) -> dict[str, Any]:
     date = run_date(file, raw)
     backend, path, args = find_backend(raw)
     path = path or f"{backend} {date}"  # a model without a name is like no other
-    attention = text(own.get("attention")) or args.get("attention", "lambda") if backend == MODEL_NAME else backend
-    used = [name for name in METHOD_SETTINGS if attention in GOES_WITH[name]]
+    attention = text(own.get("attention")) or args.get("attention", DEFAULT) if backend == MODEL_NAME else backend
+    used = method_settings(attention)
     # What the adapter settled on, defaults filled in, tells more than what it was given.
     resolved = {**args, **own}
     settings = {name: resolved.get(name) for name in used}
     other = {
         key: value
         for key, value in sorted(args.items())
-        if key not in {*MODEL_KEYS, *METHOD_SETTINGS, *RUNTIME_ARGS, "attention"}
+        if key not in {*MODEL_KEYS, *method_settings(), *RUNTIME_ARGS, *execution_args(), "attention"}
     }
     environment = text(raw.get("pretty_env_info"))
     return {
@@ -51,7 +50,7 @@ def describe_run(file: Path, raw: dict[str, Any]) -> dict[str, Any]:
         "backend": backend,
         "attention": attention,
         "method": " ".join([attention, *(f"{name}={args[name]}" for name in used if name in args)]),
-        **{name: number(settings.get(name)) for name in METHOD_SETTINGS if name != "rope"},
+        **{name: number(settings.get(name)) for name in method_settings() if name != "rope"},
         "rope": text(settings.get("rope")),
         "other": ",".join(f"{key}={value}" for key, value in other.items()),
         "model_path": path,
@@ -68,6 +67,13 @@ def describe_run(file: Path, raw: dict[str, Any]) -> dict[str, Any]:
         "torch_version": environment_line(environment, "PyTorch version"),
         "commit": text(raw.get("git_hash")),
     }
+
+
+def method_settings(attention: str = "") -> list[str]:
+    """Return the parameters of an attention method, or of all methods; none of an attention that is not ours."""
+    if not attention:
+        return list(parameters())
+    return [name for name in parameters() if attention in METHODS and name in METHODS[attention].model_fields]
 
 
 def find_backend(raw: dict[str, Any]) -> tuple[str, str, dict[str, str]]:
@@ -93,12 +99,11 @@ def find_backend(raw: dict[str, Any]) -> tuple[str, str, dict[str, str]]:
 
 def _chosen(own: dict[str, Any]) -> dict[str, str]:
     """Return the arguments behind `config.lminf`: what its user chose, and no default."""
-    defaults = {name: field.default for name, field in LambdaSpec.model_fields.items()}
+    defaults = {name: field.get_default() for name, field in answer_args().items()}
     if not text(own.get("n_local_from")).startswith("set by"):
         defaults["n_local"] = own.get("n_local")
     defaults["top_k_distance"] = number(own.get("n_local")) // 2 if own.get("top_k") else own.get("top_k_distance")
-    names = ("attention", *METHOD_SETTINGS)
-    chosen = {name: own[name] for name in names if name in own and own[name] != defaults[name]}
+    chosen = {name: own[name] for name, default in defaults.items() if name in own and own[name] != default}
     return model_args(table(own.get("model_args")) | chosen)
 
 

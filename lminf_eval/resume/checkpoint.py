@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from lminf_eval.cache.window_cache import LambdaCache, LayerCache
+from lminf_eval.cache.attention_state import AttentionState
+from lminf_eval.cache.layer_cache import LayerCache
 from lminf_eval.errors import UsageError
 from lminf_eval.utils.atomic_write import atomic_path
 
@@ -23,7 +23,7 @@ logger = logging.getLogger(f"lm_eval.{__name__}")  # lm-eval shows the loggers b
 
 EVERY = 2**17  # tokens of one document between two checkpoints
 
-_TENSORS = [field.name for field in fields(LayerCache) if field.name != "window"]
+_TENSORS = ("sink_keys", "keys", "values")  # a state with older keys is not small, and not kept
 
 
 class Checkpoints:
@@ -37,21 +37,21 @@ class Checkpoints:
         self._current: Path | None = None
 
     def begin(self, tokens: np.ndarray, wanted: np.ndarray, capacity: int) -> None:
-        """The document to come: its input tokens, the (position, token) pairs [U, 2] wanted, its cache's capacity."""
+        """Take the next document: its input tokens, the (position, token) pairs [U, 2] wanted, its cache's capacity."""
         digest = hashlib.sha256(self.salt)
         for part in (tokens, wanted, np.array([capacity])):
             digest.update(np.ascontiguousarray(part, dtype="<i8").tobytes())
         self._current = self.folder / f"{digest.hexdigest()[:40]}.safetensors"
 
-    def load(self, cache: LambdaCache, devices: Mapping[int, torch.device]) -> tuple[int, list[np.ndarray]]:
-        """How far an earlier process came in this document: the position, and what it had found for `wanted`.
+    def load(self, cache: AttentionState, devices: Mapping[int, torch.device]) -> tuple[int, list[np.ndarray]]:
+        """Return how far an earlier process came in this document: the position, and what it had found for `wanted`.
 
         Fills the empty `cache`, layer i on devices[i]. Returns position 0 where there is nothing to go on from.
         """
-        if not self._current.exists():
+        if not self._file.exists():
             return 0, []
         try:
-            with safe_open(self._current, framework="pt") as file:
+            with safe_open(self._file, framework="pt") as file:
                 numbers = json.loads(file.metadata()["numbers"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         except (SafetensorError, OSError, ValueError) as error:
@@ -64,7 +64,7 @@ class Checkpoints:
         logger.info("Going on at token %d of a document", numbers["position"])
         return numbers["position"], [tensors["log_probs"].numpy(), tensors["greedy"].numpy()]
 
-    def save(self, position: int, cache: LambdaCache, found: list[np.ndarray]) -> None:
+    def save(self, position: int, cache: AttentionState, found: Sequence[np.ndarray]) -> None:
         """Replace the document's checkpoint; a kill meanwhile leaves the one before.
 
         Raises:
@@ -80,13 +80,19 @@ class Checkpoints:
         tensors |= {"log_probs": torch.from_numpy(found[0]), "greedy": torch.from_numpy(found[1])}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with atomic_path(self._current, sync=True) as partial:
+            with atomic_path(self._file, sync=True) as partial:
                 save_file({n: t.contiguous() for n, t in tensors.items()}, partial, {"numbers": json.dumps(numbers)})
         except (OSError, SafetensorError) as error:
             raise UsageError(f"journal={self.folder.parent}: a checkpoint can't be written: {error}") from error
 
+    @property
+    def _file(self) -> Path:
+        """The current document's checkpoint."""
+        assert self._current is not None  # `begin` comes first
+        return self._current
+
     def done(self) -> None:
-        """The current document's answers are safe: its checkpoint goes."""
+        """Remove the current document's checkpoint: its answers are safe."""
         if self._current is not None:
             self._current.unlink(missing_ok=True)
             self._current = None

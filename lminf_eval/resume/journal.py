@@ -30,29 +30,6 @@ logger = logging.getLogger(f"lm_eval.{__name__}")  # lm-eval shows the loggers b
 
 ANSWERS = 2  # raised by a release whose answers differ from those before it
 
-# Model arguments that change how the work is done, and no answer.
-HOW = {
-    "batch_size",
-    "cache_dir",
-    "chunk_size",
-    "cp_size",
-    "device",
-    "device_map",
-    "journal",
-    "local_files_only",
-    "low_cpu_mem_usage",
-    "max_batch_size",
-    "max_cpu_memory",
-    "max_memory_per_gpu",
-    "offload_folder",
-    "parallel",
-    "parallelize",
-    "prefix_sharing",
-    "prefix_states",
-    "token",
-    "tp_size",
-}
-
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
 _CONFIGS = ("config.json", "generation_config.json", "adapter_config.json")
 
@@ -97,8 +74,8 @@ class Journal:
     def __len__(self) -> int:
         return len(self._answers)
 
-    def key(self, kind: str, tokens: Sequence[int], options: Any) -> str:
-        """The key of a request: the same for the same tokens, kind and options (JSON) under the same identity."""
+    def key(self, kind: str, tokens: Sequence[int] | np.ndarray, options: Any) -> str:
+        """Return a request's key: the same for the same tokens, kind and options (JSON) under the same identity."""
         digest = hashlib.sha256(self.salt)
         digest.update(_canonical([kind, options, len(tokens)]).encode())
         digest.update(np.asarray(tokens, dtype="<u4").tobytes())
@@ -117,9 +94,9 @@ class Journal:
         if key in self._answers:
             return
         self._append({"key": key, "answer": answer, "crc": _crc(key, answer)})
-        self.know(key, answer)
+        self.remember(key, answer)
 
-    def know(self, key: str, answer: Any) -> None:
+    def remember(self, key: str, answer: Any) -> None:
         """Find this answer from now on: another process has written it."""
         self._answers[key] = answer
 

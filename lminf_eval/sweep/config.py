@@ -16,9 +16,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from lminf_eval.errors import UsageError
+from lminf_eval.harness.model_args import answer_args, execution_args
 from lminf_eval.harness.plugin import MODEL_NAME, task_folder
-from lminf_eval.methods.spec import LambdaSpec, closest
-from lminf_eval.resume.journal import HOW
+from lminf_eval.methods.registry import DEFAULT, MethodArgs
+from lminf_eval.utils.names import closest
 from lminf_eval.utils.tokens import parse_tokens, split_length
 
 # lm-eval's own keys that a sweep fills in itself, and those that change how a run is done or shown, and no answer.
@@ -110,10 +111,10 @@ class Cell:
     @property
     def method(self) -> str:
         """Return the attention and the method's other settings, as in `lambda n_local=1024`."""
-        own = {n: self.model_args[n] for n in LambdaSpec.model_fields if n in self.model_args and n not in HOW}
+        own = {name: self.model_args[name] for name in answer_args() if name in self.model_args}
         if self.settings["model"] != MODEL_NAME:
             return self.settings["model"]
-        return " ".join([str(own.pop("attention", "lambda")), *(f"{name}={value}" for name, value in own.items())])
+        return " ".join([str(own.pop("attention", DEFAULT)), *(f"{name}={value}" for name, value in own.items())])
 
     @property
     def label(self) -> str:
@@ -125,7 +126,7 @@ class Cell:
     def id(self) -> str:
         """Return the cell's name in files: readable, with a hash of all that affects answers."""
         settings = {name: value for name, value in self.settings.items() if name not in _SHOWN}
-        args = {name: value for name, value in self.model_args.items() if name not in HOW}
+        args = {name: value for name, value in self.model_args.items() if name not in execution_args()}
         counted = json.dumps([args, self.task, settings], sort_keys=True, default=str)
         parts = [re.sub(r"[^\w.-]+", "-", part, flags=re.ASCII)[:48] for part in (self.model, self.method, self.label)]
         return "__".join([*parts, hashlib.sha256(counted.encode()).hexdigest()[:8]])
@@ -166,7 +167,7 @@ def cells(content: Mapping[str, Any]) -> list[Cell]:
     """Return the cells of a sweep; see `read_sweep`."""
     sweep = _checked(_Sweep, content, "")
     _refuse_twins("models", sweep.models)
-    _refuse_twins("methods", [{"attention": "lambda", **method} for method in sweep.methods])
+    _refuse_twins("methods", [{"attention": DEFAULT, **method} for method in sweep.methods])
     _refuse_twins("tasks", [task.model_dump() for task in sweep.tasks])
     settings = {"model": MODEL_NAME, "log_samples": True, **_settings(sweep.model_extra, "", set(_Sweep.model_fields))}
     _checked(Resources, sweep.resources, "resources")
@@ -238,9 +239,9 @@ def _check_args(args: Mapping[str, Any], backend: str) -> None:
     """Refuse what `--model lminf` would: an unknown argument, or an invalid value."""
     if backend != MODEL_NAME:
         return
-    own = {name: value for name, value in args.items() if name in LambdaSpec.model_fields}
-    LambdaSpec.parse(own)
-    if args.keys() - own.keys() - _COMMON - HOW:
+    own = {name: value for name, value in args.items() if name in answer_args()}
+    MethodArgs.parse(own)
+    if args.keys() - own.keys() - _COMMON - execution_args():
         from lminf_eval.harness.model_args import check_names
 
         check_names(dict(args))

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lminf_eval.harness.model_args import answer_args
+from lminf_eval.harness.plugin import MODEL_NAME
+from lminf_eval.methods.registry import MethodArgs
 from lminf_eval.sweep.cell import CellFolder, read_result
 from lminf_eval.sweep.config import Cell
 from lminf_eval.utils.tokens import split_length
@@ -93,9 +96,10 @@ def _cache(cell: Cell, config: dict[str, Any]) -> int:
         return 0
     width = config.get("num_key_value_heads", heads) * config.get("head_dim", config["hidden_size"] // heads)
     kept = cell.length
-    if cell.settings["model"] == "lminf" and cell.model_args.get("attention", "lambda") != "full":
-        window = cell.model_args.get("n_local", config.get("max_position_embeddings", cell.length))
-        kept = min(kept, window + cell.model_args.get("n_global", 10))
+    if cell.settings["model"] == MODEL_NAME:
+        own = {name: value for name, value in cell.model_args.items() if name in answer_args()}
+        method = MethodArgs.parse(own).at(config.get("max_position_embeddings", cell.length))
+        kept = method.kept(cell.length)
     return 2 * config["num_hidden_layers"] * width * kept
 
 

@@ -34,7 +34,7 @@ class Outcome:
 class Runner:
     """Run cells one after the other, until a signal asks to stop; the running cell receives the signal, too."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.stop_requested = False
         self._child: subprocess.Popen | None = None
 

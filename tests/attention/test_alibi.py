@@ -1,19 +1,22 @@
 """ALiBi: the definition against a loop over distances; chunks, decoding and steep slopes against the definition."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from lminf_eval.attention import alibi
-from lminf_eval.attention.decode import Step, attend_one
-from lminf_eval.attention.prefill import attend_chunk
-from lminf_eval.attention.reference import lambda_attention
-from lminf_eval.cache.window_cache import LayerCache
-from lminf_eval.methods.spec import LambdaSpec
+from lminf_eval.attention.call import AttentionCall
+from lminf_eval.attention.decode import DecodeMetadata, decode_attention
+from lminf_eval.attention.prefill import prefill_attention
+from lminf_eval.attention.reference import reference_attention
+from lminf_eval.cache.layer_cache import LayerCache
+from lminf_eval.methods import registry
+from lminf_eval.methods.registry import make
 
 SLOPES = torch.tensor([0.5, 0.03], dtype=torch.float64)
-SPECS = [LambdaSpec(attention=attention, n_local=6, n_global=2) for attention in ("lambda", "window", "streaming")]
+SPECS = [make(attention=name, n_local=6, n_global=2) for name, method in registry.METHODS.items() if method.patched]
 
 
 def unturned(x, positions, name=None):
@@ -30,10 +33,10 @@ def naive(q, k, v, spec, scale):
     out = torch.zeros(1, 2, q.shape[2], v.shape[3], dtype=torch.float64)
     for i in range(q.shape[2]):
         seen = {j: i - j for j in range(max(0, i - spec.n_local + 1), i + 1)}
-        starting = [j for j in range(min(spec.n_global, i + 1)) if j not in seen]
-        if spec.attention == "lambda":
+        starting = [j for j in range(min(getattr(spec, "n_global", 0), i + 1)) if j not in seen]
+        if spec.name == "lambda":
             seen |= dict.fromkeys(starting, spec.n_local)
-        if spec.attention == "streaming":
+        if spec.name == "streaming":
             kept = sorted([*starting, *seen])
             seen = {j: kept.index(i) - kept.index(j) for j in kept}
         for h in range(2):
@@ -45,27 +48,27 @@ def naive(q, k, v, spec, scale):
     return out
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.attention)
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 def test_the_definition_is_the_loop(spec):
     q, k, v = random_qkv(25)
-    found = lambda_attention(q, k, v, unturned, spec, 0.4, slopes_H=SLOPES)
+    found = reference_attention(q, k, v, unturned, spec, 0.4, slopes_H=SLOPES)
     torch.testing.assert_close(found, naive(q, k, v, spec, 0.4), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.attention)
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 @pytest.mark.parametrize("chunk", [1, 4, 6, 15, 40])
 def test_chunks_and_single_tokens_are_the_definition(spec, chunk):
     S = 40
     q, k, v = random_qkv(S)
-    expected = lambda_attention(q, k, v, unturned, spec, 0.4, slopes_H=SLOPES)
-    layer, found = LayerCache.empty(k, v, spec.n_local, spec.sinks, S), []
+    expected = reference_attention(q, k, v, unturned, spec, 0.4, slopes_H=SLOPES)
+    layer, found = LayerCache.empty(k, v, spec.branches(), S), []
+    call = AttentionCall(spec.branches(), unturned, 0.4, slopes_H=SLOPES)
     for start in range(0, S, chunk):
         part = [x[:, :, start : start + chunk] for x in (q, k, v)]
         if chunk == 1:
-            out, _ = attend_one(*part, layer, Step.of(layer, [start], [0], spec, SLOPES), unturned, 0.4)
+            out, _ = decode_attention(*part, layer, DecodeMetadata.of(layer, [start], [0], call), call)
         else:
-            reach = spec.n_local, spec.sinks
-            out, _ = attend_chunk(*part, layer, True, start, 0, spec, *reach, unturned, 0.4, slopes_H=SLOPES)
+            out, _ = prefill_attention(*part, layer, replace(call, start=start), True)
         found.append(out)
     torch.testing.assert_close(torch.cat(found, 2), expected, rtol=0, atol=1e-10)
 
@@ -74,7 +77,7 @@ def test_a_steep_slope_over_a_wide_window_is_exact(randomise):
     """Products of slope and position reach thousands; what counts is near, and keeps float32's precision."""
     slopes_H, scale, window = torch.tensor([0.84, 0.5, 0.01]), 0.35, 3000
     q, k, v = (torch.randn(1, 3, 4000, 8) for _ in range(3))
-    out, _ = alibi.band(q, k, v, window, scale, slopes_H)
+    out, _ = alibi.sliding_window_attention(q, k, v, window, scale, slopes_H)
     i = torch.arange(4000)
     distance = i[3900:, None] - i[None, :]
     logits = q[:, :, 3900:].double() @ k.double().mT * scale - slopes_H.double()[:, None, None] * distance

@@ -1,6 +1,7 @@
 """The band by each route, and the global branch, chunk by chunk, against the definition; and how much they hold."""
 
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -8,12 +9,17 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lminf_eval.attention import kernels, window_kernels
-from lminf_eval.attention.prefill import far_positions
-from lminf_eval.attention.reference import lambda_attention
-from lminf_eval.attention.sliding_window import add_far, band
-from lminf_eval.methods.spec import LambdaSpec
+from lminf_eval.attention.call import AttentionCall
+from lminf_eval.attention.first_keys import merge_growing
+from lminf_eval.attention.prefill import prefill_attention
+from lminf_eval.attention.reference import reference_attention
+from lminf_eval.attention.sliding_window import sliding_window_attention
+from lminf_eval.cache.layer_cache import LayerCache
+from lminf_eval.methods import registry
+from lminf_eval.methods.registry import make
 
 HEAD_DIM = 8
+METHODS = [name for name, method in registry.METHODS.items() if method.patched]
 FREQUENCIES = 1.3 ** -torch.arange(HEAD_DIM // 2, dtype=torch.float64)
 
 
@@ -24,28 +30,13 @@ def rotate(x, positions):
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
 
 
-def banded(q, k, v, spec, chunk, scale=0.4, softcap=None):
-    """The whole sequence by `band` and `add_far`, `chunk` queries at a time, keys of one window before each."""
-    S, window, outs = q.shape[2], spec.n_local, []
-    for start in range(0, S, chunk):
-        stop = min(start + chunk, S)
-        rows, keys = torch.arange(start, stop), torch.arange(max(0, start - window), stop)
-        out, lse = band(rotate(q[:, :, rows], rows), rotate(k[:, :, keys], keys), v[:, :, keys], window, scale, softcap)
-        far = max(0, window - start)
-        if spec.sinks and far < stop - start:
-            G = min(spec.sinks, stop)
-            query_at, key_at = far_positions(spec, window, G, rows[far:])
-            add_far(
-                out[:, :, far:],
-                lse[:, :, far:],
-                rotate(q[:, :, rows[far:]], query_at),
-                rotate(k[:, :, :G], key_at),
-                v[:, :, :G],
-                min(G, start + far - window + 1),
-                scale,
-                softcap,
-            )
-        outs.append(out)
+def banded(q, k, v, method, chunk, scale=0.4, softcap=None):
+    """The whole sequence by the fast paths, `chunk` queries at a time."""
+    layer, outs = LayerCache.empty(k, v, method.branches(), q.shape[2]), []
+    call = AttentionCall(method.branches(), lambda x, at, name: rotate(x, at[0]), scale, softcap)
+    for start in range(0, q.shape[2], chunk):
+        part = [x[:, :, start : start + chunk] for x in (q, k, v)]
+        outs.append(prefill_attention(*part, layer, replace(call, start=start), True)[0])
     return torch.cat(outs, 2)
 
 
@@ -58,19 +49,19 @@ def route(request, monkeypatch):
     if request.param == "triangles":
         monkeypatch.setattr(window_kernels, "has_window", lambda q, softcap=None: False)
     if request.param == "math":
-        monkeypatch.setattr(kernels, "primitive", lambda q, softcap=None: "math")
+        monkeypatch.setattr(kernels, "kernel_name", lambda q, softcap=None: "math")
 
 
-@pytest.mark.parametrize("attention", ["lambda", "window", "streaming"])
+@pytest.mark.parametrize("attention", METHODS)
 @pytest.mark.parametrize(("window", "n_global"), [(1, 0), (2, 1), (8, 0), (8, 1), (8, 7), (13, 5)])
 @pytest.mark.parametrize("chunk", [1, 3, 8, 1000])
 def test_lengths_about_the_window(route, attention, window, n_global, chunk):
     """n_global also exceeds the chunk here: the starting tokens then come in over several chunks."""
-    spec = LambdaSpec(attention=attention, n_local=window, n_global=n_global)
+    spec = make(attention=attention, n_local=window, n_global=n_global)
     for S in sorted({1, window - 1, window, window + 1, 2 * window - 1, 2 * window, 2 * window + 1, 5 * window + 3}):
         if S:
             q, k, v = random_qkv(S)
-            expected = lambda_attention(q, k, v, rotate, spec, 0.4)
+            expected = reference_attention(q, k, v, rotate, spec, 0.4)
             torch.testing.assert_close(banded(q, k, v, spec, chunk), expected, rtol=0, atol=1e-10)
 
 
@@ -83,22 +74,24 @@ def test_anything_at_random(route):
 
     for _ in range(70):
         window = draw(1, 24)
-        spec = LambdaSpec(
-            attention=["lambda", "window", "streaming"][draw(0, 2)], n_local=window, n_global=draw(0, window - 1)
+        spec = make(
+            attention=["lambda", "window", "streaming"][draw(0, 2)],
+            n_local=window,
+            n_global=draw(0, window - 1),
         )
         K, S, chunk = draw(1, 3), draw(1, 90), draw(1, 40)
         q, k, v = random_qkv(S, H=K * draw(1, 3), K=K, B=draw(1, 2))
         softcap = [None, 2.0][draw(0, 1)]
-        expected = lambda_attention(q, k, v, rotate, spec, 0.4, softcap)
+        expected = reference_attention(q, k, v, rotate, spec, 0.4, softcap)
         torch.testing.assert_close(banded(q, k, v, spec, chunk, softcap=softcap), expected, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize(("group", "block"), [(1, 192), (2, 96), (3, 64), (8, 64)])  # queries at once on a CPU
 def test_lengths_about_the_blocks(route, group, block):
-    spec = LambdaSpec(n_local=20, n_global=3)
+    spec = make(n_local=20, n_global=3)
     for rows in (block - 1, block, block + 1, 2 * block, 2 * block + 7):
         q, k, v = random_qkv(rows + 19, H=2 * group, K=2, B=2)  # the first 19 see less than a window
-        expected = lambda_attention(q, k, v, rotate, spec, 0.4)
+        expected = reference_attention(q, k, v, rotate, spec, 0.4)
         torch.testing.assert_close(banded(q, k, v, spec, 1000), expected, rtol=0, atol=1e-10)
 
 
@@ -110,9 +103,9 @@ def test_lengths_about_the_blocks(route, group, block):
     [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 4e-2)],
 )
 def test_precisions(route, attention, group, dtype, bound):
-    spec = LambdaSpec(attention=attention, n_local=32, n_global=4)
+    spec = make(attention=attention, n_local=32, n_global=4)
     q, k, v = random_qkv(150, H=2 * group, K=2, dtype=dtype)
-    expected = lambda_attention(q.double(), k.double(), v.double(), rotate, spec, 0.4)
+    expected = reference_attention(q.double(), k.double(), v.double(), rotate, spec, 0.4)
     for chunk in (32, 50, 150):
         found = banded(q, k, v, spec, chunk)
         assert found.dtype == dtype
@@ -124,16 +117,16 @@ def test_the_log_sum_exp_of_the_band():
     logits = torch.einsum("bhld,bhmd->bhlm", q, k.repeat_interleave(2, 1)) * 0.4
     distance = torch.arange(50)[:, None] - torch.arange(50)
     expected = logits.masked_fill((distance < 0) | (distance >= 9), float("-inf")).logsumexp(-1)
-    _, lse = band(q, k, v, 9, 0.4)
+    _, lse = sliding_window_attention(q, k, v, 9, 0.4)
     torch.testing.assert_close(lse, expected, rtol=0, atol=1e-12)
 
 
 def test_keys_older_than_the_window_do_not_matter():
-    """`band` may be handed more past than it needs; what lies before the window must not enter, not even as NaN."""
+    """It may be given more past than it needs; what lies before the window must not enter, not even as NaN."""
     q, k, v = random_qkv(60)
-    out, lse = band(q[:, :, 40:], k[:, :, 31:], v[:, :, 31:], 10, 0.4)
+    out, lse = sliding_window_attention(q[:, :, 40:], k[:, :, 31:], v[:, :, 31:], 10, 0.4)
     k[:, :, :31] = v[:, :, :31] = torch.nan
-    longer_out, longer_lse = band(q[:, :, 40:], k, v, 10, 0.4)
+    longer_out, longer_lse = sliding_window_attention(q[:, :, 40:], k, v, 10, 0.4)
     torch.testing.assert_close(longer_out, out, rtol=0, atol=1e-12)
     torch.testing.assert_close(longer_lse, lse, rtol=0, atol=1e-12)
 
@@ -156,8 +149,10 @@ def test_nothing_is_as_large_as_length_times_window(softcap):
     n, window = 16384, 256
     q, k, v = random_qkv(n, dtype=torch.float32)
     with _Largest() as largest:
-        out, lse = band(q, k, v, window, 0.4, softcap)
-        add_far(out[:, :, window:], lse[:, :, window:], q[:, :, window:], k[:, :, :4], v[:, :, :4], 1, 0.4, softcap)
+        out, lse = sliding_window_attention(q, k, v, window, 0.4, softcap)
+        merge_growing(
+            out[:, :, window:], lse[:, :, window:], q[:, :, window:], k[:, :, :4], v[:, :, :4], 1, 0.4, softcap
+        )
     heads = q.shape[1]
     assert largest.numel == q.numel()  # the queries, and the output like them, are the largest there is
     assert largest.numel < heads * n * window // 10
@@ -169,7 +164,7 @@ def test_the_plain_path_holds_rows_times_window_at_most(monkeypatch):
     q, k, v = random_qkv(n, H=1, dtype=torch.float32)
     monkeypatch.setattr(kernels, "_MATH_ROWS", 64)
     with _Largest() as largest:
-        band(q, k, v, window, 0.4, 2.0)
+        sliding_window_attention(q, k, v, window, 0.4, 2.0)
     assert largest.numel == 64 * window
 
 
@@ -194,9 +189,9 @@ def test_a_windowed_kernel_is_used_only_if_this_torch_has_one(function, found, m
 @pytest.mark.parametrize("attention", ["lambda", "streaming"])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float16, 8e-3), (torch.bfloat16, 4e-2)])
 def test_on_cuda(attention, dtype, bound):
-    spec = LambdaSpec(attention=attention, n_local=64, n_global=4)
+    spec = make(attention=attention, n_local=64, n_global=4)
     q, k, v = random_qkv(333, H=6, K=2, dtype=dtype, device="cuda")
-    expected = lambda_attention(q.double(), k.double(), v.double(), rotate, spec, 0.4)
+    expected = reference_attention(q.double(), k.double(), v.double(), rotate, spec, 0.4)
     for chunk in (50, 64, 333):
         found = banded(q, k, v, spec, chunk)
         torch.testing.assert_close(found.double(), expected, rtol=0, atol=bound)

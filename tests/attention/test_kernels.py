@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lminf_eval.attention import alibi, kernels, window_kernels
-from lminf_eval.attention.kernels import attend, merge, primitive
+from lminf_eval.attention.kernels import attend, kernel_name, merge
 
 
 def written_out(q, k, v, scale, causal, softcap=None):
@@ -34,7 +34,7 @@ def random_qkv(L, M, H, K, D=16, dtype=torch.float64, device="cpu"):
 def route(request, monkeypatch):
     if request.param == "cpu-flash" and not hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu"):
         pytest.skip("this torch has no flash attention for the CPU")
-    monkeypatch.setattr(kernels, "primitive", lambda q, softcap=None: request.param)
+    monkeypatch.setattr(kernels, "kernel_name", lambda q, softcap=None: request.param)
     return request.param
 
 
@@ -69,7 +69,7 @@ def test_soft_capped_logits(causal):
 @pytest.mark.parametrize("causal", [True, False])
 def test_the_plain_path_goes_a_few_rows_at_a_time(monkeypatch, causal):
     q, k, v = random_qkv(23, 23, 4, 2)
-    monkeypatch.setattr(kernels, "primitive", lambda q, softcap=None: "math")
+    monkeypatch.setattr(kernels, "kernel_name", lambda q, softcap=None: "math")
     monkeypatch.setattr(kernels, "_MATH_ROWS", 5)
     out, lse = attend(q, k, v, 0.3, causal)
     expected_out, expected_lse = written_out(q, k, v, 0.3, causal)
@@ -96,7 +96,7 @@ def test_a_last_dimension_that_is_not_dense_is_read_right(which):
         "attend": lambda q, k, v: attend(q, k, v, 0.3, True),
         "attend_biased": lambda q, k, v: kernels.attend_biased(q[:, :, :1], k, v, None, 0.3),
         "attend_window": lambda q, k, v: window_kernels.attend_window(q[:, :, 40:], k, v, 30, 0.3),
-        "attend_biased with slopes": lambda q, k, v: alibi.band(q, k, v, 30, 0.3, torch.ones(4)),
+        "attend_biased with slopes": lambda q, k, v: alibi.sliding_window_attention(q, k, v, 30, 0.3, torch.ones(4)),
     }
     for call in calls.values():
         for found, expected in zip(call(*sparse), call(*parts), strict=True):
@@ -144,14 +144,14 @@ def test_merging_pieces_of_very_unequal_weight():
 
 def test_which_primitive_a_cpu_uses(monkeypatch):
     q = torch.zeros(1, 1, 1, 8)
-    assert primitive(q, softcap=50.0) == "math"
-    assert primitive(q) == "cpu-flash"
+    assert kernel_name(q, softcap=50.0) == "math"
+    assert kernel_name(q) == "cpu-flash"
 
     class WithoutFlash:
         pass
 
     monkeypatch.setattr(kernels.torch.ops, "aten", WithoutFlash(), raising=False)
-    assert primitive(q) == "math"
+    assert kernel_name(q) == "math"
 
 
 @pytest.mark.gpu
@@ -170,7 +170,7 @@ def test_routes_on_cuda(dtype, D, expected, L, M, causal):
     q, k, v = random_qkv(L, M, 4, 2, D, dtype, "cuda")
     if expected == "cuda-flash" and torch.cuda.get_device_capability() < (8, 0):
         expected = "cuda-efficient"
-    assert primitive(q) == expected
+    assert kernel_name(q) == expected
     out, lse = attend(q, k, v, D**-0.5, causal)
     expected_out, expected_lse = written_out(q, k, v, D**-0.5, causal)
     torch.testing.assert_close(out.double(), expected_out, rtol=0, atol=TOLERANCE[dtype])

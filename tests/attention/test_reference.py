@@ -1,14 +1,17 @@
 """The definition against one still more naive: a loop over single queries and keys that only knows distances."""
 
+import itertools
 import math
 
 import pytest
 import torch
 
-from lminf_eval.attention.reference import lambda_attention
-from lminf_eval.methods.spec import LambdaSpec
+from lminf_eval.attention.reference import reference_attention
+from lminf_eval.methods import registry
+from lminf_eval.methods.registry import make
 
 HEAD_DIM = 8
+METHODS = [name for name, method in registry.METHODS.items() if method.patched]
 FREQUENCIES = 1.3 ** -torch.arange(HEAD_DIM // 2, dtype=torch.float64)
 
 
@@ -29,10 +32,10 @@ def logit_at(q, k, distance):
 def distances(i, spec):
     """{visible key: distance} of the query at position i, from each method's own description."""
     window = {j: i - j for j in range(max(0, i - spec.n_local + 1), i + 1)}
-    starting = [j for j in range(min(spec.n_global, i + 1)) if j not in window]
-    if spec.attention == "window":
+    starting = [j for j in range(min(getattr(spec, "n_global", 0), i + 1)) if j not in window]
+    if spec.name == "window":
         return window
-    if spec.attention == "lambda":
+    if spec.name == "lambda":
         return window | dict.fromkeys(starting, spec.n_local)
     kept = sorted([*starting, *window])  # StreamingLLM's cache: positions are places in it
     return {j: kept.index(i) - kept.index(j) for j in kept}
@@ -59,25 +62,25 @@ def random_qkv(S, H=2, K=1, B=1):
     return [torch.randn(B, heads, S, HEAD_DIM, dtype=torch.float64) for heads in (H, K, K)]
 
 
-@pytest.mark.parametrize("attention", ["lambda", "window", "streaming"])
+@pytest.mark.parametrize("attention", METHODS)
 @pytest.mark.parametrize(("n_local", "n_global"), [(4, 0), (4, 1), (4, 3), (7, 2), (1, 0), (40, 10)])
 @pytest.mark.parametrize(("softcap", "learned_sinks"), [(None, False), (2.0, False), (None, True), (2.0, True)])
 def test_equals_a_loop_over_single_pairs(attention, n_local, n_global, softcap, learned_sinks):
     q, k, v = random_qkv(12)
-    spec = LambdaSpec(attention=attention, n_local=n_local, n_global=n_global)
+    spec = make(attention, n_local=n_local, n_global=n_global)
     sink_logits = torch.randn(2, dtype=torch.float64) if learned_sinks else None
-    found = lambda_attention(q, k, v, rotate, spec, 0.4, softcap, sink_logits)
+    found = reference_attention(q, k, v, rotate, spec, 0.4, softcap, sink_logits)
     torch.testing.assert_close(found, naive(q, k, v, spec, 0.4, softcap, sink_logits), rtol=0, atol=1e-12)
 
 
 def test_rows_and_key_value_heads_are_kept_apart():
     q, k, v = random_qkv(9, H=6, K=2, B=2)
-    spec = LambdaSpec(n_local=3, n_global=2)
-    found = lambda_attention(q, k, v, rotate, spec, 0.4)
+    spec = make(n_local=3, n_global=2)
+    found = reference_attention(q, k, v, rotate, spec, 0.4)
     torch.testing.assert_close(found, naive(q, k, v, spec, 0.4, None, None), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("attention", ["lambda", "window", "streaming"])
+@pytest.mark.parametrize("attention", METHODS)
 @pytest.mark.parametrize("n_local", [20, 21, 1000])
 def test_is_plain_causal_attention_inside_the_window(attention, n_local):
     q, k, v = random_qkv(20, H=4, K=2, B=2)
@@ -85,7 +88,7 @@ def test_is_plain_causal_attention_inside_the_window(attention, n_local):
     expected = torch.nn.functional.scaled_dot_product_attention(
         rotate(q, positions), rotate(k, positions), v, is_causal=True, scale=0.4, enable_gqa=True
     )
-    found = lambda_attention(q, k, v, rotate, LambdaSpec(attention=attention, n_local=n_local), 0.4)
+    found = reference_attention(q, k, v, rotate, make(attention=attention, n_local=n_local), 0.4)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
@@ -93,16 +96,16 @@ def test_methods_differ_beyond_the_window():
     """Else the agreement above would be empty: each method sees other keys, or the same ones at other distances."""
     q, k, v = random_qkv(12)
     found = [
-        lambda_attention(q, k, v, rotate, LambdaSpec(attention=attention, n_local=4, n_global=2), 0.4)
-        for attention in ("lambda", "window", "streaming")
+        reference_attention(q, k, v, rotate, make(attention=attention, n_local=4, n_global=2), 0.4)
+        for attention in METHODS
     ]
-    for a, b in [(0, 1), (0, 2), (1, 2)]:
+    for a, b in itertools.combinations(range(len(METHODS)), 2):
         assert torch.equal(found[a][:, :, :4], found[b][:, :, :4])
         assert (found[a][:, :, 5:] - found[b][:, :, 5:]).abs().amax() > 1e-3
 
 
 def test_an_untouched_precision():
     q, k, v = (x.float() for x in random_qkv(6))
-    out = lambda_attention(q, k, v, lambda x, positions: x, LambdaSpec(n_local=3, n_global=1), 0.4)
+    out = reference_attention(q, k, v, lambda x, positions: x, make(n_local=3, n_global=1), 0.4)
     assert out.dtype == torch.float32
     assert out.shape == q.shape

@@ -9,10 +9,10 @@ from lminf_eval.bench.benchmark_model import BenchmarkModel
 from lminf_eval.bench.cases import attention, decode, hardware_limits, memory, prefill, prefix, short
 from lminf_eval.bench.prefilled_caches import cache_bytes, prefilled_lambda_cache, prefilled_plain_cache
 from lminf_eval.bench.record import Record
-from lminf_eval.bench.roofline import HardwareLimits, Work, full_pairs, lambda_pairs
-from lminf_eval.methods.spec import LambdaSpec
+from lminf_eval.bench.roofline import HardwareLimits, Work, full_pairs
+from lminf_eval.methods.registry import make
 from lminf_eval.models.modules import CACHE_NAMES
-from lminf_eval.models.patching import LambdaModel
+from lminf_eval.models.patching import PatchedModel
 
 MACHINE = HardwareLimits(1e11, 1e10)
 
@@ -51,9 +51,9 @@ def test_prefill(subject):
     record = measured(jobs[1])
     assert {side: len(values) for side, values in record.values.items()} == {"lambda": 2, "hf": 2}
     size = subject.size
-    assert record.work["lambda"] == size.scoring(96, lambda_pairs(96, 32, 4))
+    assert record.work["lambda"] == size.scoring(96, make(n_local=32, n_global=4).pairs(96))
     assert record.work["hf"] == size.scoring(96, full_pairs(96))
-    assert subject.lambda_lm(32)._tokens["computed"] >= 2 * 96
+    assert subject.lambda_lm(32).answers.tokens["computed"] >= 2 * 96
 
 
 def test_what_does_not_fit_the_memory_is_left_out_by_name(subject, monkeypatch):
@@ -88,8 +88,8 @@ def test_a_state_at_a_far_context_is_that_of_a_near_one_moved(subject, rows):
     ids = subject.tokens(rows, 1).to(subject.device)
     logits = []
     for state in (near, far):
-        output = lm.streaming.hidden(ids, state)
-        logits.append(lm.streaming.logits(output, output.last_hidden_state[:, -1]))
+        output = lm.model_runner().hidden(ids, state)
+        logits.append(lm.model_runner().logits(output, output.last_hidden_state[:, -1]))
     assert logits[0].shape == (rows, 512)
     torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-5)
 
@@ -167,7 +167,7 @@ def test_prefix(make_options):
     assert record.facts["tokens computed unshared"] == all_tokens
     spared = 3 * sum(map(len, contexts))
     assert all_tokens - spared - len(requests) <= record.facts["tokens computed shared"] <= all_tokens - spared
-    assert subject.lambda_lm(256).prefix_sharing is True
+    assert subject.lambda_lm(256).answers.prefix_sharing is True
 
 
 def test_attention_and_the_rest(subject):
@@ -176,7 +176,7 @@ def test_attention_and_the_rest(subject):
     first, rest = map(measured, jobs)
     size = subject.size
     assert list(first.values) == ["in the pass", "alone", "sdpa"]
-    assert first.work["in the pass"].flops == size.attention(lambda_pairs(96, 32, 4))
+    assert first.work["in the pass"].flops == size.attention(make(n_local=32, n_global=4).pairs(96))
     assert first.work["alone"].flops == size.attention(16 * (32 + 4))
     assert first.work["sdpa"].flops == size.attention(full_pairs(32))
     assert list(rest.values) == ["in the pass", "linear layers"]
@@ -185,7 +185,7 @@ def test_attention_and_the_rest(subject):
         assert record.compare_rates
         assert all(len(values) == 2 and min(values) > 0 for values in record.values.values())
         assert 0 < record.facts["share of attention in the pass"] < 1
-    assert "attend" not in vars(subject.lambda_lm(32).streaming)  # the stopwatch is gone
+    assert subject.lambda_lm(32).model_runner().observer is None  # the stopwatch is gone
 
 
 def test_the_ceilings_are_those_of_the_fastest_runs():
@@ -201,8 +201,8 @@ def test_a_llama_whose_window_slides_is_the_method_without_starting_tokens(make_
     assert rival.lm_head.weight.data_ptr() == subject.model.lm_head.weight.data_ptr()
     ids = subject.tokens(1, 80)
     theirs = rival(input_ids=ids).logits[0]
-    spec, _ = LambdaSpec(attention="window", n_local=32).resolve(subject.config)
-    ours = LambdaModel(subject.copy_with_shared_weights(), spec)
+    spec = make(attention="window", n_local=32)
+    ours = PatchedModel(subject.copy_with_shared_weights(), spec)
     output = ours.hidden(ids, ours.new_cache(1, 80))
     torch.testing.assert_close(theirs, ours.logits(output, output.last_hidden_state[0]), rtol=1e-6, atol=1e-8)
     assert not torch.allclose(theirs, subject.model(input_ids=ids).logits[0], atol=1e-6)

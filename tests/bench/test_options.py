@@ -6,8 +6,8 @@ from typer.testing import CliRunner
 from lminf_eval.bench import options
 from lminf_eval.bench.options import parse_counts, parse_options
 from lminf_eval.cli.app import app
-from lminf_eval.demo.smollm2 import NAME
 from lminf_eval.errors import UsageError
+from lminf_eval.paths import DEMO_MODEL
 
 GOOD = {
     "pretrained": "",
@@ -41,8 +41,8 @@ def test_what_is_asked_for():
 def test_without_a_model_it_is_the_demos_where_it_is_there(tmp_path, monkeypatch):
     monkeypatch.setattr(options, "cache_home", lambda: tmp_path)
     assert parse_options(**GOOD | {"shape": ""}).shape == "135m"
-    (tmp_path / NAME).mkdir()
-    assert parse_options(**GOOD | {"shape": ""}).pretrained == str(tmp_path / NAME)
+    (tmp_path / DEMO_MODEL).mkdir()
+    assert parse_options(**GOOD | {"shape": ""}).pretrained == str(tmp_path / DEMO_MODEL)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_without_a_model_it_is_the_demos_where_it_is_there(tmp_path, monkeypatch
         ({"pretrained": "org/model"}, r"pretrained=org/model and shape=tiny: give one of them"),
         ({"shape": "", "pretrained": "./nowhere"}, r"pretrained=\./nowhere: there is no such directory"),
         ({"dtype": "int8"}, r"dtype=int8: must be one of auto, float32"),
-        ({"device": "cuda:77"}, r"device=cuda:77: there are"),
+        ({"device": "cuda:77"}, r"device=cuda:77: no such device"),
         ({"lengths": "2k,0"}, r"lengths=2k,0: '0' is not a number of tokens"),
         ({"lengths": "2g"}, r"'2g' is not a number of tokens; write 4096, 16k or 1m"),
         ({"n_local": ""}, r"n-local=: '' is not a number of tokens"),

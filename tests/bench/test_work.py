@@ -2,7 +2,8 @@
 
 import pytest
 
-from lminf_eval.bench.roofline import HardwareLimits, Size, Work, full_pairs, lambda_keys, lambda_pairs
+from lminf_eval.bench.roofline import HardwareLimits, Size, Work, full_pairs
+from lminf_eval.methods.registry import make
 
 
 def seen(i, n_local, sinks):
@@ -14,8 +15,9 @@ def seen(i, n_local, sinks):
 @pytest.mark.parametrize(("n_local", "sinks"), [(4, 0), (4, 1), (4, 3), (1, 0), (64, 10)])
 def test_pairs_are_those_of_the_definition(tokens, n_local, sinks):
     each = [seen(i, n_local, sinks) for i in range(tokens)]
-    assert lambda_pairs(tokens, n_local, sinks) == sum(each)
-    assert [lambda_keys(i, n_local, sinks) for i in range(tokens)] == each
+    method = make(n_local=n_local, n_global=sinks)
+    assert method.pairs(tokens) == sum(each)
+    assert [method.seen(i) for i in range(tokens)] == each
     assert full_pairs(tokens) == sum(range(1, tokens + 1))
 
 

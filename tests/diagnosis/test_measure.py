@@ -9,8 +9,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from lminf_eval.diagnosis import measure as module
 from lminf_eval.diagnosis.logits import distance_edges
-from lminf_eval.diagnosis.measure import measure, method_specs
-from lminf_eval.methods.spec import LambdaSpec
+from lminf_eval.diagnosis.measure import measure, methods_compared
+from lminf_eval.methods.registry import make
 
 N, N_LOCAL = 75, 24
 SMALL = {
@@ -44,8 +44,10 @@ def ids():
 
 
 def measured(model, ids, method, chunk_size=20, n_global=4):
-    spec, _ = LambdaSpec(n_local=N_LOCAL, n_global=n_global, chunk_size=chunk_size).resolve(model.config)
-    return measure(model, method_specs(spec, len(ids))[method], N_LOCAL, ids, [0, 1], tqdm(disable=True))
+    spec = make(n_local=N_LOCAL, n_global=n_global)
+    return measure(
+        model, methods_compared(spec, len(ids))[method], N_LOCAL, ids, [0, 1], tqdm(disable=True), chunk_size
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)

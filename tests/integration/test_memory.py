@@ -15,7 +15,7 @@ folder, length = sys.argv[1], int(sys.argv[2])
 lm = LMInfinite(folder, device="cpu", dtype="float32", n_local=1024)
 text = lm.tok_decode(lm.tok_encode("\\n".join(topics[name] for name in sorted(topics)))[:length])
 (total,) = lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)])
-print(lm._tokens["computed"], total, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+print(lm.answers.tokens["computed"], total, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """
 
 

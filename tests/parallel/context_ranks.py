@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
-from lminf_eval.inference.engine import GenerateRequest, ScoreRequest
-from lminf_eval.methods.spec import LambdaSpec
-from lminf_eval.models.equivalence_check import lambda_model
+from lminf_eval.inference.requests import GenerateRequest, ScoreRequest
+from lminf_eval.methods.registry import make
+from lminf_eval.models.equivalence_check import patched_model
 from lminf_eval.models.rope import Rotary
 from lminf_eval.parallel import context_parallel
 
@@ -39,16 +39,16 @@ def answer(case: dict) -> dict:
     model = AutoModelForCausalLM.from_pretrained(
         case["model"], dtype=torch.float64, experts_implementation="eager"
     ).eval()
-    make = partial(context_parallel.ContextModel, group=dist.group.WORLD)
+    spread = partial(context_parallel.ContextModel, group=dist.group.WORLD)
     context_parallel.SHARD = SHARD  # its self-check counts on it
-    model = lambda_model(model, LambdaSpec(**case["spec"]), make)
+    model = patched_model(model, make(**case["spec"]), spread)
     context_parallel.SHARD = case["shard"]
     engine = context_parallel.ContextEngine(model, case["chunk_size"], case["batch_size"])
     if "score" in case:
         found = engine.score([ScoreRequest(tokens, scored_from) for tokens, scored_from in case["score"]])
         answers = {i: [score.log_probs.tolist(), score.greedy.tolist()] for i, score in found}
     else:
-        requests = [GenerateRequest(tokens, max_new, lambda new: False) for tokens, max_new in case["generate"]]
+        requests = [GenerateRequest(tokens, max_new) for tokens, max_new in case["generate"]]
         answers = dict(engine.generate(requests))
     return {"answers": [answers[i] for i in range(len(answers))], "sent": model.exchange.bytes_sent}
 

@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 
 from lminf_eval.errors import UsageError
+from lminf_eval.inference.requests import GenerateRequest, Request, ScoreRequest
 from lminf_eval.parallel import request_sharding
 from lminf_eval.parallel.ranks import Ranks
-from lminf_eval.parallel.request_sharding import Work
 
 
 def main(who: int, deed: str, size: int = 1) -> None:
@@ -48,15 +48,20 @@ def main(who: int, deed: str, size: int = 1) -> None:
                 if i == 1:
                     act(ranks, deed if ranks.topology.rank == who else "nothing")
                 tokens["computed"] += 1
-                yield i, f"{what} {work.key}: {int(work.tokens.sum())}"
+                yield i, f"{what} {work.key}: {int(np.sum(work.tokens))}"
 
     if ranks.topology.rank:
         with ranks.lifecycle.guard():
             request_sharding.serve(ranks, run, tokens)
     for what in ("score", "generate"):
-        works = [Work(f"{what}{i}", np.arange(i + 40), {}) for i in range(12)]
+        works = [_request(what, i) for i in range(12)]
         answers = dict(request_sharding.answers(ranks, run, what, works, None, tokens, False, 8))
         print([answers[i] for i in range(12)], tokens["computed"], flush=True)
+
+
+def _request(what: str, i: int) -> Request:
+    kind = ScoreRequest if what == "score" else GenerateRequest
+    return kind(np.arange(i + 40), 1, key=f"{what}{i}")
 
 
 def act(ranks: Ranks, deed: str) -> None:

@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 from transformers import CONFIG_MAPPING
 
-from lminf_eval.methods.spec import LambdaSpec
+from lminf_eval.methods.registry import make
+from lminf_eval.models.families.table import family_row
 from lminf_eval.parallel.ranks import Ranks
 from lminf_eval.parallel.strategy import ParallelStrategy
-from lminf_eval.parallel.tensor_parallel import UNSHARDED, TensorParallel
+from lminf_eval.parallel.tensor_parallel import TensorParallel
 from lminf_eval.parallel.topology import Topology
 
 MORE = ("falcon rw", "bloom 6 heads", "phi3 longrope")  # lines of FAMILIES beside the first of each family
@@ -40,7 +41,7 @@ def main() -> None:
         topology.create_groups(topology.world)
         known = [name for name in families.FAMILIES if name.split()[0] in CONFIG_MAPPING]
         first = {name.split()[0]: name for name in reversed(known)}
-        names = sorted(name for family, name in first.items() if family not in UNSHARDED)
+        names = sorted(name for family, name in first.items() if family_row(family).sharded)
         cases = [(name, "lambda") for name in (*names, *MORE)] + [(name, kind) for name in VARIED for kind in OTHERS]
         for name, kind in cases:
             told = compare(families, randomise, topology, name, kind)
@@ -52,7 +53,7 @@ def main() -> None:
 
 def compare(families, randomise, topology: Topology, name: str, kind: str) -> list:
     n_local = {} if kind == "full" else {"n_local": families.W, "n_global": families.G}
-    spec, strategy = LambdaSpec(**n_local, **OTHERS.get(kind, {})), TensorParallel(topology)
+    spec, strategy = make(**n_local, **OTHERS.get(kind, {})), TensorParallel(topology)
     ids = torch.randint(3, 97, (1, families.S), generator=torch.Generator().manual_seed(0))
     whole = families.build(randomise, name)
     strategy.check(whole.config, spec)
@@ -66,7 +67,7 @@ def compare(families, randomise, topology: Topology, name: str, kind: str) -> li
 def run(families, patched, ids: torch.Tensor, kind: str) -> tuple[torch.Tensor, int]:
     """Logits, and the heads whose keys the first layer's cache holds."""
     cache, found = patched.new_cache(1, families.S), []
-    cache.readmit_from = [40]
+    cache.retrieve_from = [40]
     for start, stop in zip([0, 20, *range(60, families.S)], [20, *range(60, families.S + 1)], strict=True):
         output = patched.hidden(ids[:, start:stop], cache)
         found.append(patched.logits(output, output.last_hidden_state[0]))

@@ -13,9 +13,10 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from lminf_eval.errors import UsageError
-from lminf_eval.inference.engine import Engine, GenerateRequest
-from lminf_eval.methods.spec import LambdaSpec
-from lminf_eval.models.equivalence_check import lambda_model
+from lminf_eval.inference.engine import Engine
+from lminf_eval.inference.requests import GenerateRequest
+from lminf_eval.methods.registry import make
+from lminf_eval.models.equivalence_check import patched_model
 from lminf_eval.models.rope import Rotary
 from lminf_eval.parallel import context_parallel
 from lminf_eval.parallel.topology import Topology
@@ -45,9 +46,9 @@ MODELS = {  # what is particular about each
     "bloom": {"n_head": 4, "n_layer": 2},  # ALiBi
 }
 METHODS = {
-    "lambda": LambdaSpec(attention="lambda", n_local=16, n_global=5),
-    "window": LambdaSpec(attention="window", n_local=16),
-    "streaming": LambdaSpec(attention="streaming", n_local=16, n_global=5),
+    "lambda": make(attention="lambda", n_local=16, n_global=5),
+    "window": make(attention="window", n_local=16),
+    "streaming": make(attention="streaming", n_local=16, n_global=5),
 }
 
 
@@ -92,7 +93,7 @@ def models(tmp_path_factory, randomise):
 def make_case(models, name="llama", spec=METHODS["lambda"], shard=4, chunk_size=WHOLE, batch_size=None, **requests):
     return {
         "model": str(models[name]),
-        "spec": spec.model_dump(exclude_unset=True),
+        "spec": {"attention": spec.name, **spec.model_dump()},
         "shard": shard,
         "chunk_size": chunk_size,
         "batch_size": batch_size,
@@ -125,17 +126,17 @@ def all_cases(models, ranks: int) -> dict[str, dict]:
     for n in (15, 16, 17, 4 * 16 - 1, 4 * 16, 4 * 16 + 1, 16 + 5, 16 + 6, 127):  # just around the edges of windows
         cases[f"{n} tokens"] = make_case(models, score=[[text(rng, n + 1), 1]])
     for n_local in (1, 2, 40, 60, 61, 200):  # shards of 30 or 60 tokens: several neighbours, or all tokens, are seen
-        wide = LambdaSpec(n_local=n_local, n_global=min(10, n_local - 1))
+        wide = make(n_local=n_local, n_global=min(10, n_local - 1))
         cases[f"n_local {n_local}"] = make_case(models, spec=wide, score=[[text(rng, 121), 1]])
     for n_global in (0, 35, 70):  # starting tokens on more than one rank
-        many = LambdaSpec(n_local=80, n_global=n_global)
+        many = make(n_local=80, n_global=n_global)
         cases[f"n_global {n_global}"] = make_case(models, spec=many, score=[[text(rng, 161), 1]])
     for chunk_size in (20, 33, 64):  # windows that lie in the cache, in part in the cache, on other ranks
         cases[f"chunks of {chunk_size}"] = make_case(models, chunk_size=chunk_size, score=[[text(rng, 161), 1]])
     for seed in range(12):
         method = str(rng.choice(list(METHODS)))
         n_local = int(rng.integers(4, 50))
-        drawn = LambdaSpec(attention=method, n_local=n_local, n_global=int(rng.integers(min(8, n_local))))
+        drawn = make(attention=method, n_local=n_local, n_global=int(rng.integers(min(8, n_local))))
         how = {"chunk_size": int(rng.choice([30, 57, WHOLE])), "batch_size": [None, 1, 2, 3][seed % 4]}
         name = ["llama", "gemma2", "bloom"][seed % 3]
         cases[f"drawn {seed}"] = make_case(models, name, drawn, **how, score=random_requests(rng))
@@ -178,7 +179,7 @@ def logits(reference_logits, monkeypatch):
             loaded[case["model"]] = AutoModelForCausalLM.from_pretrained(
                 case["model"], dtype=torch.float64, experts_implementation="eager"
             ).eval()
-        return reference_logits(loaded[case["model"]], LambdaSpec(**case["spec"]), torch.tensor([tokens]))[0]
+        return reference_logits(loaded[case["model"]], make(**case["spec"]), torch.tensor([tokens]))[0]
 
     return compute
 
@@ -207,8 +208,8 @@ def test_generation_goes_on_from_a_prompt_that_was_spread(name, answered):
     model = AutoModelForCausalLM.from_pretrained(
         case["model"], dtype=torch.float64, experts_implementation="eager"
     ).eval()
-    alone = lambda_model(model, LambdaSpec(**case["spec"]))
-    requests = [GenerateRequest(tokens, max_new, lambda new: False) for tokens, max_new in case["generate"]]
+    alone = patched_model(model, make(**case["spec"]))
+    requests = [GenerateRequest(tokens, max_new) for tokens, max_new in case["generate"]]
     expected = dict(Engine(alone, 2048, 3).generate(requests))
     for one in found:
         assert one[f"generate {name}"]["answers"] == [expected[i] for i in range(len(requests))]
@@ -237,8 +238,8 @@ def test_short_chunks_are_not_spread(answered):
 @pytest.mark.parametrize(
     ("spec", "line"),
     [
-        (LambdaSpec(attention="full"), "attention=full: parallel=context goes with lambda, streaming and window"),
-        (LambdaSpec(top_k=2), "top_k=2: parallel=context goes with 0 alone; no rank has all keys"),
+        (make(attention="full"), "attention=full: parallel=context goes with lambda, window, streaming"),
+        (make(n_local=16, top_k=2), "top_k: parallel=context goes with top_k=0 alone; no rank has all keys"),
     ],
 )
 def test_what_cannot_be_spread_is_refused(spec, line):
@@ -248,5 +249,5 @@ def test_what_cannot_be_spread_is_refused(spec, line):
 
 def test_a_chunk_is_most_often_a_whole_document():
     strategy = context_parallel.ContextParallel(Topology(group_size=4))
-    assert strategy.settle(LambdaSpec(n_local=16)) == LambdaSpec(n_local=16, chunk_size=4 * 65536)
-    assert strategy.settle(LambdaSpec(n_local=16, chunk_size=2048)).chunk_size == 2048
+    assert strategy.chunk_size(2048, chosen=False) == 4 * 65536
+    assert strategy.chunk_size(2048, chosen=True) == 2048

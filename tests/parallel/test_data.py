@@ -4,32 +4,34 @@ import numpy as np
 import pytest
 import torch
 
-from lminf_eval.inference.prefix_tree import forest
+from lminf_eval.inference.prefix_tree import build_prefix_tree
+from lminf_eval.inference.requests import GenerateRequest, Request, ScoreRequest
 from lminf_eval.parallel.peers import RankStatus
-from lminf_eval.parallel.request_sharding import Progress, Work, pack, split, unpack
+from lminf_eval.parallel.request_sharding import Progress, pack, split, unpack
 from lminf_eval.parallel.topology import Topology
 
 
-def work(*parts: tuple[int, int], max_new: int | None = None) -> Work:
+def work(*parts: tuple[int, int], max_new: int | None = None) -> Request:
     """A request of `parts`: (seed, tokens) each; requests with the same first parts begin alike."""
     tokens = [np.random.default_rng(seed).integers(0, 999, n) for seed, n in parts]
-    options = {} if max_new is None else {"max_new": max_new}
-    return Work("", np.concatenate(tokens).astype(np.int32), options)
+    whole = np.concatenate(tokens).astype(np.int32)
+    return ScoreRequest(whole, 1) if max_new is None else GenerateRequest(whole, max_new)
 
 
-def loads(works: list[Work], shares: list[list[int]]) -> list[int]:
+def loads(works: list[Request], shares: list[list[int]]) -> list[int]:
     """Tokens that each group computes."""
 
     def tokens(nodes):
         return sum(len(node.tokens) + tokens(node.children) for node in nodes)
 
     return [
-        tokens(forest([works[i].tokens for i in share])) + sum(works[i].options.get("max_new", 0) for i in share)
+        tokens(build_prefix_tree([works[i].tokens for i in share]))
+        + sum(getattr(works[i], "max_new_tokens", 0) for i in share)
         for share in shares
     ]
 
 
-def split_all(works: list[Work], groups: int, share: bool = True) -> list[list[int]]:
+def split_all(works: list[Request], groups: int, share: bool = True) -> list[list[int]]:
     shares = split(works, groups, share, 8)
     assert len(shares) == groups
     assert sorted(i for one in shares for i in one) == list(range(len(works)))
@@ -97,15 +99,16 @@ def test_many_small_requests_do_not_take_long():
 
 def test_a_message_holds_what_was_put_in():
     torch.manual_seed(77)
-    options = {"until": ["\n", "\ud83d"], "kwargs": {"temperature": 0.5}, "max_new": 3}
-    works = [Work("k", np.array([1, 2**31 - 1, 0], dtype=np.int32), options), Work("", np.zeros(0, np.int32), {})]
+    long = GenerateRequest(np.array([1, 2**31 - 1, 0]), 3, ["\n", "\ud83d"], {"temperature": 0.5}, "a 1", "k")
+    works = [long, GenerateRequest(np.zeros(0, np.int32), 1)]
     message = pack("generate", works)
     torch.manual_seed(1)
     what, found = unpack(message)
     assert what == "generate"
     assert torch.initial_seed() == 77
     for one, expected in zip(found, works, strict=True):
-        assert (one.key, one.options) == (expected.key, expected.options)
+        assert (one.key, one.options, one.draw) == (expected.key, expected.options, expected.draw)
+        assert (list(one.until), one.max_new_tokens) == (list(expected.until), expected.max_new_tokens)
         assert one.tokens.tolist() == expected.tokens.tolist()
 
 

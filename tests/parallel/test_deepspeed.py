@@ -11,9 +11,9 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, FalconConfig, LlamaConfig
 
 from lminf_eval.errors import UsageError
-from lminf_eval.methods.spec import LambdaSpec
-from lminf_eval.models.families.registry import TESTED
-from lminf_eval.parallel.tensor_parallel import UNSHARDED, TensorParallel
+from lminf_eval.methods.registry import make
+from lminf_eval.models.families.table import FAMILIES
+from lminf_eval.parallel.tensor_parallel import TensorParallel
 from lminf_eval.parallel.topology import Topology
 from lminf_eval.parallel.zero3 import ZeRO3, settings
 
@@ -22,7 +22,7 @@ SMOLLM2 = LlamaConfig(hidden_size=576, num_attention_heads=9, num_key_value_head
 
 def refusal(strategy, config, size, **spec):
     with pytest.raises(UsageError) as refused:
-        strategy(Topology(group_size=size)).check(config, LambdaSpec(**spec))
+        strategy(Topology(group_size=size)).check(config, make(**{"n_local": 64, **spec}))
     return str(refused.value)
 
 
@@ -34,7 +34,7 @@ def test_heads_that_leave_a_remainder_are_refused_with_what_goes():
     assert refusal(TensorParallel, LlamaConfig(num_attention_heads=32, num_key_value_heads=8), 16).endswith(
         "1, 2, 4, 8"
     )
-    TensorParallel(Topology(group_size=3)).check(SMOLLM2, LambdaSpec())
+    TensorParallel(Topology(group_size=3)).check(SMOLLM2, make(n_local=64))
 
 
 def test_one_key_value_head_is_not_divided():
@@ -53,7 +53,7 @@ def test_alibi_in_the_models_own_attention_and_quantised_weights_are_refused():
     assert "DeepSpeed can't shard the ALiBi of 'bloom' under attention=full" in refusal(
         TensorParallel, bloom, 2, attention="full"
     )
-    TensorParallel(Topology(group_size=2)).check(bloom, LambdaSpec())
+    TensorParallel(Topology(group_size=2)).check(bloom, make(n_local=64))
     quantised = LlamaConfig(quantization_config={"quant_method": "gptq", "bits": 4})
     for strategy in (TensorParallel, ZeRO3):
         assert "quantised weights" in refusal(strategy, quantised, 2)
@@ -108,7 +108,9 @@ def test_every_family_sharded_over_two_ranks_is_the_family():
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     told = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
-    assert {family for family, *_ in told} == {name for name in TESTED - UNSHARDED if name in CONFIG_MAPPING}
+    assert {family for family, *_ in told} == {
+        name for name, row in FAMILIES.items() if row.tested and row.sharded and name in CONFIG_MAPPING
+    }
     assert len({kind for _, kind, *_ in told}) == 3
     for family, kind, error, whole_heads, own_heads in told:
         assert error < 1e-4, (family, kind)

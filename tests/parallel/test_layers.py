@@ -9,16 +9,17 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from lminf_eval.harness.lm import LMInfinite
-from lminf_eval.inference.engine import Engine, ScoreRequest
-from lminf_eval.methods.spec import LambdaSpec
-from lminf_eval.models.equivalence_check import lambda_model
+from lminf_eval.inference.engine import Engine
+from lminf_eval.inference.requests import ScoreRequest
+from lminf_eval.methods.registry import make
+from lminf_eval.models.equivalence_check import patched_model
 from lminf_eval.models.modules import device_of
 from lminf_eval.parallel.topology import Topology
 from lminf_eval.resume.checkpoint import Checkpoints
 
 TEXT = topics["exceptions"][:700]
 OPTIONS = {"until": [], "max_gen_toks": 5, "do_sample": False}
-SPEC = LambdaSpec(n_local=24, n_global=3)
+SPEC = make(n_local=24, n_global=3)
 
 
 def answers(model: LMInfinite) -> list:
@@ -39,8 +40,8 @@ def test_weights_that_are_offloaded_give_the_answers_of_a_model_in_memory(attent
     offload = {"max_cpu_memory": 500_000, "offload_folder": str(tmp_path)}
     layers = LMInfinite(str(folder), parallel="layers", **offload, **common)
     assert answers(layers) == expected
-    assert set(layers.model.hf_device_map.values()) == {"cpu", "disk"}
-    assert {parameter.device.type for parameter in layers.model.parameters()} == {"cpu", "meta"}
+    assert set(layers.load().hf_device_map.values()) == {"cpu", "disk"}
+    assert {parameter.device.type for parameter in layers.load().parameters()} == {"cpu", "meta"}
     info = layers.get_model_info()["lminf"]
     assert (info["parallel"], info["ranks"]) == ("layers", 1)
     assert info["attention_primitive"] == ("" if attention == "full" else "cpu-flash")
@@ -50,7 +51,7 @@ def test_without_a_cuda_device_all_layers_are_in_memory(tiny_llama):
     if torch.cuda.is_available():
         pytest.skip("there is one")
     model = LMInfinite(str(tiny_llama()), device="cpu", parallel="layers", dtype="float32")
-    assert {parameter.device.type for parameter in model.model.parameters()} == {"cpu"}
+    assert {parameter.device.type for parameter in model.load().parameters()} == {"cpu"}
 
 
 def tokens(n: int = 150) -> torch.Tensor:
@@ -74,13 +75,13 @@ def whole(model, folder):
 @pytest.mark.parametrize("dispatch", [disk, mixed, whole])
 def test_a_patched_model_and_the_hooks_of_accelerate_leave_each_other_alone(dispatch, tiny_model, tmp_path):
     request = ScoreRequest(tokens(), 1, rolling=True)
-    ((_, expected),) = Engine(lambda_model(tiny_model(), SPEC), 40).score([request])
+    ((_, expected),) = Engine(patched_model(tiny_model(), SPEC), 40).score([request])
     ids = torch.from_numpy(tokens(60))[None]
     with torch.inference_mode():
         plain = tiny_model()(ids).logits
         model = dispatch(tiny_model(), tmp_path / "weights")
         assert (model(ids).logits == plain).all()
-        patched = lambda_model(model, SPEC)
+        patched = patched_model(model, SPEC)
         engine = Engine(patched, 40, checkpoints=Checkpoints(tmp_path / "kept", b""))
         ((_, found),) = engine.score([request])
         assert (found.log_probs == expected.log_probs).all()

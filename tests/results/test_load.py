@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from lminf_eval.errors import UsageError
-from lminf_eval.methods.spec import LambdaSpec
+from lminf_eval.methods.registry import MethodArgs
 from lminf_eval.report.load import load_results
 from lminf_eval.report.run_metadata import hardware, model_args, short_name
 from lminf_eval.report.samples import SamplesError, metric_totals, read_samples
@@ -44,8 +44,8 @@ def test_both_versions_of_the_format_give_the_same_rows(lm_eval_files, make_pass
     ("attention", "method"),
     [
         ("full", "full rope=linear"),
-        ("window", "window n_local=64"),
-        ("streaming", "streaming n_local=64 n_global=4"),
+        ("window", "window n_local=64 top_k=5"),
+        ("streaming", "streaming n_local=64 n_global=4 top_k=5"),
         ("lambda", "lambda n_local=64 n_global=4 top_k=5"),
     ],
 )
@@ -62,7 +62,7 @@ def test_no_method_is_named_by_a_setting_that_it_refuses(lm_eval_files, make_pas
     args = {"attention": attention, "n_local": "64", **setting}
     row = load_results([lm_eval_files.write({"passkey_4k": make_passkeys([1])}, args=args)]).results.iloc[0]
     try:
-        LambdaSpec.parse(args)
+        MethodArgs.parse(args)
         refused = False
     except UsageError:
         refused = True

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from matplotlib import colors
 
+from lminf_eval.methods import registry
 from lminf_eval.report.figures.curves import hits_by_depth, nll_by_position
 from lminf_eval.report.figures.plots import draw_figures
-from lminf_eval.report.figures.style import FIRST_OF_ATTENTION, assign_styles
+from lminf_eval.report.figures.style import assign_styles, style_of
 from lminf_eval.report.load import load_results
 from lminf_eval.report.sample_store import SampleStore
 
@@ -85,8 +86,8 @@ def test_a_method_has_a_look_of_its_own_and_keeps_it():
     looks = assign_styles(METHODS)
     assert assign_styles(reversed(METHODS)) == looks
     assert len(set(looks.values())) == len(METHODS)
-    assert looks["full"] == FIRST_OF_ATTENTION["full"]
-    assert looks["lambda n_local=8192"] == FIRST_OF_ATTENTION["lambda"]
+    assert looks["full"] == style_of("full")
+    assert looks["lambda n_local=8192"] == style_of("lambda")
     # Without colour, marker and line still tell any two apart.
     for a, b in itertools.combinations(looks.values(), 2):
         assert (a.marker, str(a.line)) != (b.marker, str(b.line))
@@ -100,7 +101,7 @@ def test_every_color_can_be_seen_on_white_and_on_dark():
         linear = np.where(channels <= 0.03928, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
         return float(linear @ [0.2126, 0.7152, 0.0722])
 
-    for name, look in FIRST_OF_ATTENTION.items():
+    for name, look in {name: style_of(name) for name in [*registry.METHODS, "hf"]}.items():
         for page in ("#ffffff", "#161616") if name != "full" else ("#ffffff",):
             light, dark = sorted([luminance(look.color), luminance(page)], reverse=True)
             assert (light + 0.05) / (dark + 0.05) > 2.5, (name, page)
@@ -127,12 +128,12 @@ def texts_of(plot) -> list[str]:
 def test_nll_figure(drawn):
     axes = drawn["nll"].figure.axes[0]
     by_color = {line.get_color(): line for line in axes.lines}
-    line = by_color[FIRST_OF_ATTENTION["full"].color]
+    line = by_color[style_of("full").color]
     ends = np.arange(1, 9) * 2048
     full = next(line for line in axes.lines if len(line.get_ydata()) == 8 and max(line.get_ydata()) > 7)
     assert full.get_xdata().tolist() == (ends - 1024).tolist()
     assert full.get_ydata().tolist() == pytest.approx([3.05] * 4 + [8.0] * 4)
-    assert (full.get_color(), full.get_marker()) == (line.get_color(), FIRST_OF_ATTENTION["full"].marker)
+    assert (full.get_color(), full.get_marker()) == (line.get_color(), style_of("full").marker)
     assert {"lambda", "full", "trained at 8k"} <= set(texts_of(drawn["nll"]))
     assert "org/$mo_del^<b>&" in drawn["nll"].title
 

@@ -8,7 +8,7 @@ from lminf_eval.bench import FORMAT
 from lminf_eval.errors import UsageError
 from lminf_eval.report.benches import read_bench
 from lminf_eval.report.figures.plots import draw_figures
-from lminf_eval.report.figures.style import FIRST_OF_ATTENTION
+from lminf_eval.report.figures.style import style_of
 from lminf_eval.report.load import load_results
 from lminf_eval.report.outputs import print_table, write_report
 from lminf_eval.report.sample_store import SampleStore
@@ -58,7 +58,7 @@ def test_values_are_a_tokens_or_bytes():
 def test_a_figure_for_each_kind(file):
     drawn = {plot.name.rsplit("-org", 1)[0]: plot for plot in draw_figures(SampleStore(load_results([file])))}
     assert set(drawn) == {"scoring-time", "decoding-time", "peak-memory", "key-value-memory"}
-    method, full, hf = (FIRST_OF_ATTENTION[name].color for name in ("lambda", "full", "hf"))
+    method, full, hf = (style_of(name).color for name in ("lambda", "full", "hf"))
     decoding = lines_of(drawn["decoding-time"])
     assert decoding.keys() == {method, full}
     assert decoding[method].get_xdata().tolist() == [1024, 4096]  # the empty cache has no place on such an axis

@@ -37,7 +37,7 @@ def write_methods(files, make_passkeys, methods, lengths=(4, 16), **options):
         files.write(tasks, args={"attention": attention, **options.pop("args", {})}, **options)
 
 
-def test_methods_by_lengths(lm_eval_files, make_passkeys, arranged):
+def test_methods_rope_depends_on_lengths(lm_eval_files, make_passkeys, arranged):
     write_methods(lm_eval_files, make_passkeys, {"lambda": GOOD, "full": MIDDLE}, lengths=(16, 4, 128))
     table = arranged()
     assert table.row_names == ["model", "method"]

@@ -4,7 +4,8 @@ import pytest
 from lm_eval.api.instance import Instance
 
 from lminf_eval.harness.lm import LMInfinite
-from lminf_eval.inference.engine import Engine, ScoreRequest
+from lminf_eval.inference.engine import Engine
+from lminf_eval.inference.requests import ScoreRequest
 from lminf_eval.resume import checkpoint
 from lminf_eval.resume.checkpoint import Checkpoints
 from lminf_eval.resume.shutdown import STOPPED, ShutdownRequest
@@ -49,7 +50,7 @@ def test_answers_come_from_the_journal_without_the_weights(model, tmp_path, kind
     assert ask(again, kind) == first
     assert info(again)["requests_from_journal"] == len(TEXTS)
     assert info(again)["tokens_computed"] == 0
-    assert again._streaming is None  # nothing was loaded
+    assert again._runner is None  # nothing was loaded
     undisturbed = ask(model(), kind)
     if kind == "loglikelihood":
         undisturbed, first = ([value for value, _ in answers] for answers in (undisturbed, first))
@@ -99,10 +100,10 @@ OTHER = ScoreRequest([(5 * i) % 97 for i in range(200)], 1)
 @pytest.fixture
 def engine(tiny_model, tmp_path):
     """`engine(stop after so many chunks, ...)`: an engine that keeps checkpoints in one folder."""
-    from lminf_eval.methods.spec import LambdaSpec
-    from lminf_eval.models.equivalence_check import lambda_model
+    from lminf_eval.methods.registry import make
+    from lminf_eval.models.equivalence_check import patched_model
 
-    streaming = lambda_model(tiny_model(), LambdaSpec(n_local=24, n_global=3))
+    streaming = patched_model(tiny_model(), make(n_local=24, n_global=3))
     forward = streaming.hidden
 
     def make(chunks: int | None = None, chunk_size: int = 32) -> Engine:
@@ -116,7 +117,7 @@ def engine(tiny_model, tmp_path):
             return forward(*args)
 
         streaming.hidden = hidden
-        return Engine(streaming, chunk_size, 1, stop=stop, checkpoints=Checkpoints(tmp_path, b"this model"))
+        return Engine(streaming, chunk_size, 1, shutdown=stop, checkpoints=Checkpoints(tmp_path, b"this model"))
 
     yield make
     streaming.restore()
@@ -132,18 +133,18 @@ def test_a_stopped_document_goes_on_where_it_was(engine, tmp_path):
     with pytest.raises(SystemExit) as left:
         values(stopped, [*LONG, OTHER])
     assert left.value.code == STOPPED
-    assert stopped.computed == 4 * 32
+    assert stopped.chunks.computed == 4 * 32
     assert len(list(tmp_path.iterdir())) == 1
     resumed = engine(chunk_size=48)  # another chunk size goes on from there just as well
     found = values(resumed, [*LONG, OTHER])
-    assert resumed.computed == 299 + 199 - 4 * 32
+    assert resumed.chunks.computed == 299 + 199 - 4 * 32
     for ours, theirs in zip(found, undisturbed, strict=True):
         assert ours == pytest.approx(theirs, abs=1e-4)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_checkpoints_come_every_so_many_tokens(engine, tmp_path, monkeypatch):
-    monkeypatch.setattr("lminf_eval.inference.engine.EVERY", 64)
+    monkeypatch.setattr("lminf_eval.inference.scoring.EVERY", 64)
     undisturbed = values(engine(), [OTHER])
     scoring = engine()
     saved = []
@@ -171,4 +172,4 @@ def test_another_request_does_not_take_a_checkpoint(engine, tmp_path):
         values(engine(chunks=3), [OTHER])
     other = engine()
     values(other, [ScoreRequest(OTHER.tokens, 100)])
-    assert other.computed == 199
+    assert other.chunks.computed == 199

@@ -104,7 +104,7 @@ def test_resources_of_a_model_and_of_a_task_come_before_the_sweep_s():
         ({"models": []}, "models=[]: list should have at least 1 item"),
         ({"models": [{"dtype": "float32"}]}, "models[0]: it has no pretrained"),
         ({"methods": [{"n_lcal": 4}]}, "unknown argument n_lcal=4 (did you mean n_local?)"),
-        ({"methods": [{"attention": "lamda"}]}, "attention=lamda: input should be 'lambda', 'full'"),
+        ({"methods": [{"attention": "lamda"}]}, "attention=lamda: must be one of lambda, full"),
         ({"tasks": ["passkey_5k"]}, "lm-eval knows no 'passkey_5k' (did you mean passkey_"),
         ({"tasks": [{"task": "passkey", "lengths": ["4q"]}]}, "lengths: '4q' is not a number of tokens"),
         ({"tasks": [{"task": "lambada_openai", "lengths": [4096]}]}, "tasks.lambada_openai: it takes no lengths"),
@@ -157,7 +157,7 @@ def test_the_demo_s_own_sweep_is_the_demo_s():
     models = ("pretrained", "dtype")
     ours = [{n: str(value) for n, value in cell.model_args.items() if n not in models} for cell in found[::3]]
     assert ours == methods
-    assert {cell.model for cell in found} == {run.NAME}
+    assert {cell.model for cell in found} == {run.DEMO_MODEL}
 
 
 @pytest.mark.parametrize(

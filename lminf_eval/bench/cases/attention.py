@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from statistics import median
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from lminf_eval.attention import sliding_window
+from lminf_eval.attention.first_keys import merge_growing
+from lminf_eval.attention.sliding_window import sliding_window_attention
 from lminf_eval.bench.benchmark_model import BenchmarkModel
 from lminf_eval.bench.record import Job, Record, Setting
-from lminf_eval.bench.roofline import HardwareLimits, Work, full_pairs, lambda_pairs
+from lminf_eval.bench.roofline import HardwareLimits, Work, full_pairs
 from lminf_eval.bench.timing import ProgressFn, Stopwatch, interleave, synchronise
+from lminf_eval.harness.lm import LMInfinite
+from lminf_eval.methods.base import first_keys
+from lminf_eval.methods.window import Window
 
 WINDOWS = 8  # of the longest text that is measured
 
@@ -24,7 +29,7 @@ def jobs(bench_model: BenchmarkModel, limits: HardwareLimits) -> Iterator[Job]:
     options, size = bench_model.options, bench_model.size
     for n_local in options.n_local:
         length = min(options.lengths[-1], WINDOWS * n_local)
-        a_pass = limits.roofline_seconds(size.scoring(length, lambda_pairs(length, n_local, 0)))
+        a_pass = limits.roofline_seconds(size.scoring(length, Window(n_local=n_local, top_k_distance=0).pairs(length)))
         pieces = size.attention(n_local**2) / limits.peak_flops
         each = 1.5 * (options.runs + 1)
         setting = {"n_local": n_local, "length": length}
@@ -50,14 +55,14 @@ def measure_attention(bench_model: BenchmarkModel, setting: Setting, progress: P
     one in each layer.
     """
     n_local, passes = setting["n_local"], _Passes(bench_model, setting)
-    size, chunk, sinks = bench_model.size, passes.chunk, passes.lm.spec.sinks
+    size, chunk, sinks = bench_model.size, passes.chunk, _first_keys(passes.lm)
     sides = {
         "in the pass": passes.run,
         "alone": _band(bench_model, n_local, chunk, sinks),
         "sdpa": _sdpa(bench_model, n_local),
     }
     work = {
-        "in the pass": Work(size.attention(lambda_pairs(setting["length"], n_local, sinks))),
+        "in the pass": Work(size.attention(passes.lm.method.pairs(setting["length"]))),
         "alone": Work(size.attention(chunk * (n_local + sinks))),
         "sdpa": Work(size.attention(full_pairs(n_local))),
     }
@@ -81,19 +86,17 @@ class _Passes:
 
     def __init__(self, bench_model: BenchmarkModel, setting: Setting):
         self.bench_model, self.lm = bench_model, bench_model.lambda_lm(setting["n_local"])
-        self.chunk = min(self.lm.spec.chunk_size, setting["length"])
+        self.chunk = min(self.lm.args.execution.chunk_size, setting["length"])
         self.requests = bench_model.rolling(setting["length"])
         self.seconds: list[tuple[float, float]] = []
 
     def run(self) -> None:
-        streaming, device = self.lm.streaming, self.bench_model.device
-        watch = streaming.attend = Stopwatch(streaming.attend, device)
+        runner, device = self.lm.model_runner(), self.bench_model.device
+        watch = Stopwatch(lambda attend, *call: attend(*call), device)
         total = Stopwatch(self.lm._loglikelihood_tokens, device)
-        try:
+        with runner.observed(watch):
             total(self.requests, disable_tqdm=True)
             synchronise(device)
-        finally:
-            del streaming.attend  # the method shows again
         self.seconds.append((watch.seconds, total.seconds))
 
 
@@ -121,9 +124,9 @@ def _band(bench_model: BenchmarkModel, n_local: int, chunk: int, sinks: int):
     @torch.inference_mode()
     def attend() -> None:
         for _ in range(size.layers):
-            out, lse = sliding_window.band(q, k, v, n_local, scale)
+            out, lse = sliding_window_attention(q, k, v, n_local, scale)
             if sinks:
-                sliding_window.add_far(out, lse, q, k_far, v_far, sinks, scale)
+                merge_growing(out, lse, q, k_far, v_far, sinks, scale)
 
     return attend
 
@@ -140,9 +143,9 @@ def _sdpa(bench_model: BenchmarkModel, n_local: int):
 
 
 def _linear(passes: _Passes):
-    model = passes.lm.streaming.model
+    model = passes.lm.load()
     modules = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    options = {"dtype": model.dtype, "device": passes.bench_model.device}
+    options: dict[str, Any] = {"dtype": model.dtype, "device": passes.bench_model.device}
     inputs = {module.in_features: torch.randn(1, passes.chunk, module.in_features, **options) for module in modules}
 
     @torch.inference_mode()
@@ -157,3 +160,8 @@ def _random(bench_model: BenchmarkModel, heads: int, length: int) -> torch.Tenso
     return torch.randn(
         1, heads, length, bench_model.size.head_dim, dtype=bench_model.model.dtype, device=bench_model.device
     )
+
+
+def _first_keys(lm: LMInfinite) -> int:
+    branch = first_keys(lm.method.branches())
+    return branch.keys.kept(0) if branch else 0

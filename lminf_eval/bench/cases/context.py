@@ -10,9 +10,10 @@ import torch
 
 from lminf_eval.bench.benchmark_model import BenchmarkModel
 from lminf_eval.bench.record import Job, Record, Setting
-from lminf_eval.bench.roofline import HardwareLimits, Work, lambda_pairs
+from lminf_eval.bench.roofline import HardwareLimits, Work
 from lminf_eval.bench.timing import ProgressFn
 from lminf_eval.bench.workers.start import START_SECONDS, run_in_process
+from lminf_eval.methods.window import Window
 
 SIDES = {
     "2 processes": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
@@ -25,7 +26,7 @@ def jobs(bench_model: BenchmarkModel, limits: HardwareLimits) -> Iterator[Job]:
     options, size = bench_model.options, bench_model.size
     length = options.lengths[-1]
     for n_local in options.n_local:
-        work = size.scoring(length, lambda_pairs(length, n_local, 0))
+        work = size.scoring(length, Window(n_local=n_local, top_k_distance=0).pairs(length))
         alone = 1.6 * torch.get_num_threads() * limits.roofline_seconds(Work(work.flops))
         seconds = options.runs * (1.5 * alone + 3 * START_SECONDS)
         yield Job(

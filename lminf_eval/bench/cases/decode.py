@@ -12,7 +12,7 @@ from lminf_eval.bench.baselines import load_baselines
 from lminf_eval.bench.benchmark_model import BenchmarkModel
 from lminf_eval.bench.prefilled_caches import cache_bytes, prefilled_lambda_cache, prefilled_plain_cache
 from lminf_eval.bench.record import Job, Record, Setting
-from lminf_eval.bench.roofline import HardwareLimits, Work, lambda_keys
+from lminf_eval.bench.roofline import HardwareLimits, Work
 from lminf_eval.bench.timing import ProgressFn, interleave
 from lminf_eval.models.modules import CACHE_NAMES, takes
 
@@ -44,7 +44,7 @@ def measure_decode(bench_model: BenchmarkModel, setting: Setting, progress: Prog
     ids_SB1 = bench_model.tokens(STEPS, rows, 1, seed=1).to(bench_model.device)
     state = prefilled_lambda_cache(bench_model, lm, context, rows, (options.runs + 1) * STEPS)
     calls: dict[str, Callable[[], object]] = {
-        "lambda": partial(_decode_lambda, lm.streaming, ids_SB1, state, fresh=not context)
+        "lambda": partial(_decode_lambda, lm.model_runner(), ids_SB1, state, fresh=not context)
     }
     facts: dict[str, int] = {}
     if context:
@@ -60,7 +60,7 @@ def measure_decode(bench_model: BenchmarkModel, setting: Setting, progress: Prog
         skipped |= missing
         calls |= {name: _plain(bench_model, model, context, rows, ids_SB1, {}) for name, model in baselines.items()}
     values, failed = interleave(calls, options.runs, bench_model.device, progress)
-    windowed = size.decoding(rows, lambda_keys(context, n_local, lm.spec.sinks))
+    windowed = size.decoding(rows, lm.method.seen(context))
     work = dict.fromkeys(values, windowed) | {"plain": size.decoding(rows, context + 1)}
     work = {name: Work(work[name].flops * STEPS, work[name].bytes * STEPS) for name in values}
     return Record("decode", setting, values, tokens=STEPS, work=work, skipped=skipped | failed, facts=facts)
@@ -94,9 +94,9 @@ def _plain(
     return decode
 
 
-def _decode_lambda(streaming, ids_SB1: torch.Tensor, state, fresh: bool) -> None:
+def _decode_lambda(runner, ids_SB1: torch.Tensor, state, fresh: bool) -> None:
     """Decode `STEPS` tokens as the engine does; a `fresh` run begins with an empty cache, others continue."""
-    cache = streaming.new_cache(ids_SB1.shape[1], state.capacity) if fresh else state
+    cache = runner.new_cache(ids_SB1.shape[1], state.capacity) if fresh else state
     for ids_B1 in ids_SB1:
-        output = streaming.hidden(ids_B1, cache)
-        streaming.logits(output, output.last_hidden_state[:, -1])
+        output = runner.hidden(ids_B1, cache)
+        runner.logits(output, output.last_hidden_state[:, -1])

@@ -10,8 +10,9 @@ from lm_eval.models.huggingface import HFLM
 from lminf_eval.bench.baselines import load_baselines
 from lminf_eval.bench.benchmark_model import BenchmarkModel, score_requests
 from lminf_eval.bench.record import Job, Record, Setting
-from lminf_eval.bench.roofline import HardwareLimits, full_pairs, lambda_pairs
+from lminf_eval.bench.roofline import HardwareLimits, full_pairs
 from lminf_eval.bench.timing import ProgressFn, interleave
+from lminf_eval.methods.window import Window
 
 
 def jobs(bench_model: BenchmarkModel, limits: HardwareLimits) -> Iterator[Job]:
@@ -26,7 +27,9 @@ def texts(bench_model: BenchmarkModel, limits: HardwareLimits) -> Iterator[tuple
     """Yield each n_local and length as a setting, with the roofline seconds of lambda and of `hf`."""
     for n_local in bench_model.options.n_local:
         for length in bench_model.options.lengths:
-            near = limits.roofline_seconds(bench_model.size.scoring(length, lambda_pairs(length, n_local, 0)))
+            near = limits.roofline_seconds(
+                bench_model.size.scoring(length, Window(n_local=n_local, top_k_distance=0).pairs(length))
+            )
             yield {"n_local": n_local, "length": length}, near, hf_roofline_seconds(bench_model, limits, length)
 
 
@@ -57,7 +60,7 @@ def measure_prefill(bench_model: BenchmarkModel, setting: Setting, progress: Pro
     requests = bench_model.rolling(length)
     calls = {name: partial(score_requests, one, requests) for name, one in sides.items()}
     values, failed = interleave(calls, options.runs, bench_model.device, progress, warm=False)
-    windowed = size.scoring(length, lambda_pairs(length, n_local, lm.spec.sinks))
+    windowed = size.scoring(length, lm.method.pairs(length))
     work = dict.fromkeys(values, windowed) | {"hf": size.scoring(length, full_pairs(length))}
     return Record(
         "prefill",

@@ -32,14 +32,14 @@ def measure_prefix_sharing(bench_model: BenchmarkModel, setting: Setting, progre
     computed = {}
 
     def score(name: str, shared: bool) -> None:
-        lm.prefix_sharing, before = shared, lm._tokens["computed"]
+        lm.answers.prefix_sharing, before = shared, lm.answers.tokens["computed"]
         score_requests(lm, requests)
-        computed[f"tokens computed {name}"] = lm._tokens["computed"] - before
+        computed[f"tokens computed {name}"] = lm.answers.tokens["computed"] - before
 
     sides = {name: partial(score, name, shared) for name, shared in (("shared", True), ("unshared", False))}
-    lm.batch_size_per_gpu = setting["batch"]
+    lm.answers.batch_size = setting["batch"]
     try:
         values, skipped = interleave(sides, options.runs, bench_model.device, progress)
     finally:
-        lm.prefix_sharing, lm.batch_size_per_gpu = True, 1
+        lm.answers.prefix_sharing, lm.answers.batch_size = True, 1
     return Record("prefix", setting, values, skipped=skipped, facts={"n_local": n_local, **computed})

@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from functools import partial
 
 from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
 
 from lminf_eval.bench.benchmark_model import BenchmarkModel, Request, score_requests
 from lminf_eval.bench.record import Job, Record, Setting
 from lminf_eval.bench.roofline import HardwareLimits, full_pairs
 from lminf_eval.bench.timing import ProgressFn, interleave
+from lminf_eval.harness.lm import LMInfinite
 
 SETS = ("lambada-like", "multiple-choice", "generation")
 QUESTIONS, CHOICES = 32, 4
@@ -41,7 +43,7 @@ def measure_short_requests(bench_model: BenchmarkModel, setting: Setting, progre
     requests = request_set(kind, bench_model.size.vocab, n_local)
     sides = {"lambda": bench_model.lambda_lm(n_local), "hf": bench_model.hf}
     for lm in sides.values():
-        lm.batch_size_per_gpu = setting["batch"]
+        _set_batch_size(lm, setting["batch"])
     if kind == "generation":
         asked = instances(bench_model, requests)
         calls = {name: partial(lm.generate_until, asked, disable_tqdm=True) for name, lm in sides.items()}
@@ -51,7 +53,7 @@ def measure_short_requests(bench_model: BenchmarkModel, setting: Setting, progre
         values, skipped = interleave(calls, options.runs, bench_model.device, progress)
     finally:
         for lm in sides.values():
-            lm.batch_size_per_gpu = 1
+            _set_batch_size(lm, 1)
     size, lengths = bench_model.size, [_length(request) for request in requests]
     each = size.scoring(sum(lengths), sum(map(full_pairs, lengths)))
     return Record(
@@ -97,3 +99,9 @@ def request_set(kind: str, vocab: int, n_local: int) -> list[Request]:
 def _length(request: Request) -> int:
     """Return the tokens that pass through the model for a request; its last one is only predicted."""
     return len(request[1]) + len(request[2]) - 1
+
+
+def _set_batch_size(lm: HFLM, size: int) -> None:
+    lm.batch_size_per_gpu = size
+    if isinstance(lm, LMInfinite):
+        lm.answers.batch_size = size

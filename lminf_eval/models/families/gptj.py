@@ -5,33 +5,49 @@ Shapes: B batch, L tokens, H heads, D head dimension, E hidden size, r rotated d
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
+from lminf_eval.models.attention_module import AttentionModule
+from lminf_eval.models.families.adapter import FamilyAdapter
 from lminf_eval.models.rope import Angles
 
 
-def forward(module: nn.Module, hidden_states: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, None]:
-    """In place of `GPTJAttention.forward` and `CodeGenAttention.forward`."""
+class _Attention(AttentionModule):
+    """What `forward` reads of a `GPTJAttention` (three projections) or a `CodeGenAttention` (one)."""
+
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    qkv_proj: nn.Module
+    out_proj: nn.Module
+    head_dim: int
+
+
+def forward(module: _Attention, hidden_states: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, None]:
+    """Stand in for `GPTJAttention.forward` and `CodeGenAttention.forward`."""
     q, k, v = _codegen(module, hidden_states) if hasattr(module, "qkv_proj") else _gptj(module, hidden_states)
     out_BHLD = module.lminf.attend(module, q, k, v, module.head_dim**-0.5, {})
     return module.out_proj(out_BHLD.transpose(1, 2).flatten(2)), None
 
 
-def _gptj(module: nn.Module, hidden_BLE: torch.Tensor) -> list[torch.Tensor]:
+def _gptj(module: _Attention, hidden_BLE: torch.Tensor) -> list[torch.Tensor]:
     projections = module.q_proj, module.k_proj, module.v_proj
     return [p(hidden_BLE).unflatten(-1, (-1, module.head_dim)).transpose(1, 2) for p in projections]
 
 
-def _codegen(module: nn.Module, hidden_BLE: torch.Tensor) -> list[torch.Tensor]:
+def _codegen(module: _Attention, hidden_BLE: torch.Tensor) -> list[torch.Tensor]:
     """Four groups of heads, one per core that the model was trained on; each holds its queries, values and keys."""
     query, value, key = module.qkv_proj(hidden_BLE).unflatten(-1, (4, 3, -1)).unbind(-2)
     return [x.flatten(2).unflatten(-1, (-1, module.head_dim)).transpose(1, 2) for x in (query, key, value)]
 
 
-def rotary(model: nn.Module, n_local: int) -> PairedRotary:
-    """The rotary embedding of this family; its frequencies depend on no length."""
-    config = model.config
+def rotary(model: PreTrainedModel, n_local: int) -> PairedRotary:
+    """Return the rotary embedding of this family; its frequencies depend on no length."""
+    config: Any = model.config
     return PairedRotary(config.rotary_dim or config.hidden_size // config.num_attention_heads)
 
 
@@ -60,3 +76,6 @@ class PairedRotary:
         even, odd = x_BHSD[..., :r:2], x_BHSD[..., 1:r:2]
         turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2)
         return torch.cat([turned, x_BHSD[..., r:]], -1)
+
+
+ADAPTER = FamilyAdapter("families/gptj.py", forward, rotary, lambda model: None)

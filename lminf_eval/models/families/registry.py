@@ -1,8 +1,8 @@
 """Which families Λ-attention can run, told from a config alone, before any weight is loaded.
 
-The general mechanism of `patch.py` reaches every causal LM of transformers whose modeling file rotates queries and
+The general mechanism of `patching.py` reaches every causal LM of transformers whose modeling file rotates queries and
 keys with `rotary_emb` and `apply_rotary_pos_emb` and whose attention is pluggable; that is read off its text. What the
-text can't tell (a layer that treats its keys otherwise) the check at load finds, see `selfcheck.py`.
+text can't tell (a layer that treats its keys otherwise) the check at load finds, see `equivalence_check.py`.
 """
 
 from __future__ import annotations
@@ -21,44 +21,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging
 
 from lminf_eval.errors import UsageError
+from lminf_eval.methods.base import AttentionMethod
+from lminf_eval.methods.full import Full
+from lminf_eval.models.families.table import STATES, family_row
 
-# Families of tests/test_families.py: each is held there to a dense float64 oracle.
-_TESTED = """
-    afmoe apertus apertus1p5_text arcee aria_text bitnet bloom codegen cohere cohere2 cohere2_moe cwm dbrx dots1
-    ernie4_5 ernie4_5_moe exaone exaone4 exaone_moe falcon flex_olmo flint gemma gemma2 gemma3 gemma3_text gemma3n_text
-    gemma4_text glm glm4 glm4_moe gpt_neox gpt_oss gptj granite granitemoe granitemoeshared helium hy_v3
-    hyperclovax jais2 jetmoe kolibri1 laguna llama mellum mimo_v2_flash minimax_m2 ministral ministral3 mistral mixtral
-    modernbert-decoder mpt nanochat nemotron olmo olmo2 olmo3 olmoe persimmon phi phi3 phimoe qwen2
-    qwen2_moe qwen3 qwen3_moe sarvam_moe seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma
-"""
-TESTED = frozenset(_TESTED.split())
-
-_OWN = {"gptj": "gptj", "codegen": "gptj", "mpt": "mpt", "bloom": "bloom", "falcon": "falcon"}
-_STATES = "it is a state-space, convolutional or recurrent model, in part or whole: its state is not keys and values"
-_ABSOLUTE_AFTER_ALL = "it normalises queries and keys after rotating them, so its logits depend on absolute positions"
-_REFUSED = {
-    "beam": "it scales queries by their absolute position",
-    "diffllama": "its layers attend twice, with one set of keys and two of values",
-    "doge": "its attention hides keys by their values",
-    "dory": "its layers pass over each token several times",
-    "granite_swa": "it has a rotary embedding per layer",
-    "granitemoe_swa": "it has a rotary embedding per layer",
-    "hrm_text": "its layers pass over each token several times",
-    "mllama": "some of its layers attend to an image",
-    "hunyuan_v1_dense": _ABSOLUTE_AFTER_ALL,
-    "hunyuan_v1_moe": _ABSOLUTE_AFTER_ALL,
-    "recurrent_gemma": _STATES,
-}
-_ONE_TOKEN = "its layers go on from their state for single tokens only, so that chunks would each begin again"
-_REFUSED_FULL = {
-    "falcon_mamba": _ONE_TOKEN,
-    "jamba": _ONE_TOKEN,
-    "mamba": _ONE_TOKEN,
-    "xlstm": "it has a state of its own, which can't be copied for requests that begin alike",
-    "zamba": _ONE_TOKEN,
-    "minimax": "it has a cache of its own, which can't be copied for requests that begin alike",
-    "recurrent_gemma": "its state is part of its layers, so that requests can't be kept apart",
-}
 _ENCODER_DECODER = "it is an encoder-decoder"
 _NO_CAUSAL_LM = "transformers has no causal language model of this type"
 
@@ -70,7 +36,7 @@ class Support:
     Attributes:
         family: transformers' `model_type`.
         kind: "rotary", "ALiBi", or "none" where Λ-attention can't run it.
-        where: the file that takes its attention over: "patch.py" or one of "families/"; empty if kind is "none".
+        where: the file that takes its attention over: "patching.py" or one of "families/"; empty if kind is "none".
         reason: why not, in words that end "can't run the family X: …"; empty otherwise.
     """
 
@@ -82,27 +48,27 @@ class Support:
     @property
     def tested(self) -> bool:
         """Whether a test holds this family to the definition; the others are held to themselves at each load."""
-        return self.family in TESTED
+        return family_row(self.family).tested
 
 
-def check(config: Any, attention: str = "lambda") -> None:
-    """Refuse a transformers config that `attention` can't run.
+def check(config: Any, method: type[AttentionMethod]) -> None:
+    """Refuse a transformers config that an attention method can't run.
 
     Raises:
         UsageError: naming the family and the reason.
     """
-    reason = _REFUSED_FULL.get(config.model_type, "") if attention == "full" else support(config).reason
+    reason = support(config).reason if method.patched else family_row(config.model_type).refused_full
     if reason:
-        raise UsageError(unsupported(config, reason, attention))
+        raise UsageError(unsupported(config, reason, method.name))
 
 
 def support(config: Any) -> Support:
     """What is known of a transformers config's family before its weights are there."""
-    family = config.model_type
-    if family in _OWN:
-        return Support(family, "ALiBi" if _alibi(config) else "rotary", f"families/{_OWN[family]}.py")
-    reason = _REFUSED.get(family) or ("" if _custom_code(config) else _obstacle(config))
-    return Support(family, "none", reason=reason) if reason else Support(family, "rotary", "patch.py")
+    row = family_row(config.model_type)
+    if row.adapter is not None:
+        return Support(row.name, "ALiBi" if getattr(config, "alibi", False) else row.positions, row.adapter.file)
+    reason = row.refused or ("" if _custom_code(config) else _obstacle(config))
+    return Support(row.name, "none", reason=reason) if reason else Support(row.name, row.positions, "patching.py")
 
 
 def families_table() -> list[Support]:
@@ -115,13 +81,13 @@ def families_table() -> list[Support]:
     return sorted(rows, key=lambda row: (row.kind == "none", row.family))
 
 
-def unsupported(config: Any, why: str, attention: str = "lambda") -> str:
+def unsupported(config: Any, why: str, attention: str) -> str:
     """Return the line that refuses a family by name."""
-    if attention == "full":
-        return f"attention=full can't run the family {config.model_type!r}: {why}; --model hf runs it"
-    instead = "" if why in (_ENCODER_DECODER, _NO_CAUSAL_LM) else "attention=full runs it as it is, and "
+    if attention == Full.name:
+        return f"attention={attention} can't run the family {config.model_type!r}: {why}; --model hf runs it"
+    instead = "" if why in (_ENCODER_DECODER, _NO_CAUSAL_LM) else f"attention={Full.name} runs it as it is, and "
     return (
-        f"attention=lambda can't run the family {config.model_type!r}: {why}; "
+        f"attention={attention} can't run the family {config.model_type!r}: {why}; "
         f"{instead}`lminf doctor --families` lists what is supported"
     )
 
@@ -142,10 +108,6 @@ def _custom_code(config: Any) -> bool:
     return own and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
 
 
-def _alibi(config: Any) -> bool:
-    return config.model_type in ("mpt", "bloom") or bool(getattr(config, "alibi", False))
-
-
 def _obstacle(config: Any) -> str | None:
     """Why the general mechanism can't reach a family, as far as its config and its modeling file tell."""
     if config.is_encoder_decoder:
@@ -157,7 +119,7 @@ def _obstacle(config: Any) -> str | None:
         return "its multi-head latent attention keeps no keys that could be rotated anew"
     kinds = set(getattr(config.get_text_config(), "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds & {"linear_attention", "conv", "hybrid"} or re.search(r"class \w*(Rwkv|xLSTM|ShortConv)\w*\(", source):
-        return _STATES
+        return STATES
     if kinds:
         return f"its layers of the kind {', '.join(sorted(kinds))} are neither full nor sliding attention"
     if "apply_rotary_pos_emb(" not in source or "self.rotary_emb" not in source:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
+
+from lminf_eval.methods.registry import METHODS
 
 if TYPE_CHECKING:
     from matplotlib.typing import LineStyleType
@@ -27,16 +29,24 @@ class Style:
     line: LineStyleType
 
 
-FIRST_OF_ATTENTION = {
-    "lambda": Style(BLUE, "o", "-"),
-    "full": Style(INK, "s", "--"),
-    "window": Style(VERMILION, "^", "-."),
-    "streaming": Style(GREEN, "D", ":"),
-    "hf": Style(PURPLE, "v", (0, (5, 1))),
-}
+_HF = Style(PURPLE, "v", (0, (5, 1)))
 FURTHER_COLORS = (ORANGE, SKY, PURPLE, VERMILION, GREEN, BLUE, YELLOW)
 FURTHER_MARKERS = ("P", "X", "<", ">", "p", "h", "*", "d", "8", "H")
 FURTHER_LINES: tuple[LineStyleType, ...] = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)))
+
+
+def style_of(attention: str) -> Style | None:
+    """Return how the first method of an attention looks, if it says so itself."""
+    if attention == "hf":
+        return _HF
+    method = METHODS.get(attention)
+    return own_style(attention) if method and method.color else None
+
+
+def own_style(attention: str) -> Style:
+    """Return how the first method of an attention looks that says so itself."""
+    method = METHODS[attention]
+    return Style(method.color, method.marker, cast("LineStyleType", method.line))
 
 
 def assign_styles(methods: Iterable[str]) -> dict[str, Style]:
@@ -47,7 +57,7 @@ def assign_styles(methods: Iterable[str]) -> dict[str, Style]:
     given: dict[str, Style] = {}
     further = 0
     for method in sorted(set(methods)):
-        style = FIRST_OF_ATTENTION.get(method.partition(" ")[0])
+        style = style_of(method.partition(" ")[0])
         if style is None or style in given.values():
             style = Style(
                 FURTHER_COLORS[further % len(FURTHER_COLORS)],

@@ -1,0 +1,160 @@
+"""What every attention method says of itself: name, paper, parameters, branches, and what follows from these."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from lminf_eval.errors import UsageError
+from lminf_eval.methods.branches import Branch, FirstKeys, OlderKeys, SlidingWindow
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class AttentionMethod(BaseModel):
+    """A method with all its parameters set. Subclasses add parameters as fields, and say their branches.
+
+    Attributes:
+        name: what `attention=` calls it.
+        title: what its paper calls it.
+        paper: where it is defined; "" for the model as it is.
+        summary: one line for tables of methods.
+        patched: whether it replaces the model's own attention.
+        color, marker, line: how figures draw it, in matplotlib's terms.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    paper: ClassVar[str]
+    summary: ClassVar[str]
+    patched: ClassVar[bool] = True
+    color: ClassVar[str] = ""
+    marker: ClassVar[str] = ""
+    line: ClassVar[str] = ""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_values(cls, value: Any) -> Any:
+        if isinstance(value, bool):  # Python takes True for 1
+            raise ValueError("must be a number or a name, not True or False")
+        return value
+
+    @classmethod
+    def filled(cls, given: Mapping[str, Any], trained_length: int) -> dict[str, Any]:
+        """Return `given` with values for the parameters that a user may leave open.
+
+        Args:
+            trained_length: the length in tokens that the model was pre-trained at.
+        """
+        return dict(given)
+
+    def check_layers(self, layers: int) -> None:
+        """Refuse parameters that a model of so many layers cannot have.
+
+        Raises:
+            UsageError: naming the parameter.
+        """
+
+    def branches(self) -> tuple[Branch, ...]:
+        """Return the method's branches; a key belongs to one of them at most for each query."""
+        raise NotImplementedError
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether it needs every key of a sequence, so that memory grows with length."""
+        return older_keys(self.branches()) is not None
+
+    @property
+    def attention_span(self) -> int:
+        """The most keys that a query sees, retrieved ones aside, if `keeps_all` is false."""
+        return self.kept(2**62)
+
+    @property
+    def retrieves(self) -> bool:
+        """Whether heads retrieve keys that its branches hide."""
+        return bool(getattr(self, "top_k", 0))
+
+    def kept(self, tokens: int) -> int:
+        """Return the number of keys that a layer keeps of a sequence of `tokens`."""
+        return sum(branch.keys.kept(tokens) for branch in self.branches())
+
+    def seen(self, position: int) -> int:
+        """Return the number of keys that the query at `position` sees, its own included."""
+        return sum(branch.keys.seen(position) for branch in self.branches())
+
+    def pairs(self, tokens: int) -> int:
+        """Return the number of (query, key) pairs in a sequence of `tokens`."""
+        return sum(branch.keys.pairs(tokens) for branch in self.branches())
+
+
+class WindowedMethod(AttentionMethod):
+    """A method with a window of `n_local` tokens, in which it is the model as it was trained."""
+
+    n_local: int = Field(
+        ge=1,
+        description="tokens of the window, which are seen at their true distance",
+        json_schema_extra={"default": "the length the model was pre-trained at"},
+    )
+
+    @classmethod
+    def filled(cls, given: Mapping[str, Any], trained_length: int) -> dict[str, Any]:
+        """See `AttentionMethod`."""
+        return {"n_local": trained_length, **given}
+
+    def shrunk(self, n_local: int) -> Self:
+        """Return the method with a window of `n_local` tokens and no retrieval: a few tokens then cross the window."""
+        return self.model_copy(update={"n_local": n_local})
+
+
+class HidesKeys(WindowedMethod):
+    """A windowed method that hides keys from a query, some of which each head may retrieve.
+
+    Retrieval (LM-Infinite, arXiv 2308.16137, section 4): a head sees the `top_k` hidden keys with the largest logits,
+    rotated so that the query stands at `top_k_distance` and the keys at 0.
+    """
+
+    top_k: int = Field(0, ge=0, description="hidden keys that each head retrieves, from the last prompt token on")
+    top_k_from_layer: int = Field(0, ge=0, description="first layer that retrieves keys")
+    top_k_distance: int = Field(
+        ge=0,
+        description="distance at which retrieved keys are scored",
+        json_schema_extra={"default": "half of `n_local`"},
+    )
+
+    @classmethod
+    def filled(cls, given: Mapping[str, Any], trained_length: int) -> dict[str, Any]:
+        """See `AttentionMethod`."""
+        found = super().filled(given, trained_length)
+        half = found["n_local"] // 2 if isinstance(found["n_local"], int) else 0  # another value is refused by itself
+        return {"top_k_distance": half, **found}
+
+    def check_layers(self, layers: int) -> None:
+        """See `AttentionMethod`."""
+        if self.top_k and self.top_k_from_layer >= layers:
+            raise UsageError(
+                f"top_k_from_layer={self.top_k_from_layer}: must be less than {layers}, the model's number of layers"
+            )
+
+    def shrunk(self, n_local: int) -> Self:
+        """See `WindowedMethod`."""
+        return self.model_copy(update={"n_local": n_local, "top_k": 0})
+
+
+def window_of(branches: tuple[Branch, ...]) -> int:
+    """Return the size of the sliding window among branches; 0 if there is none."""
+    return next((branch.keys.size for branch in branches if isinstance(branch.keys, SlidingWindow)), 0)
+
+
+def first_keys(branches: tuple[Branch, ...]) -> Branch[FirstKeys] | None:
+    """Return the branch of the first keys, if there is one."""
+    return next((b for b in branches if isinstance(b.keys, FirstKeys) and b.keys.count), None)
+
+
+def older_keys(branches: tuple[Branch, ...]) -> Branch[OlderKeys] | None:
+    """Return the branch of all older keys, if there is one."""
+    return next((branch for branch in branches if isinstance(branch.keys, OlderKeys)), None)

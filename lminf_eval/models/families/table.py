@@ -1,0 +1,164 @@
+"""Every family that we know something of, a row each; the others are judged by their code (`registry.py`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lminf_eval.models.families import bloom, falcon, gptj, mpt
+from lminf_eval.models.families.adapter import FamilyAdapter
+
+STATES = "it is a state-space, convolutional or recurrent model, in part or whole: its state is not keys and values"
+_ABSOLUTE_AFTER_ALL = "it normalises queries and keys after rotating them, so its logits depend on absolute positions"
+_SEVERAL_PASSES = "its layers pass over each token several times"
+_ROTARY_PER_LAYER = "it has a rotary embedding per layer"
+_ONE_TOKEN = "its layers go on from their state for single tokens only, so that chunks would each begin again"
+_IN_LAYERS = "its state is part of its layers, so that requests can't be kept apart"
+_OWN_STATE = "it has a state of its own, which can't be copied for requests that begin alike"
+_TWICE = "its layers attend twice, with one set of keys and two of values"
+_OWN_CACHE = "it has a cache of its own, which can't be copied for requests that begin alike"
+
+
+@dataclass(frozen=True)
+class FamilyRow:
+    """What is known of one family.
+
+    Attributes:
+        name: transformers' `model_type`.
+        adapter: how its attention is taken over, if not by the general mechanism of `patching.py`.
+        positions: "rotary" or "ALiBi"; Falcon's config says which of the two.
+        tested: whether tests/test_families.py holds it to a dense float64 oracle.
+        sharded: whether DeepSpeed divides it right (tests/parallel/test_deepspeed.py).
+        refused: why methods that patch it cannot run it, in words that end "can't run the family X: …"; else "".
+        refused_full: the same of the model as it is.
+    """
+
+    name: str
+    adapter: FamilyAdapter | None = None
+    positions: str = "rotary"
+    tested: bool = True
+    sharded: bool = True
+    refused: str = ""
+    refused_full: str = ""
+
+
+ROWS = [
+    FamilyRow("afmoe", sharded=False),
+    FamilyRow("apertus"),
+    FamilyRow("apertus1p5_text"),
+    FamilyRow("arcee"),
+    FamilyRow("aria_text"),
+    FamilyRow("bitnet", sharded=False),
+    FamilyRow("bloom", adapter=bloom.ADAPTER, positions="ALiBi"),
+    FamilyRow("codegen", adapter=gptj.ADAPTER, sharded=False),
+    FamilyRow("cohere"),
+    FamilyRow("cohere2"),
+    FamilyRow("cohere2_moe"),
+    FamilyRow("cwm"),
+    FamilyRow("dbrx", sharded=False),
+    FamilyRow("dots1"),
+    FamilyRow("ernie4_5"),
+    FamilyRow("ernie4_5_moe"),
+    FamilyRow("exaone"),
+    FamilyRow("exaone4"),
+    FamilyRow("exaone_moe"),
+    FamilyRow("falcon", adapter=falcon.ADAPTER),
+    FamilyRow("flex_olmo", sharded=False),
+    FamilyRow("flint", sharded=False),
+    FamilyRow("gemma"),
+    FamilyRow("gemma2"),
+    FamilyRow("gemma3"),
+    FamilyRow("gemma3_text"),
+    FamilyRow("gemma3n_text", sharded=False),
+    FamilyRow("gemma4_text", sharded=False),
+    FamilyRow("glm"),
+    FamilyRow("glm4"),
+    FamilyRow("glm4_moe"),
+    FamilyRow("gpt_neox"),
+    FamilyRow("gpt_oss"),
+    FamilyRow("gptj", adapter=gptj.ADAPTER),
+    FamilyRow("granite"),
+    FamilyRow("granitemoe"),
+    FamilyRow("granitemoeshared", sharded=False),
+    FamilyRow("helium"),
+    FamilyRow("hy_v3"),
+    FamilyRow("hyperclovax"),
+    FamilyRow("jais2"),
+    FamilyRow("jetmoe", sharded=False),
+    FamilyRow("kolibri1"),
+    FamilyRow("laguna"),
+    FamilyRow("llama"),
+    FamilyRow("mellum"),
+    FamilyRow("mimo_v2_flash"),
+    FamilyRow("minimax_m2", sharded=False),
+    FamilyRow("ministral"),
+    FamilyRow("ministral3"),
+    FamilyRow("mistral"),
+    FamilyRow("mixtral"),
+    FamilyRow("modernbert-decoder", sharded=False),
+    FamilyRow("mpt", adapter=mpt.ADAPTER, positions="ALiBi"),
+    FamilyRow("nanochat", sharded=False),
+    FamilyRow("nemotron"),
+    FamilyRow("olmo"),
+    FamilyRow("olmo2", sharded=False),
+    FamilyRow("olmo3", sharded=False),
+    FamilyRow("olmoe", sharded=False),
+    FamilyRow("persimmon", sharded=False),
+    FamilyRow("phi"),
+    FamilyRow("phi3"),
+    FamilyRow("phimoe", sharded=False),
+    FamilyRow("qwen2"),
+    FamilyRow("qwen2_moe"),
+    FamilyRow("qwen3"),
+    FamilyRow("qwen3_moe"),
+    FamilyRow("sarvam_moe"),
+    FamilyRow("seed_oss"),
+    FamilyRow("smollm3"),
+    FamilyRow("solar_open"),
+    FamilyRow("stablelm"),
+    FamilyRow("starcoder2"),
+    FamilyRow("vaultgemma"),
+    FamilyRow("beam", tested=False, refused="it scales queries by their absolute position"),
+    FamilyRow(
+        "diffllama",
+        tested=False,
+        sharded=False,
+        refused=_TWICE,
+    ),
+    FamilyRow("doge", tested=False, refused="its attention hides keys by their values"),
+    FamilyRow("dory", tested=False, refused=_SEVERAL_PASSES),
+    FamilyRow("falcon_mamba", tested=False, refused_full=_ONE_TOKEN),
+    FamilyRow("granite_swa", tested=False, refused=_ROTARY_PER_LAYER),
+    FamilyRow("granitemoe_swa", tested=False, refused=_ROTARY_PER_LAYER),
+    FamilyRow("hrm_text", tested=False, refused=_SEVERAL_PASSES),
+    FamilyRow("hunyuan_v1_dense", tested=False, refused=_ABSOLUTE_AFTER_ALL),
+    FamilyRow("hunyuan_v1_moe", tested=False, refused=_ABSOLUTE_AFTER_ALL),
+    FamilyRow("jamba", tested=False, refused_full=_ONE_TOKEN),
+    FamilyRow("mamba", tested=False, refused_full=_ONE_TOKEN),
+    FamilyRow("minimax", tested=False, refused_full=_OWN_CACHE),
+    FamilyRow("mllama", tested=False, refused="some of its layers attend to an image"),
+    FamilyRow(
+        "recurrent_gemma",
+        tested=False,
+        sharded=False,
+        refused=STATES,
+        refused_full="its state is part of its layers, so that requests can't be kept apart",
+    ),
+    FamilyRow(
+        "xlstm",
+        tested=False,
+        sharded=False,
+        refused_full=_OWN_STATE,
+    ),
+    FamilyRow("zamba", tested=False, refused_full=_ONE_TOKEN),
+]
+FAMILIES = {row.name: row for row in ROWS}
+
+
+def family_row(name: str) -> FamilyRow:
+    """Return what is known of a family; of one without a row, that nothing is."""
+    return FAMILIES.get(name, FamilyRow(name, tested=False))
+
+
+def adapter_of(name: str) -> FamilyAdapter | None:
+    """Return how a family's attention is taken over, if not by the general mechanism."""
+    return family_row(name).adapter
