@@ -36,6 +36,8 @@ def naive(q, k, v, spec, scale):
         starting = [j for j in range(min(getattr(spec, "n_global", 0), i + 1)) if j not in seen]
         if spec.name == "lambda":
             seen |= dict.fromkeys(starting, spec.n_local)
+        if spec.name == "lambda_mask":
+            seen |= {j: i - j for j in starting}
         if spec.name == "streaming":
             kept = sorted([*starting, *seen])
             seen = {j: kept.index(i) - kept.index(j) for j in kept}

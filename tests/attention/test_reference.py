@@ -35,6 +35,8 @@ def distances(i, spec):
     starting = [j for j in range(min(getattr(spec, "n_global", 0), i + 1)) if j not in window]
     if spec.name == "window":
         return window
+    if spec.name == "lambda_mask":
+        return window | {j: i - j for j in starting}
     if spec.name == "lambda":
         return window | dict.fromkeys(starting, spec.n_local)
     kept = sorted([*starting, *window])  # StreamingLLM's cache: positions are places in it
