@@ -15,11 +15,14 @@ from lminf_eval.methods.base import AttentionMethod
 from lminf_eval.methods.full import Full
 from lminf_eval.methods.lambda_ import Lambda
 from lminf_eval.methods.lambda_mask import LambdaMask
+from lminf_eval.methods.rerope import ReRoPE
 from lminf_eval.methods.streaming import Streaming
 from lminf_eval.methods.window import Window
 from lminf_eval.utils.names import closest
 
-METHODS: dict[str, type[AttentionMethod]] = {one.name: one for one in (Lambda, Full, Window, Streaming, LambdaMask)}
+METHODS: dict[str, type[AttentionMethod]] = {
+    one.name: one for one in (Lambda, Full, Window, Streaming, LambdaMask, ReRoPE)
+}
 DEFAULT = Lambda.name
 
 # One set of arguments serves a comparison of methods: these change nothing in a method that has no such parameter.
