@@ -205,6 +205,7 @@ def test_what_cannot_work_is_refused_in_one_line(llama):
         assert "cannot be trained" in refusal(lambda: llama.train()(ids))
         llama.eval()
     assert "must be one of" in refusal(lambda: lminf.patch(llama, "lamda").__enter__())
+    assert "goes with attention=rerope" in refusal(lambda: lminf.patch(llama, rerope_step=2).__enter__())
     assert "two tokens or more" in refusal(lambda: lminf.score(llama, None, [3]))
 
 
@@ -242,6 +243,7 @@ def test_the_methods_are_listed_with_parameters_and_papers():
     listed = {method.name: method for method in lminf.methods()}
     assert listed.keys() == METHODS.keys()
     assert "2308.16137" in listed["lambda"].paper
+    assert "n_local" in str(listed["rerope"])
     assert dir(lminf) == ["Cache", "LMInfinite", "TokenScores", "__version__", "methods", "patch", "score"]
 
 

@@ -142,7 +142,7 @@ def test_a_familys_row_decides_wherever_it_is_asked(monkeypatch, tiny_model, cap
     monkeypatch.setitem(table.FAMILIES, "llama", replace(plain, refused="it pretends", refused_full="it pretends more"))
     config = tiny_model().config
     assert registry.support(config).reason == "it pretends"
-    for method, why in (("lambda", "it pretends;"), ("full", "it pretends more;")):
+    for method, why in (("lambda", "it pretends;"), ("rerope", "it pretends;"), ("full", "it pretends more;")):
         with pytest.raises(UsageError, match=f"attention={method} can't run the family 'llama': {why}"):
             lminf.patch(tiny_model(), method, n_local=16).__enter__()
     doctor_checks.print_families()

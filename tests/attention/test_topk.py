@@ -52,7 +52,7 @@ def test_single_tokens_are_joined_so_that_a_long_generation_keeps_few_pieces():
     assert sum(k.shape[1] for k, _ in middle.pieces) == 530
 
 
-@pytest.mark.parametrize("attention", ["lambda", "no first keys", "window", "streaming"])
+@pytest.mark.parametrize("attention", ["lambda", "no first keys", "window", "streaming", "lambda_mask"])
 @pytest.mark.parametrize("chunk_size", [1, 7, 40, 1000])
 @pytest.mark.parametrize("share", [False, True])
 def test_continuations_are_scored_by_the_definition(tiny_model, reference_logits, attention, chunk_size, share):
@@ -118,9 +118,9 @@ def test_what_the_device_holds_does_not_grow_with_the_middle(tiny_model):
     assert sizes[0] == sizes[1]
 
 
-@pytest.mark.parametrize("attention", ["full"])
+@pytest.mark.parametrize("attention", ["full", "rerope"])
 def test_it_is_refused_where_no_key_is_hidden(attention):
-    line = f"top_k=2 goes with attention=lambda or window or streaming, not with attention={attention}"
+    line = f"top_k=2 goes with attention=lambda or window or streaming or lambda_mask, not with attention={attention}"
     with pytest.raises(UsageError, match=line):
         MethodArgs.parse({"attention": attention, "top_k": 2})
 

@@ -11,10 +11,14 @@ from pathlib import Path
 import lm_eval
 import pytest
 import torch
+from pydantic import Field
 from transformers import AutoModelForCausalLM
 
 import lminf_eval as lminf
 from lminf_eval.harness.model_args import arguments_table
+from lminf_eval.methods.base import WindowedMethod
+from lminf_eval.methods.branches import Branch, OlderKeys, SlidingWindow
+from lminf_eval.methods.registry import make
 from lminf_eval.models.families.table import FAMILIES
 
 CHECKOUT = Path(__file__).parents[2]
@@ -77,6 +81,22 @@ def test_python_runs_as_it_stands(block, tiny_llama, tiny_tokenizer):
     assert not any(hasattr(module, "lminf") for module in model.modules())
 
 
+def test_the_method_of_the_page_is_the_one_that_runs():
+    page = (CHECKOUT / "docs" / "adding-a-method.md").read_text(encoding="utf-8")
+    names = {one.__name__: one for one in (WindowedMethod, Branch, OlderKeys, SlidingWindow)} | {"Field": Field}
+    exec(re.search(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)[1], names)
+    i, j = torch.arange(100)[:, None], torch.arange(100)[None]
+    for step in ({}, {"rerope_step": 3}):
+        ours, shown = make("rerope", n_local=16, **step), names["ReRoPE"](n_local=16, **step)
+        for one, other in zip(ours.branches(), shown.branches(), strict=True):
+            assert one.keys == other.keys
+            assert torch.equal(one.distance(i, j), other.distance(i, j))
+        about = [
+            (one.name, one.title, one.paper, one.summary, one.color, one.marker, one.line) for one in (ours, shown)
+        ]
+        assert about[0] == about[1]
+
+
 @renamed
 def test_the_example_runs(tiny_llama, capsys):
     spec = importlib.util.spec_from_file_location("python_api", CHECKOUT / "examples" / "python_api.py")
@@ -87,6 +107,7 @@ def test_the_example_runs(tiny_llama, capsys):
     assert "after 300 tokens:" in out
     assert re.search(r"^keys and values held: 0\.\d MB$", out, re.MULTILINE)
     assert re.search(r"^lambda: perplexity \d+\.\d+ over 299 tokens$", out, re.MULTILINE)
+    assert "rerope: ReRoPE" in out
 
 
 @pytest.mark.parametrize("command", MAKE)

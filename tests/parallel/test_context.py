@@ -49,6 +49,7 @@ METHODS = {
     "lambda": make(attention="lambda", n_local=16, n_global=5),
     "window": make(attention="window", n_local=16),
     "streaming": make(attention="streaming", n_local=16, n_global=5),
+    "lambda_mask": make(attention="lambda_mask", n_local=16, n_global=5),
 }
 
 
@@ -238,7 +239,11 @@ def test_short_chunks_are_not_spread(answered):
 @pytest.mark.parametrize(
     ("spec", "line"),
     [
-        (make(attention="full"), "attention=full: parallel=context goes with lambda, window, streaming"),
+        (make(attention="full"), "attention=full: parallel=context goes with lambda, window, streaming, lambda_mask"),
+        (
+            make("rerope", n_local=8),
+            "attention=rerope: parallel=context goes with lambda, window, streaming, lambda_mask",
+        ),
         (make(n_local=16, top_k=2), "top_k: parallel=context goes with top_k=0 alone; no rank has all keys"),
     ],
 )
