@@ -1,5 +1,10 @@
 """The one error a user is meant to read, the line of another's that it quotes, and the one that can be mended."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
 # What transformers raises at a config that it can't build a model from, or a package that is missing for it.
 BUILDING = (
     *(AssertionError, AttributeError, ImportError, KeyError, NotImplementedError),
@@ -21,6 +26,24 @@ class UsageError(ValueError, SystemExit):
 
     def __str__(self) -> str:
         return str(self.code)
+
+
+def validation_message(problem: Mapping[str, Any]) -> str:
+    """Return what is wrong with a value, from an error that pydantic lists, to stand behind a colon."""
+    message: str = problem["msg"].removeprefix("Value error, ")
+    return message[0].lower() + message[1:]
+
+
+def validation_line(problem: Mapping[str, Any], name: str = "") -> str:
+    """Return "name=value: what is wrong" from an error that pydantic lists; an error of no one value is told as it is.
+
+    Args:
+        name: of the value, if pydantic does not know it.
+    """
+    name = name or ".".join(str(part) for part in problem["loc"])
+    if not name:
+        return str(problem["msg"]).removeprefix("Value error, ")
+    return f"{name}={problem['input']}: {validation_message(problem)}"
 
 
 def out_of_memory(error: BaseException) -> bool:

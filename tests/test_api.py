@@ -14,22 +14,11 @@ from lminf_eval.inference.engine import Engine
 from lminf_eval.inference.requests import GenerateRequest
 from lminf_eval.methods.registry import METHODS, make
 from lminf_eval.models.equivalence_check import patched_model
+from tests.small_model import SMALL
 
 # What users of every supported transformers write; 5.24 calls it `cache`.
 pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
 W, G = 16, 4
-SMALL = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 KINDS = {
     "llama": {},
     "mistral": {"sliding_window": 6, "head_dim": 8},

@@ -14,19 +14,9 @@ from lminf_eval.methods.registry import METHODS
 from lminf_eval.models.equivalence_check import full_model
 from lminf_eval.models.families.registry import check
 from lminf_eval.models.modules import check_structure
+from tests import small_model
 
-SMALL = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+SMALL = {**small_model.SMALL, "num_hidden_layers": 4}
 MOE = {
     "num_experts": 4,
     "num_local_experts": 4,

@@ -14,6 +14,7 @@ from lminf_eval.harness.lm import LMInfinite
 from lminf_eval.methods.registry import make
 from lminf_eval.models.equivalence_check import patched_model
 from lminf_eval.models.modules import attention_layers
+from tests import small_model
 
 SPEC = make(n_local=16, n_global=4)
 ARGUMENTS = ("The grass is green. " * 9, " The sky is blue.")
@@ -110,18 +111,7 @@ KINDS = {
     "mpt": {"n_heads": 4, "d_model": 32, "n_layers": 2},
     "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2},
 }
-SMALL = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+SMALL = {**small_model.SMALL, "max_position_embeddings": 128}
 
 
 @pytest.fixture(params=KINDS)

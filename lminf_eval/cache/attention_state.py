@@ -71,7 +71,7 @@ class AttentionState:
     def rollback_on_error(self) -> Iterator[None]:
         """Make all layers what they were before, if the pass inside fails in some layer, so that it can be retried.
 
-        Slots beyond the sequence's length may hold what it left there: the next pass writes them anew.
+        The failed pass may leave values in slots beyond the sequence's length. The next pass overwrites them.
         """
         offloaded = dict(self.offloaded)
         for layer in self.layers.values():

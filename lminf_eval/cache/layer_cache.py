@@ -11,10 +11,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lminf_eval.methods.base import first_keys, older_keys, window_of
-from lminf_eval.methods.branches import Branch, FirstKeys, OlderKeys
+from lminf_eval.methods.base import UNBOUNDED, first_keys, older_keys, window_of
+from lminf_eval.methods.branches import Branch
 
-UNBOUNDED = 2**62  # the capacity of a sequence whose length nobody knows
 _ROOM = 1024  # slots of older keys that such a sequence begins with
 
 
@@ -22,8 +21,8 @@ _ROOM = 1024  # slots of older keys that such a sequence begins with
 class LayerCache:
     """One layer's keys and values: a buffer of G first tokens, then a ring with position p in slot p % R.
 
-    Keys in the ring are rotated to their position less the row's origin (see `AttentionState`). The first tokens' keys
-    are kept without rotation in `sink_keys`; their places in `keys` are scratch for decoding, which rotates them anew.
+    Keys in the ring are rotated to their position less the row's origin (see `AttentionState`). `sink_keys`
+    holds the keys of the first tokens without rotation; each decoding step rotates them into their slots of `keys`.
     Older keys, in methods that see them all, lie in order of position, rotated to the position that the method says.
     """
 
@@ -47,7 +46,7 @@ class LayerCache:
         window = window_of(branches)
         beyond = capacity > window  # else no token ever leaves the window
         first, older = first_keys(branches), older_keys(branches)
-        sinks = first.keys.count if beyond and first and isinstance(first.keys, FirstKeys) else 0
+        sinks = first.keys.count if beyond and first else 0
         slots = sinks + min(window, capacity)
         B, K, _, D = k_BKLD.shape
         layer = cls(
@@ -56,7 +55,7 @@ class LayerCache:
             k_BKLD.new_zeros(B, K, slots, D),
             v_BKLD.new_zeros(B, K, slots, v_BKLD.shape[3]),
         )
-        if beyond and older and isinstance(older.keys, OlderKeys):
+        if beyond and older:
             room = capacity if capacity < UNBOUNDED else max(_ROOM, k_BKLD.shape[2])
             layer.older_keys = k_BKLD.new_empty(B, K, room, D)
             layer.older_values = v_BKLD.new_empty(B, K, room, v_BKLD.shape[3])

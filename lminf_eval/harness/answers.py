@@ -106,8 +106,8 @@ class Answers:
                 self.ranks.lifecycle.shutdown,
                 self._checkpoints,
                 self.execution.prefix_states,
+                self.ranks.topology.group_size > 1,
             )
-            engine.chunks.lockstep = self.ranks.topology.group_size > 1
             found: Iterator[tuple[int, Any]]
             if kind == "score":
                 found = engine.score(cast("Sequence[ScoreRequest]", requests))

@@ -14,10 +14,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 
-from lminf_eval.errors import UsageError
+from lminf_eval.errors import UsageError, validation_line
 from lminf_eval.inference.prefix_tree import MAX_CACHED_PREFIXES
 from lminf_eval.methods.registry import DEFAULT, METHODS, MethodArgs, parameters, shown_default
 from lminf_eval.resume.journal import fingerprint
@@ -62,7 +62,6 @@ class ExecutionArgs(BaseModel):
     prefix_sharing: bool = Field(True, description="compute what requests have in common once")
     prefix_states: int = Field(
         MAX_CACHED_PREFIXES,
-        ge=0,
         description="states that it holds at once for requests still to come; beyond, it computes prefixes again",
     )
     parallel: str = Field(
@@ -83,6 +82,20 @@ class ExecutionArgs(BaseModel):
         description="a folder that keeps each answer; the same command, started again, asks only for the others",
     )
 
+    @field_validator("prefix_sharing", mode="before")
+    @classmethod
+    def _truth_value(cls, value: Any) -> bool:
+        if not isinstance(value, bool):
+            raise ValueError("must be True or False")
+        return value
+
+    @field_validator("prefix_states", mode="before")
+    @classmethod
+    def _number_of_states(cls, value: Any) -> int:
+        if type(value) is not int or value < 0:
+            raise ValueError("must be a number of states, 0 or more")
+        return value
+
     @classmethod
     def parse(cls, args: Mapping[str, Any]) -> ExecutionArgs:
         """Take our own from arguments that may hold others.
@@ -93,8 +106,7 @@ class ExecutionArgs(BaseModel):
         try:
             return cls(**{name: args[name] for name in args if name in cls.model_fields})
         except ValidationError as error:
-            problem = error.errors()[0]
-            raise UsageError(f"{problem['loc'][0]}={problem['input']}: {problem['msg'].lower()}") from None
+            raise UsageError(validation_line(error.errors()[0])) from None
 
 
 def execution_args() -> set[str]:
@@ -171,10 +183,6 @@ def check(pretrained: Any, args: Mapping[str, Any]) -> None:
     for name in ("parallel", *sorted(TEXTS - {"tokenizer", "token"})):
         if not isinstance(args.get(name, ""), str):
             raise UsageError(f"{name}={args[name]}: must be a name")
-    if not isinstance(sharing := args.get("prefix_sharing", True), bool):
-        raise UsageError(f"prefix_sharing={sharing}: must be True or False")
-    if type(states := args.get("prefix_states", 0)) is not int or states < 0:
-        raise UsageError(f"prefix_states={states}: must be a number of states, 0 or more")
     if (journal := args.get("journal")) is not None and not isinstance(pretrained, str):
         raise UsageError(f"journal={journal}: the model must be one with a name or folder of its own")
     _check_pretrained(pretrained)
@@ -208,8 +216,8 @@ def _check_pretrained(pretrained: Any) -> None:
 def as_given(args: Mapping[str, Any]) -> dict[str, Any]:
     """Return `--model_args` as their user means them, from a command line, YAML or Python.
 
-    None is the default of every argument; "false" and "2048" are what they say; names are texts; torch_dtype is dtype's
-    old name.
+    An argument that is None counts as not given. A text such as "false" or "2048" becomes the value that it spells, and
+    a name becomes a text. `torch_dtype` is the old name of `dtype`.
     """
     found = {name: value for name, value in args.items() if value is not None}
     plain = own_args().keys() | {"max_length", "batch_size"}

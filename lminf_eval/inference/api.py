@@ -19,18 +19,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lminf_eval.errors import UsageError
 from lminf_eval.inference.engine import Engine
 from lminf_eval.inference.requests import ScoreRequest
-from lminf_eval.methods.base import WindowedMethod
-from lminf_eval.methods.registry import MethodArgs
-from lminf_eval.models.equivalence_check import full_model, patched_model
+from lminf_eval.methods.registry import DEFAULT, MethodArgs
+from lminf_eval.models.attention_module import patched_by
+from lminf_eval.models.equivalence_check import Runner, checked_runner
 from lminf_eval.models.families import registry
-from lminf_eval.models.full_model import FullModel
 from lminf_eval.models.patching import PatchedModel
-
-Runner = PatchedModel | FullModel
 
 
 @contextmanager
-def patch(model: PreTrainedModel, method: str = "lambda", **parameters: Any) -> Iterator[Runner]:
+def patch(model: PreTrainedModel, method: str = DEFAULT, **parameters: Any) -> Iterator[Runner]:
     """Run a transformers causal LM under an attention method inside the block.
 
     Inside, `model(ids)` takes inputs of any length, and `model.generate` works: greedy decoding, sampling and beam
@@ -59,7 +56,7 @@ def patch(model: PreTrainedModel, method: str = "lambda", **parameters: Any) -> 
     args = MethodArgs.parse({"attention": method, **parameters})
     registry.check(model.config, args.method)
     resolved, _ = args.resolve(model.config)
-    runner = patched_model(model, resolved) if isinstance(resolved, WindowedMethod) else full_model(model)
+    runner = checked_runner(model, resolved)
     try:
         yield runner
     finally:
@@ -116,7 +113,7 @@ def score(
     if runner is not None and (method is not None or parameters):
         raise UsageError("method: the model is patched already; leave out the method and its parameters")
     running: AbstractContextManager[Runner] = (
-        patch(model, method or "lambda", **parameters) if runner is None else nullcontext(runner)
+        patch(model, method or DEFAULT, **parameters) if runner is None else nullcontext(runner)
     )
     with running as active:
         ((_, found),) = Engine(active, chunk_size).score([ScoreRequest(tokens, 1, rolling=True)])
@@ -125,8 +122,8 @@ def score(
 
 def runner_of(model: PreTrainedModel) -> PatchedModel | None:
     """Return the runner of a patched model, or None."""
-    found = (getattr(module, "lminf", None) for module in model.modules())
-    return next((one for one in found if isinstance(one, PatchedModel)), None)
+    found = patched_by(model.modules())
+    return found if isinstance(found, PatchedModel) else None
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -54,7 +54,7 @@ class ChunkRunner:
         reused: tokens that a request needed and another had computed.
 
     Raises:
-        UsageError: if memory does not even suffice for small chunks.
+        UsageError: if even small chunks do not fit into memory.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class ChunkRunner:
     def hidden(self, ids_BL: torch.Tensor, state: State, update_cache: bool = True) -> Any:
         """Return the decoder's output for a chunk, unless the process is asked to stop.
 
-        None if memory did not suffice: the state is as before then, and `chunk_size` smaller.
+        Return None if the chunk did not fit into memory. The state is then as before, and `chunk_size` is smaller.
         """
         if self.shutdown.requested:
             self.shutdown.exit()
@@ -138,7 +138,7 @@ class ChunkRunner:
 
     @contextmanager
     def _out_of_memory(self) -> Iterator[list[str]]:
-        """Catch that memory does not suffice, and put into the list what the error said."""
+        """Catch an out-of-memory error, and append its first line to the list."""
         said: list[str] = []
         try:
             yield said

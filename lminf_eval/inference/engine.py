@@ -36,13 +36,12 @@ class Engine:
         shutdown: looked at before each chunk.
         checkpoints: keeps the state inside a long document.
         max_cached_prefixes: states held at once for branches still to come; beyond, a prefix is computed again.
+        lockstep: whether other processes make the same passes.
 
     Attributes:
-        lockstep: whether several processes make the same passes.
         chunks: runs the chunks, and counts tokens.
     """
 
-    lockstep = False
     chunk_runner: type[ChunkRunner] = ChunkRunner
 
     def __init__(
@@ -55,9 +54,10 @@ class Engine:
         shutdown: ShutdownRequest | None = None,
         checkpoints: Checkpoints | None = None,
         max_cached_prefixes: int = MAX_CACHED_PREFIXES,
+        lockstep: bool = False,
     ):
         progress = tqdm(disable=True) if progress is None else progress
-        self.chunks = self.chunk_runner(model, chunk_size, progress, shutdown or ShutdownRequest(), self.lockstep)
+        self.chunks = self.chunk_runner(model, chunk_size, progress, shutdown or ShutdownRequest(), lockstep)
         self.model, self.batch_size, self.share = model, batch_size, share
         self.checkpoints, self.max_cached_prefixes = checkpoints, max_cached_prefixes
         self.min_shared_tokens = MIN_SHARED if self.chunks.device.type == "cpu" else MIN_SHARED_ON_GPU

@@ -59,7 +59,7 @@ def build_prefix_tree(
     starts = [len(tokens) for tokens in inputs] if retrieve_from is None else retrieve_from
     if not share:
         return [Node(0, tokens, [i], retrieve_from=starts[i]) for i, tokens in enumerate(inputs)]
-    # A token that retrieves is told from the same token that does not by its sign: ~token is negative.
+    # The sign of a token says whether it retrieves: ~token, which is negative, does.
     marked = [_marked(tokens, mark) for tokens, mark in zip(inputs, starts, strict=True)]
 
     def compare(a: int, b: int) -> int:

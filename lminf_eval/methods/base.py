@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+UNBOUNDED = 2**62  # tokens; no sequence is that long, and a sequence of unknown length may come to anything below
+
+
 class AttentionMethod(BaseModel):
     """A method with all its parameters set. Subclasses add parameters as fields, and say their branches.
 
@@ -72,7 +75,7 @@ class AttentionMethod(BaseModel):
     @property
     def attention_span(self) -> int:
         """The most keys that a query sees, retrieved ones aside, if `keeps_all` is false."""
-        return self.kept(2**62)
+        return self.kept(UNBOUNDED)
 
     @property
     def retrieves(self) -> bool:

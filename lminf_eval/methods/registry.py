@@ -10,8 +10,8 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from lminf_eval.config.trained_length import trained_length
-from lminf_eval.errors import UsageError
-from lminf_eval.methods.base import AttentionMethod
+from lminf_eval.errors import UsageError, validation_line
+from lminf_eval.methods.base import UNBOUNDED, AttentionMethod
 from lminf_eval.methods.full import Full
 from lminf_eval.methods.lambda_ import Lambda
 from lminf_eval.methods.lambda_mask import LambdaMask
@@ -54,7 +54,7 @@ def methods_with(parameter: str) -> list[str]:
 
 def keeps_all(method: type[AttentionMethod]) -> bool:
     """Return whether a method needs every key of a sequence."""
-    return _make(method, method.filled({}, 2**62)).keeps_all
+    return MethodArgs(method, {}).at(UNBOUNDED).keeps_all
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class MethodArgs:
 
     @classmethod
     def parse(cls, args: Mapping[str, Any]) -> MethodArgs:
-        """Read `attention` and parameters, as `--model_args` gives them; None is "not set".
+        """Read `attention` and parameters from `--model_args`. A value of None counts as not given.
 
         Raises:
             UsageError: for an unknown method, a parameter that it does not have, or an impossible value.
@@ -83,9 +83,8 @@ class MethodArgs:
         method = METHODS[name]
         for parameter in [parameter for parameter in given if parameter not in method.model_fields]:
             given[parameter] = _checked(parameter, given[parameter], name)
-        own = {parameter: value for parameter, value in given.items() if parameter in method.model_fields}
-        made = _make(method, method.filled(own, 2**62))
-        return cls(method, given | {parameter: getattr(made, parameter) for parameter in own})
+        made = cls(method, given).at(UNBOUNDED)
+        return cls(method, given | {name: value for name, value in made.model_dump().items() if name in given})
 
     def resolve(self, config: Any) -> tuple[AttentionMethod, str]:
         """Return the method for a model, from its transformers `config`, and where its n_local comes from.
@@ -115,7 +114,10 @@ class MethodArgs:
             UsageError: if a parameter does not fit.
         """
         own = {name: value for name, value in self.given.items() if name in self.method.model_fields}
-        return _make(self.method, self.method.filled(own, length))
+        try:
+            return self.method(**self.method.filled(own, length))
+        except ValidationError as error:
+            raise UsageError("; ".join(validation_line(problem) for problem in error.errors())) from None
 
     def record(self, method: AttentionMethod | None = None) -> dict[str, Any]:
         """Return what results and journals say of the method: its name and parameters, resolved ones from `method`."""
@@ -144,23 +146,10 @@ def _checked(parameter: str, value: Any, name: str) -> Any:
     try:
         value = TypeAdapter(declared).validate_python(value)
     except ValidationError as error:
-        raise UsageError("; ".join(_sentence(problem, parameter) for problem in error.errors())) from None
+        raise UsageError("; ".join(validation_line(problem, parameter) for problem in error.errors())) from None
     if parameter not in SHARED and value != field.default:
         raise UsageError(f"{parameter}={value} goes with attention={' or '.join(owners)}, not with attention={name}")
     return value
-
-
-def _make(method: type[AttentionMethod], values: Mapping[str, Any]) -> AttentionMethod:
-    try:
-        return method(**values)
-    except ValidationError as error:
-        raise UsageError("; ".join(_sentence(problem) for problem in error.errors())) from None
-
-
-def _sentence(problem: Mapping[str, Any], name: str = "") -> str:
-    name = name or ".".join(str(part) for part in problem["loc"])
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{name}={problem['input']}: {message[0].lower()}{message[1:]}" if name else message
 
 
 @dataclass(frozen=True)

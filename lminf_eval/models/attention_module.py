@@ -1,10 +1,11 @@
-"""What we reach of an attention layer of transformers, for type checkers: no object is made of these classes.
+"""What we reach of an attention layer of transformers, as types; and what stands in for its attention.
 
 Shapes: B batch, H query heads, K key-value heads, L new tokens, D head dimension.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
@@ -32,3 +33,9 @@ class AttentionModule(nn.Module):
 
     layer_idx: int
     lminf: Attends
+
+
+def patched_by(modules: Iterable[nn.Module]) -> Attends | None:
+    """Return what computes attention in place of the first patched module, or None if no module is patched."""
+    found: Iterable[Attends | None] = (vars(module).get("lminf") for module in modules)
+    return next((one for one in found if one is not None), None)

@@ -9,8 +9,9 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache as TransformersCache
 
 from lminf_eval.cache.attention_state import AttentionState
-from lminf_eval.cache.layer_cache import UNBOUNDED
 from lminf_eval.errors import UsageError
+from lminf_eval.methods.base import UNBOUNDED
+from lminf_eval.models.attention_module import patched_by
 
 
 class Cache(TransformersCache):
@@ -27,7 +28,7 @@ class Cache(TransformersCache):
     """
 
     def __init__(self, model: PreTrainedModel):
-        if not any(hasattr(module, "lminf") for module in model.modules()):
+        if patched_by(model.modules()) is None:
             raise UsageError("lminf.Cache: the model is not patched; make it inside `with lminf.patch(model):`")
         self._begin(None, update_cache=True)
 

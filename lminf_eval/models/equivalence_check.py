@@ -24,7 +24,7 @@ from lminf_eval.methods.base import AttentionMethod, WindowedMethod, window_of
 from lminf_eval.methods.full import Full
 from lminf_eval.methods.registry import DEFAULT
 from lminf_eval.models.attention_interface import IMPLEMENTATION
-from lminf_eval.models.attention_module import AttentionModule
+from lminf_eval.models.attention_module import AttentionModule, patched_by
 from lminf_eval.models.families.registry import unsupported
 from lminf_eval.models.families.table import adapter_of
 from lminf_eval.models.forward_context import ForwardContext
@@ -55,6 +55,24 @@ _LOCAL, _OWN = 20, 8  # n_local during the check, and each layer's own window, a
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # as configs call their number
 _SCALED = "llama_4_scaling_beta"  # of rope_parameters: queries are scaled by their position, on purpose
 
+Runner = PatchedModel | FullModel
+
+
+def checked_runner(
+    model: PreTrainedModel,
+    method: AttentionMethod,
+    make: Callable[..., PatchedModel] = PatchedModel,
+    expected: torch.Tensor | None = None,
+) -> Runner:
+    """Return `model` as the engine runs it under `method`: see `patched_model`, or `full_model` without a window.
+
+    Raises:
+        UsageError: if what runs would not be the same model; `model` is then as it was.
+    """
+    if isinstance(method, WindowedMethod):
+        return patched_model(model, method, make, expected)
+    return full_model(model, expected)
+
 
 def patched_model(
     model: PreTrainedModel,
@@ -70,7 +88,7 @@ def patched_model(
     Raises:
         UsageError: if the patched model would not be the same model; `model` is then as it was.
     """
-    if any(hasattr(layer, "lminf") for layer in attention_layers(model)):
+    if patched_by(attention_layers(model)) is not None:
         raise UsageError("the model is patched already; restore it first (leave its `with lminf.patch(model):` block)")
     with _refusing(model.config, method.name):
         own = adapter_of(model.config.model_type) is not None

@@ -153,7 +153,6 @@ class ContextChunks(ChunkRunner):
 class ContextEngine(Engine):
     """An `Engine` over a `ContextModel`."""
 
-    lockstep = True
     chunk_runner = ContextChunks
 
 

@@ -1,4 +1,4 @@
-"""Engines of ranks that run the same requests in lockstep: each forward pass needs all of them."""
+"""The engine of ranks that run the same requests in lockstep, and each compute logits of their own."""
 
 from __future__ import annotations
 
@@ -13,14 +13,8 @@ from lminf_eval.inference.requests import GenerateRequest
 from lminf_eval.inference.sampling import Sample, most_likely
 
 
-class LockstepEngine(Engine):
-    """An `Engine` that never changes its chunk size by itself: the other ranks could not follow."""
-
-    lockstep = True
-
-
-class SyncedSamplingEngine(LockstepEngine):
-    """A `LockstepEngine` whose ranks all continue with the first rank's tokens.
+class SyncedSamplingEngine(Engine):
+    """An `Engine` whose ranks all continue with the first rank's tokens.
 
     Each rank computes logits of its own. A rank whose logits differed in the last bit, and which therefore took another
     token, would stop at another length and leave the others waiting.

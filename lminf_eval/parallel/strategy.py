@@ -14,10 +14,8 @@ import transformers
 
 from lminf_eval.errors import UsageError
 from lminf_eval.inference.engine import Engine
-from lminf_eval.methods.base import AttentionMethod, WindowedMethod
-from lminf_eval.models.equivalence_check import full_model, patched_model
-from lminf_eval.models.full_model import FullModel
-from lminf_eval.models.patching import PatchedModel
+from lminf_eval.methods.base import AttentionMethod
+from lminf_eval.models.equivalence_check import Runner, checked_runner
 from lminf_eval.parallel.topology import Topology
 
 STRATEGIES = {
@@ -65,13 +63,13 @@ class ParallelStrategy:
         """Load the model in `dtype`. `read()` is lm-eval's own `from_pretrained`, on this rank's `device`."""
         return read()
 
-    def prepare(self, model: transformers.PreTrainedModel, method: AttentionMethod) -> PatchedModel | FullModel:
+    def prepare(self, model: transformers.PreTrainedModel, method: AttentionMethod) -> Runner:
         """Return what the engine takes: the model patched and checked, or unchanged for `full`.
 
         Raises:
             UsageError: if what runs would not be the same model.
         """
-        return patched_model(model, method) if isinstance(method, WindowedMethod) else full_model(model)
+        return checked_runner(model, method)
 
 
 def choose_strategy(parallel: str, sizes: dict[str, int | None], topology: Topology) -> ParallelStrategy:

@@ -23,12 +23,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from lminf_eval.config.model_shape import ModelShape
 from lminf_eval.errors import UsageError, first_line
 from lminf_eval.methods.base import AttentionMethod, WindowedMethod
-from lminf_eval.models.equivalence_check import full_model, own_logits, patched_model
+from lminf_eval.models.equivalence_check import Runner, checked_runner, own_logits
 from lminf_eval.models.families.table import family_row
-from lminf_eval.models.full_model import FullModel
 from lminf_eval.models.patching import PatchedModel
 from lminf_eval.parallel.deepspeed_import import check_installed, import_deepspeed
-from lminf_eval.parallel.lockstep import LockstepEngine
 from lminf_eval.parallel.strategy import ParallelStrategy
 
 _OTHERS = "use parallel=layers, zero3 or context"
@@ -38,7 +36,6 @@ class TensorParallel(ParallelStrategy):
     """`parallel=deepspeed`: each rank of a group holds its share of the heads, and of every projection."""
 
     reads_on_host = True
-    engine = LockstepEngine
     _method: AttentionMethod | None = None
     _expected: torch.Tensor | None = None  # the whole model's own logits [T, V] on the check's T tokens
 
@@ -92,14 +89,12 @@ class TensorParallel(ParallelStrategy):
             shard(deepspeed, model, self._group)
         return model
 
-    def prepare(self, model: PreTrainedModel, method: AttentionMethod) -> PatchedModel | FullModel:
+    def prepare(self, model: PreTrainedModel, method: AttentionMethod) -> Runner:
         """Patch the part, and check the parts together against what the whole model said."""
         if self._expected is None:
             raise UsageError("pretrained: with parallel=deepspeed it must be a directory or hub name, not a model")
         with self._blame_sharding(model.config):
-            if isinstance(method, WindowedMethod):
-                return patched_model(model, method, partial(_own_slopes, self._group), self._expected)
-            return full_model(model, self._expected)
+            return checked_runner(model, method, partial(_own_slopes, self._group), self._expected)
 
     @property
     def _group(self) -> dist.ProcessGroup:

@@ -17,7 +17,7 @@ _KEY = "verdict"  # in the store
 class Termination(TypedDict):
     """The decision that the run ends: every rank's exit status, the message that says why, and the rank that decided.
 
-    `line` is empty if nobody has to be told.
+    `line` is empty if there is nothing to report.
     """
 
     status: int
@@ -56,7 +56,7 @@ class TerminationConsensus:
 
         Args:
             status: the exit status of every rank.
-            line: why the run ends; empty if nobody has to be told.
+            line: why the run ends; empty if there is nothing to report.
             spokesman: for a line that every rank would propose, the rank that writes it if the store, which otherwise
                 decides, can't be reached.
 

@@ -77,7 +77,8 @@ def write_report(
 
     If `paths` hold only benches (`lminf bench`), there are figures and no page.
 
-    The methods are compared with `baseline`, or if none is named with the unmodified model, if it was run.
+    The page compares the methods with `baseline`. If `baseline` is empty, it compares them with the unmodified
+    model, provided that this was run.
 
     Raises:
         UsageError: for a path or a baseline that does not exist, or an output that cannot be written to.

@@ -24,7 +24,7 @@ class ShutdownRequest:
     that are cheap to resume from, and calls `exit`.
 
     Attributes:
-        requested: the name of the signal that asked; empty if none has.
+        requested: the name of the signal that came; empty if no signal came.
     """
 
     def __init__(self) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
-from lminf_eval.errors import UsageError
+from lminf_eval.errors import UsageError, validation_message
 from lminf_eval.harness.model_args import answer_args, execution_args
 from lminf_eval.harness.plugin import MODEL_NAME, task_folder
 from lminf_eval.methods.registry import DEFAULT, MethodArgs
@@ -207,12 +207,7 @@ def _checked(kind: type[BaseModel], content: Any, where: str):
             raise UsageError(f"unknown key {name}{hint}; known: {', '.join(known)}") from None
         if problem["type"] == "missing":
             raise UsageError(f"{name}: it is missing") from None
-        raise UsageError(f"{name}={problem['input']!r}: {_sentence(problem['msg'])}") from None
-
-
-def _sentence(message: str) -> str:
-    message = message.removeprefix("Value error, ")
-    return message[0].lower() + message[1:]
+        raise UsageError(f"{name}={problem['input']!r}: {validation_message(problem)}") from None
 
 
 def _settings(given: Mapping[str, Any], where: str, own: set[str]) -> dict[str, Any]:

@@ -20,23 +20,12 @@ from lminf_eval.models.equivalence_check import patched_model
 from lminf_eval.models.rope import Rotary
 from lminf_eval.parallel import context_parallel
 from lminf_eval.parallel.topology import Topology
+from tests import small_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("context")]  # the processes are started once for all
 
 WHOLE = sys.maxsize  # a chunk is the whole document
-SMALL = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+SMALL = {**small_model.SMALL, "head_dim": 8, "max_position_embeddings": 64}
 MODELS = {  # what is particular about each
     "llama": {},
     "mistral": {"sliding_window": 12},  # layers that slide as trained
