@@ -20,7 +20,7 @@ from lminf_eval.parallel.lockstep import SyncedSamplingEngine
 
 SPECS = [
     make(attention=attention, n_local=n_local, n_global=n_global)
-    for attention in ("lambda", "window", "streaming", "lambda_mask", "rerope")
+    for attention in ("lambda", "window", "streaming", "lambda_mask", "rerope", "self_extend")
     for n_local, n_global in [(16, 10), (17, 1), (5, 3), (200, 10), (1, 0)]
     if attention not in ("window", "rerope") or n_global == 10
 ]

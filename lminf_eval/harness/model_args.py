@@ -19,7 +19,7 @@ from pydantic.fields import FieldInfo
 
 from lminf_eval.errors import UsageError, validation_line
 from lminf_eval.inference.prefix_tree import MAX_CACHED_PREFIXES
-from lminf_eval.methods.registry import DEFAULT, METHODS, MethodArgs, parameters, shown_default
+from lminf_eval.methods.registry import DEFAULT, METHODS, MethodArgs, default_of, parameters
 from lminf_eval.resume.journal import fingerprint
 from lminf_eval.utils.names import closest
 
@@ -170,7 +170,7 @@ def hf_args() -> frozenset[str]:
 def arguments_table() -> Iterator[tuple[str, str, str]]:
     """Yield (name, default, meaning) of each argument that we add, in Markdown."""
     for name, field in own_args().items():
-        yield name, shown_default(field), str(field.description)
+        yield name, default_of(name, field), str(field.description)
 
 
 def check(pretrained: Any, args: Mapping[str, Any]) -> None:

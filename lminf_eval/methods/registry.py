@@ -16,12 +16,13 @@ from lminf_eval.methods.full import Full
 from lminf_eval.methods.lambda_ import Lambda
 from lminf_eval.methods.lambda_mask import LambdaMask
 from lminf_eval.methods.rerope import ReRoPE
+from lminf_eval.methods.self_extend import SelfExtend
 from lminf_eval.methods.streaming import Streaming
 from lminf_eval.methods.window import Window
 from lminf_eval.utils.names import closest
 
 METHODS: dict[str, type[AttentionMethod]] = {
-    one.name: one for one in (Lambda, Full, Window, Streaming, LambdaMask, ReRoPE)
+    one.name: one for one in (Lambda, Full, Window, Streaming, LambdaMask, ReRoPE, SelfExtend)
 }
 DEFAULT = Lambda.name
 
@@ -45,6 +46,13 @@ def parameters() -> dict[str, FieldInfo]:
     for method in METHODS.values():
         found = {**method.model_fields, **found}
     return dict(sorted(found.items(), key=lambda item: list(_ALWAYS).index(item[0]) if item[0] in _ALWAYS else 99))
+
+
+def default_of(parameter: str, field: FieldInfo) -> str:
+    """Return an argument's default for people, in Markdown; after it, those of methods that have another one."""
+    common = shown_default(field)
+    own = {name: shown_default(METHODS[name].model_fields[parameter]) for name in methods_with(parameter)}
+    return "; ".join([common, *(f"`{name}`: {default}" for name, default in own.items() if default != common)])
 
 
 def methods_with(parameter: str) -> list[str]:

@@ -18,6 +18,7 @@ from lminf_eval.methods.registry import make
 SLOPES = torch.tensor([0.5, 0.03], dtype=torch.float64)
 SPECS = [make(attention=name, n_local=6, n_global=2) for name, method in registry.METHODS.items() if method.patched]
 SPECS.append(make(attention="rerope", n_local=6, rerope_step=2.5))
+SPECS.append(make(attention="self_extend", n_local=6, self_extend_group=4))
 
 
 def unturned(x, positions, name=None):
@@ -42,6 +43,9 @@ def naive(q, k, v, spec, scale):
         if spec.name == "rerope":
             step = spec.rerope_step or math.inf
             seen |= {j: spec.n_local + (i - j - spec.n_local) / step for j in range(i - spec.n_local + 1)}
+        if spec.name == "self_extend":
+            w, g = spec.n_local, spec.self_extend_group
+            seen |= {j: (i // g + w - w // g) - j // g for j in range(i - w + 1)}
         if spec.name == "streaming":
             kept = sorted([*starting, *seen])
             seen = {j: kept.index(i) - kept.index(j) for j in kept}

@@ -75,7 +75,7 @@ def test_anything_at_random(route):
     for _ in range(70):
         window = draw(1, 24)
         spec = make(
-            attention=["lambda", "window", "streaming", "lambda_mask", "rerope"][draw(0, 4)],
+            attention=METHODS[draw(0, len(METHODS) - 1)],
             n_local=window,
             n_global=draw(0, window - 1),
         )

@@ -40,6 +40,9 @@ def distances(i, spec):
     if spec.name == "rerope":  # leaky with a step: the distance grows by one for each `step` tokens beyond the window
         step = spec.rerope_step or math.inf
         return window | {j: spec.n_local + (i - j - spec.n_local) / step for j in range(i - spec.n_local + 1)}
+    if spec.name == "self_extend":  # floors of both positions; the query's moved on, so that distances go on from w
+        g, w = spec.self_extend_group, spec.n_local
+        return window | {j: (i // g + w - w // g) - j // g for j in range(i - w + 1)}
     if spec.name == "lambda":
         return window | dict.fromkeys(starting, spec.n_local)
     kept = sorted([*starting, *window])  # StreamingLLM's cache: positions are places in it
@@ -67,13 +70,18 @@ def random_qkv(S, H=2, K=1, B=1):
     return [torch.randn(B, heads, S, HEAD_DIM, dtype=torch.float64) for heads in (H, K, K)]
 
 
-@pytest.mark.parametrize("attention", [*METHODS, "leaky"])
+OTHERS = {
+    "leaky": {"attention": "rerope", "rerope_step": 2.5},
+    "pairs": {"attention": "self_extend", "self_extend_group": 2},
+}
+
+
+@pytest.mark.parametrize("attention", [*METHODS, *OTHERS])
 @pytest.mark.parametrize(("n_local", "n_global"), [(4, 0), (4, 1), (4, 3), (7, 2), (1, 0), (40, 10)])
 @pytest.mark.parametrize(("softcap", "learned_sinks"), [(None, False), (2.0, False), (None, True), (2.0, True)])
 def test_equals_a_loop_over_single_pairs(attention, n_local, n_global, softcap, learned_sinks):
     q, k, v = random_qkv(12)
-    step = {"attention": "rerope", "rerope_step": 2.5} if attention == "leaky" else {"attention": attention}
-    spec = make(n_local=n_local, n_global=n_global, **step)
+    spec = make(n_local=n_local, n_global=n_global, **OTHERS.get(attention, {"attention": attention}))
     sink_logits = torch.randn(2, dtype=torch.float64) if learned_sinks else None
     found = reference_attention(q, k, v, rotate, spec, 0.4, softcap, sink_logits)
     torch.testing.assert_close(found, naive(q, k, v, spec, 0.4, softcap, sink_logits), rtol=0, atol=1e-12)
