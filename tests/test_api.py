@@ -98,6 +98,27 @@ def test_a_padded_batch_generates_what_each_row_does_alone(model, cached):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("method", [name for name, one in METHODS.items() if one.patched])
+def test_padded_rows_are_the_definition_under_every_method(llama, method, cached, reference_logits):
+    """In two passes, so that the second one finds keys: rows are within the window, across it, and far beyond."""
+    lengths = [50, 9, 33]
+    ids = torch.randint(3, 97, (3, 60))
+    mask = torch.tensor([[0] * (50 - n) + [1] * (n + 10) for n in lengths])
+    expected = [
+        reference_logits(llama, make(method, n_local=W, n_global=G), row[None, -n - 10 :])[0]
+        for row, n in zip(ids, lengths, strict=True)
+    ]
+    with lminf.patch(llama, method, n_local=W, n_global=G):
+        cache = lminf.Cache(llama) if cached else DynamicCache(config=llama.config)
+        first = llama(ids[:, :50], attention_mask=mask[:, :50], past_key_values=cache).logits
+        second = llama(ids[:, 50:], attention_mask=mask, past_key_values=cache).logits
+    for row, n in enumerate(lengths):
+        found = torch.cat([first[row, 50 - n :], second[row]])
+        assert torch.allclose(found, expected[row], rtol=0, atol=1e-4 * float(expected[row].abs().max()))
+
+
+@torch.no_grad()
 def test_beam_search_and_several_sequences_are_those_of_a_cache_that_keeps_everything(llama):
     ids = torch.randint(3, 97, (2, 40))
     options = {"max_new_tokens": 10, "num_beams": 3, "num_return_sequences": 2, **GREEDY}

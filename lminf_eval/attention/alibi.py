@@ -13,7 +13,7 @@ import torch
 
 from lminf_eval.attention import sliding_window
 
-_BLOCK = 256  # queries that share one origin
+BLOCK = 256  # queries that share one origin
 _COORDINATES = 8  # two used; kernels want head dimensions that are multiples of eight
 
 
@@ -28,8 +28,8 @@ def sliding_window_attention(
     """Compute `sliding_window.sliding_window_attention` with ALiBi's bias. Inputs are float32 (or float64)."""
     L, past = q_BHLD.shape[2], k_BKMD.shape[2] - q_BHLD.shape[2]
     pieces = []
-    for start in range(0, L, _BLOCK):
-        stop = min(start + _BLOCK, L)
+    for start in range(0, L, BLOCK):
+        stop = min(start + BLOCK, L)
         keys = slice(max(0, past + start - window + 1), past + stop)
         pieces.append(
             sliding_window.sliding_window_attention(

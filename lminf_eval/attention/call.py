@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from lminf_eval.methods.base import first_keys, older_keys, window_of
-from lminf_eval.methods.branches import Branch, FirstKeys, OlderKeys
+from lminf_eval.methods.base import chunks, first_keys, kept_whole, older_keys, window_of
+from lminf_eval.methods.branches import Branch, Chunks, FirstKeys, OlderKeys
 
 # (x [B, heads, S, D], positions [B or 1, S], a name for the positions) -> x rotated by the model's own embedding. What
 # has the same name in one pass has the same positions.
@@ -38,7 +38,7 @@ class AttentionCall:
 
     @property
     def window(self) -> int:
-        """Size of the sliding window in tokens."""
+        """Size of the sliding window in tokens; 0 if the branches are chunks."""
         return window_of(self.branches)
 
     @property
@@ -50,3 +50,13 @@ class AttentionCall:
     def older(self) -> Branch[OlderKeys] | None:
         """The branch of all older keys."""
         return older_keys(self.branches)
+
+    @property
+    def chunks(self) -> tuple[Branch[Chunks], ...]:
+        """The branches of chunks."""
+        return chunks(self.branches)
+
+    @property
+    def kept_whole(self) -> Branch | None:
+        """The branch at whose key positions all keys are kept."""
+        return kept_whole(self.branches)

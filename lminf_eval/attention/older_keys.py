@@ -17,9 +17,7 @@ from lminf_eval.cache.layer_cache import LayerCache
 from lminf_eval.methods.branches import Branch, OlderKeys
 
 
-def placed_keys(
-    k_BKLD: torch.Tensor, position_BL: torch.Tensor, call: AttentionCall, branch: Branch[OlderKeys]
-) -> torch.Tensor:
+def placed_keys(k_BKLD: torch.Tensor, position_BL: torch.Tensor, call: AttentionCall, branch: Branch) -> torch.Tensor:
     """Return keys as they are kept: rotated to the branch's key positions, which no query changes."""
     if call.slopes_H is not None:
         return k_BKLD

@@ -9,6 +9,7 @@ import torch
 
 from lminf_eval.attention import alibi
 from lminf_eval.attention.call import AttentionCall
+from lminf_eval.attention.chunks import chunk_attention
 from lminf_eval.attention.first_keys import add_first_keys
 from lminf_eval.attention.older_keys import add_older_keys, placed_keys
 from lminf_eval.attention.sliding_window import sliding_window_attention
@@ -30,6 +31,8 @@ def prefill_attention(
         layer: what is kept of the tokens before; None if there are none and nothing is to be kept.
         update_cache: add the new tokens to `layer`.
     """
+    if call.chunks:
+        return chunk_attention(q_BHLD, k_BKLD, v_BKLD, layer, call, update_cache)
     start, L = call.start, q_BHLD.shape[2]
     position_1L = torch.arange(start, start + L)[None]
     q, k = (call.rotate(x, position_1L - call.origin, "local") for x in (q_BHLD, k_BKLD))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lminf_eval.methods.base import UNBOUNDED, first_keys, older_keys, window_of
+from lminf_eval.methods.base import UNBOUNDED, first_keys, kept_whole, window_of
 from lminf_eval.methods.branches import Branch
 
 _ROOM = 1024  # slots of older keys that such a sequence begins with
@@ -24,6 +24,7 @@ class LayerCache:
     Keys in the ring are rotated to their position less the row's origin (see `AttentionState`). `sink_keys`
     holds the keys of the first tokens without rotation; each decoding step rotates them into their slots of `keys`.
     Older keys, in methods that see them all, lie in order of position, rotated to the position that the method says.
+    A method of chunks has no window: its ring has no slots, and all its keys are older keys.
     """
 
     window: int
@@ -45,7 +46,7 @@ class LayerCache:
         """Return room for sequences like these, of at most `capacity` tokens, of which `branches` keep some."""
         window = window_of(branches)
         beyond = capacity > window  # else no token ever leaves the window
-        first, older = first_keys(branches), older_keys(branches)
+        first, whole = first_keys(branches), kept_whole(branches)
         sinks = first.keys.count if beyond and first else 0
         slots = sinks + min(window, capacity)
         B, K, _, D = k_BKLD.shape
@@ -55,7 +56,7 @@ class LayerCache:
             k_BKLD.new_zeros(B, K, slots, D),
             v_BKLD.new_zeros(B, K, slots, v_BKLD.shape[3]),
         )
-        if beyond and older:
+        if beyond and whole:
             room = capacity if capacity < UNBOUNDED else max(_ROOM, k_BKLD.shape[2])
             layer.older_keys = k_BKLD.new_empty(B, K, room, D)
             layer.older_values = v_BKLD.new_empty(B, K, room, v_BKLD.shape[3])

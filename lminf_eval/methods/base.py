@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from lminf_eval.errors import UsageError
-from lminf_eval.methods.branches import Branch, FirstKeys, OlderKeys, SlidingWindow
+from lminf_eval.methods.branches import Branch, Chunks, FirstKeys, OlderKeys, SlidingWindow
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -70,7 +70,7 @@ class AttentionMethod(BaseModel):
     @property
     def keeps_all(self) -> bool:
         """Whether it needs every key of a sequence, so that memory grows with length."""
-        return older_keys(self.branches()) is not None
+        return kept_whole(self.branches()) is not None
 
     @property
     def attention_span(self) -> int:
@@ -161,3 +161,13 @@ def first_keys(branches: tuple[Branch, ...]) -> Branch[FirstKeys] | None:
 def older_keys(branches: tuple[Branch, ...]) -> Branch[OlderKeys] | None:
     """Return the branch of all older keys, if there is one."""
     return next((branch for branch in branches if isinstance(branch.keys, OlderKeys)), None)
+
+
+def chunks(branches: tuple[Branch, ...]) -> tuple[Branch[Chunks], ...]:
+    """Return the branches of chunks; they replace the sliding window."""
+    return tuple(branch for branch in branches if isinstance(branch.keys, Chunks))
+
+
+def kept_whole(branches: tuple[Branch, ...]) -> Branch | None:
+    """Return a branch that needs all keys of a sequence, which are kept at its key positions, if there is one."""
+    return older_keys(branches) or next(iter(chunks(branches)), None)

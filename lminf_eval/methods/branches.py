@@ -106,6 +106,46 @@ class OlderKeys:
         return _triangle(max(0, tokens - self.after))
 
 
+@dataclass(frozen=True)
+class Chunks:
+    """Keys by chunks of `size` tokens: the query's own chunk (`back` 0), the one before it (1), or all older ones (2).
+
+    The branches of the three go together, and give a key the same position: it is kept once.
+    """
+
+    size: int
+    back: int
+
+    def visible(self, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
+        """See `KeySet`."""
+        back = i // self.size - j // self.size
+        return (i - j >= 0) & (back >= self.back if self.back == 2 else back == self.back)
+
+    def span(self, position: int) -> range:
+        """Return the positions of the chunks' keys for the query at `position`; some of its own chunk come after it."""
+        own = position // self.size * self.size
+        stop = max(0, own + (1 - self.back) * self.size)
+        return range(0 if self.back == 2 else max(0, stop - self.size), stop)
+
+    def kept(self, tokens: int) -> int:
+        """Return what the newest query sees: those of all three branches are all keys."""
+        return self.seen(tokens - 1) if tokens else 0
+
+    def seen(self, position: int) -> int:
+        """See `KeySet`."""
+        keys = self.span(position)
+        return max(0, min(keys.stop, position + 1) - keys.start)
+
+    def pairs(self, tokens: int) -> int:
+        """See `KeySet`."""
+        whole, rest = divmod(tokens, self.size)
+        if self.back == 0:
+            return whole * _triangle(self.size) + _triangle(rest)
+        chunks = max(0, whole - self.back)  # before the last whole chunk, seen by all queries of a whole one
+        seen = _triangle(chunks) if self.back == 2 else chunks
+        return seen * self.size**2 + rest * len(self.span(tokens))
+
+
 def own_position(position: torch.Tensor) -> torch.Tensor:
     """Return a token's own position."""
     return position

@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 from lminf_eval.config.trained_length import trained_length
 from lminf_eval.errors import UsageError, validation_line
 from lminf_eval.methods.base import UNBOUNDED, AttentionMethod
+from lminf_eval.methods.dca import DualChunk
 from lminf_eval.methods.full import Full
 from lminf_eval.methods.lambda_ import Lambda
 from lminf_eval.methods.lambda_mask import LambdaMask
@@ -22,7 +23,7 @@ from lminf_eval.methods.window import Window
 from lminf_eval.utils.names import closest
 
 METHODS: dict[str, type[AttentionMethod]] = {
-    one.name: one for one in (Lambda, Full, Window, Streaming, LambdaMask, ReRoPE, SelfExtend)
+    one.name: one for one in (Lambda, Full, Window, Streaming, LambdaMask, ReRoPE, SelfExtend, DualChunk)
 }
 DEFAULT = Lambda.name
 

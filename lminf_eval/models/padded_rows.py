@@ -73,15 +73,16 @@ def attend_all_keys(
 def _attend_newest(q_BHLD: torch.Tensor, k_BKSD: torch.Tensor, v_BKSD: torch.Tensor, call: AttentionCall) -> Result:
     S, L = k_BKSD.shape[2], q_BHLD.shape[2]
     start, window, layer = S - L, call.window, None
-    first = max(0, start - window)
+    first = max(0, start - window)  # of the window's keys
     if start:
         layer = LayerCache.empty(k_BKSD, v_BKSD, call.branches, S)
         layer.write_sinks(k_BKSD[:, :, :start], v_BKSD, 0)
-        past = call.rotate(k_BKSD[:, :, first:start], torch.arange(start - first)[None], f"past {window}")
-        layer.write(past, v_BKSD[:, :, first:start], first)
-        if (older := call.older) and layer.older_keys is not None:
+        if window:
+            past = call.rotate(k_BKSD[:, :, first:start], torch.arange(start - first)[None], f"past {window}")
+            layer.write(past, v_BKSD[:, :, first:start], first)
+        if (whole := call.kept_whole) and layer.older_keys is not None:
             placing = replace(call, rotate=lambda x, at, name: call.rotate(x, at, f"past {name}"))
-            placed = placed_keys(k_BKSD[:, :, :start], torch.arange(start)[None], placing, older)
+            placed = placed_keys(k_BKSD[:, :, :start], torch.arange(start)[None], placing, whole)
             layer.write_older(placed, v_BKSD[:, :, :start], [0])
     new = k_BKSD[:, :, start:], v_BKSD[:, :, start:]
     return prefill_attention(q_BHLD, *new, layer, replace(call, start=start, origin=first), False)

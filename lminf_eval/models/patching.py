@@ -294,7 +294,7 @@ class PatchedModel:
         layer = state.layers.get(index)
         if layer is None and update:
             layer = state.layers[index] = LayerCache.empty(k_BKLD, v_BKLD, call.branches, state.capacity)
-        if layer is not None and q_BHLD.shape[2] == 1 and update and context.spans is None:
+        if layer is not None and layer.window and q_BHLD.shape[2] == 1 and update and context.spans is None:
             out, lse = decode_attention(q_BHLD, k_BKLD, v_BKLD, layer, self._step(layer, call, context, state), call)
         elif context.spans is None and len(set(state.lengths)) == 1:
             call = replace(call, start=state.lengths[0], origin=state.origins[0])

@@ -103,6 +103,8 @@ def _chosen(own: dict[str, Any]) -> dict[str, str]:
     if not text(own.get("n_local_from")).startswith("set by"):
         defaults["n_local"] = own.get("n_local")
     defaults["top_k_distance"] = number(own.get("n_local")) // 2 if own.get("top_k") else own.get("top_k_distance")
+    if method := METHODS.get(text(own.get("attention"))):
+        defaults["dca_window"] = method.filled({"n_local": own.get("n_local")}, 0).get("dca_window")
     chosen = {name: own[name] for name, default in defaults.items() if name in own and own[name] != default}
     return model_args(table(own.get("model_args")) | chosen)
 

@@ -19,6 +19,7 @@ SLOPES = torch.tensor([0.5, 0.03], dtype=torch.float64)
 SPECS = [make(attention=name, n_local=6, n_global=2) for name, method in registry.METHODS.items() if method.patched]
 SPECS.append(make(attention="rerope", n_local=6, rerope_step=2.5))
 SPECS.append(make(attention="self_extend", n_local=6, self_extend_group=4))
+SPECS.append(make(attention="dca", n_local=6, dca_window=4))
 
 
 def unturned(x, positions, name=None):
@@ -46,6 +47,10 @@ def naive(q, k, v, spec, scale):
         if spec.name == "self_extend":
             w, g = spec.n_local, spec.self_extend_group
             seen |= {j: (i // g + w - w // g) - j // g for j in range(i - w + 1)}
+        if spec.name == "dca":
+            s, c = spec.n_local, spec.n_local + spec.dca_window
+            positions = (i % s, min(i % s + s, c - 1), c - 1)  # in its own chunk, the one before, older ones
+            seen = {j: positions[min(i // s - j // s, 2)] - j % s for j in range(i + 1)}
         if spec.name == "streaming":
             kept = sorted([*starting, *seen])
             seen = {j: kept.index(i) - kept.index(j) for j in kept}
@@ -75,7 +80,7 @@ def test_chunks_and_single_tokens_are_the_definition(spec, chunk):
     call = AttentionCall(spec.branches(), unturned, 0.4, slopes_H=SLOPES)
     for start in range(0, S, chunk):
         part = [x[:, :, start : start + chunk] for x in (q, k, v)]
-        if chunk == 1:
+        if chunk == 1 and call.window:
             out, _ = decode_attention(*part, layer, DecodeMetadata.of(layer, [start], [0], call), call)
         else:
             out, _ = prefill_attention(*part, layer, replace(call, start=start), True)

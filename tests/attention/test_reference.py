@@ -29,6 +29,15 @@ def logit_at(q, k, distance):
     return (q * k.conj() * torch.polar(torch.ones_like(FREQUENCIES), distance * FREQUENCIES)).real.sum().item()
 
 
+def chunk_distance(i, j, s, w):
+    """Dual Chunk Attention as its paper writes it: three lists of query positions, and one of key positions."""
+    c = s + w
+    intra, inter = list(range(s)), [c - 1] * s
+    successive = [*range(s, s + w), *[c - 1] * s][:s]  # equation 7
+    query = (intra, successive, inter)[min(i // s - j // s, 2)]
+    return query[i % s] - j % s
+
+
 def distances(i, spec):
     """{visible key: distance} of the query at position i, from each method's own description."""
     window = {j: i - j for j in range(max(0, i - spec.n_local + 1), i + 1)}
@@ -43,6 +52,8 @@ def distances(i, spec):
     if spec.name == "self_extend":  # floors of both positions; the query's moved on, so that distances go on from w
         g, w = spec.self_extend_group, spec.n_local
         return window | {j: (i // g + w - w // g) - j // g for j in range(i - w + 1)}
+    if spec.name == "dca":
+        return {j: chunk_distance(i, j, spec.n_local, spec.dca_window) for j in range(i + 1)}
     if spec.name == "lambda":
         return window | dict.fromkeys(starting, spec.n_local)
     kept = sorted([*starting, *window])  # StreamingLLM's cache: positions are places in it
@@ -73,6 +84,8 @@ def random_qkv(S, H=2, K=1, B=1):
 OTHERS = {
     "leaky": {"attention": "rerope", "rerope_step": 2.5},
     "pairs": {"attention": "self_extend", "self_extend_group": 2},
+    "narrow": {"attention": "dca", "dca_window": 1},
+    "wide": {"attention": "dca", "dca_window": 9},
 }
 
 

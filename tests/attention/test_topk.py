@@ -118,7 +118,7 @@ def test_what_the_device_holds_does_not_grow_with_the_middle(tiny_model):
     assert sizes[0] == sizes[1]
 
 
-@pytest.mark.parametrize("attention", ["full", "rerope", "self_extend"])
+@pytest.mark.parametrize("attention", ["full", "rerope", "self_extend", "dca"])
 def test_it_is_refused_where_no_key_is_hidden(attention):
     line = f"top_k=2 goes with attention=lambda or window or streaming or lambda_mask, not with attention={attention}"
     with pytest.raises(UsageError, match=line):

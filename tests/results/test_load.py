@@ -48,6 +48,7 @@ def test_both_versions_of_the_format_give_the_same_rows(lm_eval_files, make_pass
         ("streaming", "streaming n_local=64 n_global=4 top_k=5"),
         ("rerope", "rerope n_local=64"),
         ("self_extend", "self_extend n_local=64"),
+        ("dca", "dca n_local=64"),
         ("lambda", "lambda n_local=64 n_global=4 top_k=5"),
     ],
 )

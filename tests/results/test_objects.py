@@ -105,6 +105,11 @@ def test_models_without_a_name_are_never_one_measurement(lm_eval_files, make_pas
 def test_the_command_names_the_model_and_the_method_of_an_object(evaluate, folder):
     words = reproduction_command(evaluate(LMInfinite(folder, attention="window", n_local=64, device="cpu")), False)
     assert f"--model lminf --tasks choose --model_args pretrained={folder},attention=window,n_local=64" in words
+    words = reproduction_command(evaluate(LMInfinite(folder, attention="dca", n_local=64, device="cpu")), False)
+    assert "attention=dca,n_local=64" in words
+    assert "dca_window" not in words  # it follows from n_local
+    words = reproduction_command(evaluate(LMInfinite(folder, attention="dca", dca_window=9, device="cpu")), False)
+    assert "attention=dca,dca_window=9" in words
     assert reproduction_command(evaluate(HFLM(folder, device="cpu")), False).startswith(
         "# lm-eval was given a model object"
     )
