@@ -408,7 +408,7 @@ def test_nan_is_reported_with_its_place_and_kept(attention, tiny_llama, caplog):
 # ---------------------------------------------------------------------- weights wait
 
 
-@pytest.mark.parametrize("rope", ["linear", "dynamic", "yarn"])
+@pytest.mark.parametrize("rope", ["linear", "dynamic", "yarn", "ntk"])
 def test_position_scaling_is_transformers_own(rope, folder):
     """`rope=` scores as a model does whose config says so; with and without it the answers differ."""
     model = lminf(folder, attention="full", rope=rope, rope_factor=4)

@@ -12,6 +12,7 @@ from lminf_eval.inference.engine import Engine
 from lminf_eval.inference.requests import GenerateRequest, ScoreRequest
 from lminf_eval.methods.registry import MethodArgs
 from lminf_eval.models.full_model import FullModel
+from lminf_eval.models.modules import find_rotary
 from lminf_eval.models.rope import frozen_length
 
 SMALL = {
@@ -26,6 +27,7 @@ SMALL = {
 BY_HAND = {  # what a user would write into config.json
     "linear": {"rope_type": "linear", "factor": 4.0},
     "dynamic": {"rope_type": "dynamic", "factor": 4.0},
+    "ntk": {"rope_theta": 1e4 * 4 ** (8 / 6)},  # 8 dimensions a head
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
 }
 
@@ -100,6 +102,36 @@ def test_the_engine_keeps_lengths_apart(randomise):
             text = [*text, token]
 
 
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [
+        ("llama", {}),
+        ("qwen3", {"head_dim": 16}),
+        ("gemma3_text", {"head_dim": 16}),  # a base for each kind of layer
+        ("phi", {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.5}}),
+        ("gpt_neox", {"rotary_pct": 0.5, "hidden_size": 64}),
+        ("glm", {"head_dim": 16, "pad_token_id": 0}),  # half of the dimensions
+        ("deepseek_v3", {"qk_rope_head_dim": 12, "kv_lora_rank": 8, "q_lora_rank": 8}),
+    ],
+)
+def test_ntk_keeps_the_fastest_frequency_and_divides_the_slowest_by_the_factor(family, more):
+    """Whatever the base and the number of rotated dimensions are: that is what its exponent is for."""
+
+    def frequencies(rope):
+        config = CONFIG_MAPPING[family](**SMALL | more)
+        apply_rope(config, rope, 4)
+        (rotary,) = find_rotary(AutoModelForCausalLM.from_config(config))
+        found = {name: value.double() for name, value in rotary.named_buffers() if name.endswith("inv_freq")}
+        assert found
+        return found
+
+    plain, scaled = frequencies(None), frequencies("ntk")
+    for name, before in plain.items():
+        whole = "sliding" in name  # whose layers reach no further
+        expected = before * (1 if whole else 4.0) ** -torch.linspace(0, 1, len(before), dtype=torch.float64)
+        torch.testing.assert_close(scaled[name], expected, rtol=1e-5, atol=0)
+
+
 def test_layers_that_slide_are_left_alone():
     config = CONFIG_MAPPING["gemma3_text"](**SMALL)
     before = dict(config.rope_parameters["sliding_attention"])
@@ -136,7 +168,7 @@ def test_what_cannot_be_scaled_is_refused(family, more, why):
         ({"attention": "full", "rope": "yarn"}, "go together"),
         ({"attention": "full", "rope_factor": 4}, "go together"),
         ({"attention": "full", "rope": "yarn", "rope_factor": 1}, "greater than 1"),
-        ({"attention": "full", "rope": "ntk", "rope_factor": 4}, "'linear', 'dynamic' or 'yarn'"),
+        ({"attention": "full", "rope": "pi", "rope_factor": 4}, "'linear', 'dynamic', 'yarn' or 'ntk'"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(args, why):

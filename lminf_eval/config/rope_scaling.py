@@ -1,6 +1,7 @@
 """Position scaling, the other way to run a rotary model past its length: transformers' own rope types, set in a config.
 
-`attention=full,rope=linear|dynamic|yarn,rope_factor=4` is one more row of a comparison. The model's code is untouched.
+`attention=full,rope=linear|dynamic|yarn|ntk,rope_factor=4` is one more row of a comparison. The model's code is
+untouched.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ def apply_rope(config: Any, rope: str | None, factor: float | None) -> None:
     """Edit a transformers config, in place and before its model is made, so that positions are scaled.
 
     Linear (position interpolation, arXiv 2306.15595) and YaRN (arXiv 2309.00071) use the factor. Dynamic NTK takes its
-    frequencies from the running length; `FullModel` holds them at the length of the whole sequence.
+    frequencies from the running length; `FullModel` holds them at the length of the whole sequence. NTK-aware scaling
+    (arXiv 2309.00071, section 3.1) changes the base alone, to base * factor^(d / (d - 2)) for d rotated dimensions: the
+    slowest frequency is then divided by the factor, and the fastest stays as it is.
 
     Args:
         rope: the name of the scaling; None for none.
@@ -37,6 +40,11 @@ def apply_rope(config: Any, rope: str | None, factor: float | None) -> None:
     for part in parts:
         if part.get("rope_type", "default") != "default":
             raise UsageError(f"rope={rope}: the model's positions are scaled already, by {part['rope_type']!r}")
+        if rope == "ntk":
+            head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+            d = int(head_dim * part.get("partial_rotary_factor", 1.0))
+            part["rope_theta"] *= factor ** (d / (d - 2))
+            continue
         part |= {"rope_type": rope, "factor": factor}
         if rope == "yarn":
             part["original_max_position_embeddings"] = length

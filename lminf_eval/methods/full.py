@@ -13,7 +13,8 @@ from lminf_eval.methods.branches import Branch, OlderKeys
 class Full(AttentionMethod):
     """Causal attention over all keys, by the model's own code, with scaled positions if `rope` is set.
 
-    Position interpolation (linear) is arXiv 2306.15595, YaRN arXiv 2309.00071; dynamic NTK has no paper.
+    Position interpolation (linear) is arXiv 2306.15595, YaRN arXiv 2309.00071, which also describes NTK-aware
+    scaling (ntk, section 3.1); dynamic NTK has no paper.
     """
 
     name = "full"
@@ -25,8 +26,8 @@ class Full(AttentionMethod):
     marker = "s"
     line = "--"
 
-    rope: Literal["linear", "dynamic", "yarn"] | None = Field(
-        None, description="with `full`, position scaling, a baseline: `linear`, `dynamic` or `yarn`"
+    rope: Literal["linear", "dynamic", "yarn", "ntk"] | None = Field(
+        None, description="with `full`, position scaling, a baseline: `linear`, `dynamic`, `yarn` or `ntk`"
     )
     rope_factor: float | None = Field(None, gt=1, description="how many times the trained length `rope` should reach")
 
