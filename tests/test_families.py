@@ -392,9 +392,10 @@ def test_the_table_names_what_is_tested_here():
 
 def test_a_model_whose_layers_all_slide_says_so(randomise, caplog):
     for name, said in {"mistral sliding": True, "gemma2": False, "mistral": False}.items():
-        caplog.clear()
-        patched_model(build(randomise, name), make(n_local=W, n_global=G)).restore()
-        assert ("all layers slide as trained, over 8 tokens" in caplog.text) == said
+        for attention in ("lambda", "dca"):
+            caplog.clear()
+            patched_model(build(randomise, name), make(attention, n_local=W, n_global=G)).restore()
+            assert ("all layers slide as trained, over 8 tokens" in caplog.text) == said
 
 
 def test_a_bias_that_the_model_rounds_is_not_held_against_it(randomise):

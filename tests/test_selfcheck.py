@@ -115,9 +115,18 @@ def test_wrong_logits_are_caught(tiny_model, monkeypatch):
         assert_refused_and_untouched(tiny_model(), "logits differ")
 
 
-@pytest.mark.parametrize("n_local", [1, 2, 3, 5])
-def test_any_window_can_be_checked(tiny_model, n_local):
-    patched_model(tiny_model(), make(n_local=n_local, n_global=0)).restore()
+@pytest.mark.parametrize("attention", ["rerope", "self_extend", "dca"])
+def test_keys_that_are_kept_wrongly_are_caught(tiny_model, monkeypatch, attention):
+    own, model = LayerCache.write_older, tiny_model()
+    monkeypatch.setattr(LayerCache, "write_older", lambda self, k, v, starts: own(self, k.flip(2), v, starts))
+    with pytest.raises(UsageError, match="logits"):
+        patched_model(model, make(attention, n_local=16))
+
+
+@pytest.mark.parametrize("attention", ["lambda", "rerope", "self_extend", "dca"])
+@pytest.mark.parametrize("n_local", [1, 2, 3, 5, 20, 21, 100])
+def test_any_window_can_be_checked(tiny_model, attention, n_local):
+    patched_model(tiny_model(), make(attention, n_local=n_local, n_global=0)).restore()
 
 
 def test_a_window_of_one_token_does_not_blind_the_check(randomise):

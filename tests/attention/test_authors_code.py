@@ -89,9 +89,7 @@ def flash_attention(q_BLHD, k_BMHD, v_BMHD, causal=False, return_attn_probs=Fals
 
 def load(monkeypatch, file, package=""):
     """Execute one of the authors' files as a module, of a package if it imports from one."""
-    flash = {
-        name: flash_attention for name in ("flash_attn_func", "flash_attn_varlen_func", "flash_attn_qkvpacked_func")
-    }
+    flash = dict.fromkeys(("flash_attn_func", "flash_attn_varlen_func", "flash_attn_qkvpacked_func"), flash_attention)
     stand_ins = {"flash_attn": flash, "flash_attn.flash_attn_interface": flash}
     if package:
         stand_ins |= {

@@ -229,9 +229,12 @@ def test_short_chunks_are_not_spread(answered):
     ("spec", "line"),
     [
         (make(attention="full"), "attention=full: parallel=context goes with lambda, window, streaming, lambda_mask"),
-        (
-            make("rerope", n_local=8),
-            "attention=rerope: parallel=context goes with lambda, window, streaming, lambda_mask",
+        *(
+            (
+                make(attention, n_local=8),
+                f"attention={attention}: parallel=context goes with lambda, window, streaming, lambda_mask",
+            )
+            for attention in ("rerope", "self_extend", "dca")
         ),
         (make(n_local=16, top_k=2), "top_k: parallel=context goes with top_k=0 alone; no rank has all keys"),
     ],

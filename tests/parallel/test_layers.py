@@ -30,11 +30,11 @@ def answers(model: LMInfinite) -> list:
     ]
 
 
-@pytest.mark.parametrize("attention", ["lambda", "full"])
+@pytest.mark.parametrize("attention", ["lambda", "full", "self_extend", "dca"])
 def test_weights_that_are_offloaded_give_the_answers_of_a_model_in_memory(attention, tiny_llama, tmp_path):
     folder = tiny_llama(max_position_embeddings=512, num_hidden_layers=3, tie_word_embeddings=False)
     common = {"device": "cpu", "dtype": "float32", "attention": attention, "chunk_size": 32}
-    if attention == "lambda":
+    if attention != "full":
         common["n_local"] = 64
     expected = answers(LMInfinite(str(folder), **common))
     offload = {"max_cpu_memory": 500_000, "offload_folder": str(tmp_path)}
