@@ -39,6 +39,6 @@ if __name__ == "__main__":
     if len(sys.argv) > 1:
         main(sys.argv[1])
     else:
-        from lminf_eval.demo.smollm2 import fetch
+        from lminf_eval.demo.models import fetch
 
         main(str(fetch()))

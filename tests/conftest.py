@@ -37,16 +37,26 @@ def _seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(scope="session")
-def smollm2() -> Path:
-    """Directory of SmolLM2-135M-Instruct in float32, tokenizer included; skips the test where it can't be had."""
-    from lminf_eval.demo.smollm2 import fetch
+def _real_model(name: str) -> Path:
+    from lminf_eval.demo.models import MODELS, fetch
     from lminf_eval.errors import UsageError
 
     try:
-        return fetch()
+        return fetch(MODELS[name])
     except UsageError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """Directory of SmolLM2-135M-Instruct in float32, tokenizer included; skips the test where it can't be had."""
+    return _real_model("smollm2-135m-instruct")
+
+
+@pytest.fixture(scope="session")
+def gemma3() -> Path:
+    """Directory of Gemma 3 270M (base) in float32, tokenizer included; skips the test where it can't be had."""
+    return _real_model("gemma3-270m")
 
 
 def _randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:

@@ -13,7 +13,7 @@ def demo(
 ) -> None:
     """Evaluate a real model (SmolLM2-135M) with and without the method, within and beyond its training length."""
     if print_model:
-        from lminf_eval.demo.smollm2 import fetch
+        from lminf_eval.demo.models import fetch
 
         print(fetch(log=lambda line: print(line, file=sys.stderr)))
         return

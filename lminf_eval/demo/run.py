@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lminf_eval.demo.smollm2 import fetch
+from lminf_eval.demo.models import fetch
 from lminf_eval.errors import UsageError
 from lminf_eval.paths import DEMO_MODEL
 from lminf_eval.utils.atomic_write import write_text
