@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -287,8 +288,14 @@ def _tokens(length: int | str) -> int:
 
 
 def _check_known(task: str, ours: Iterable[str], settings: Mapping[str, Any]) -> None:
-    from lm_eval.tasks import TaskManager
-
-    manager = TaskManager(include_path=settings.get("include_path"))
+    manager = _task_manager(settings.get("include_path"))
     if not manager.match_tasks([task]) and not Path(task).is_file():
         raise UsageError(f"tasks: lm-eval knows no {task!r}{closest(task, {*ours, *manager.all_tasks})}")
+
+
+@functools.lru_cache(maxsize=1)
+def _task_manager(include_path: str | None) -> Any:
+    """Return lm-eval's index of tasks, which takes it seconds to read."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=include_path)
