@@ -142,7 +142,7 @@ def test_files_that_are_no_sweep(tmp_path, content, message):
 
 def test_the_sweeps_that_ship():
     sizes = {file.stem: len(read_sweep(file)) for file in CONFIGS.glob("*.yaml") if "models:" in file.read_text()}
-    assert sizes == {"demo": 15, "paper_table": 80, "passkey_grid": 12, "modern": 72, "retrieval_limits": 48}
+    assert sizes == {"demo": 15, "paper_table": 80, "passkey_grid": 12, "modern": 72, "retrieval_limits": 36}
 
 
 def test_the_demo_s_own_sweep_is_the_demo_s():
