@@ -145,10 +145,10 @@ def tiny_model():
 
 @pytest.fixture(scope="session")
 def reference_logits():
-    """`reference_logits(model, method, ids [B, S], retrieve_from)` -> logits [B, S, V] of the model by the definition.
+    """`reference_logits(model, method, ids [B, S], answers_from)` -> logits [B, S, V] of the model by the definition.
 
     Every layer's attention is `attention/reference.py` over the whole sequence at once, at absolute positions; with
-    retrieval from the position `retrieve_from` on.
+    tokens that see more from the position `answers_from` on.
     """
     from lminf_eval.attention.reference import reference_attention
     from lminf_eval.methods.base import WindowedMethod
@@ -157,7 +157,7 @@ def reference_logits():
     from lminf_eval.models.forward_context import ForwardContext
 
     def logits(
-        model: torch.nn.Module, method: WindowedMethod, ids: torch.Tensor, retrieve_from: int | None = None
+        model: torch.nn.Module, method: WindowedMethod, ids: torch.Tensor, answers_from: int | None = None
     ) -> torch.Tensor:
         patched = patched_model(model, method)
 
@@ -167,10 +167,8 @@ def reference_logits():
 
             own = options.get("sliding_window")
             layer = make("window", n_local=own) if own else method
-            first = getattr(method, "top_k_from_layer", 0)
-            again = None if own or module.layer_idx < first else retrieve_from
             extra = {"softcap": options.get("softcap"), "sink_logits_H": options.get("s_aux")}
-            extra |= {"slopes_H": patched.slopes, "retrieve_from": again}
+            extra |= {"slopes_H": patched.slopes, "answers_from": answers_from, "layer": module.layer_idx}
             return reference_attention(q, k, v, rotate, layer, scale, **extra)
 
         try:

@@ -15,8 +15,8 @@ from lminf_eval.harness import model_args
 from lminf_eval.harness.lm import LMInfinite
 from lminf_eval.inference.engine import Engine
 from lminf_eval.inference.requests import ScoreRequest
-from lminf_eval.methods.base import HidesKeys
 from lminf_eval.methods.branches import Branch, FirstKeys, SlidingWindow
+from lminf_eval.methods.hides_keys import HidesKeys
 from lminf_eval.methods.registry import METHODS, MethodArgs, make
 from lminf_eval.models.families import registry, table
 from lminf_eval.models.families.adapter import FamilyAdapter
@@ -62,7 +62,7 @@ def described(folder, args):
 
 
 def test_a_method_is_parsed_listed_and_documented(pretend):
-    assert MethodArgs.parse(pretend).at(0) == Pretend(n_local=16, pretend_far=5, top_k_distance=8)
+    assert MethodArgs.parse(pretend).at(0) == Pretend(n_local=16, pretend_far=5, top_k_distance=8, top_k_from_layer=0)
     assert "pretend_far" in {method.name: method for method in lminf.methods()}["pretend"].parameters
     rows = {name: (default, meaning) for name, default, meaning in model_args.arguments_table()}
     assert "`pretend`: what nobody does" in rows["attention"][1]

@@ -21,7 +21,7 @@ def test_heads_and_dimensions_are_those_of_the_real_layers(name, randomise):
     seen = {}
 
     def look(attend, module, q, k, v, scale, options):
-        window = window_of(patched.layer_branches(module, options)[0])
+        window = window_of(patched.layer_rule(module, options).branches)
         seen[module.layer_idx] = q.shape[1], k.shape[1], k.shape[3], v.shape[3], None if window == 16 else window
         return attend(module, q, k, v, scale, options)
 

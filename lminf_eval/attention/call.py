@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -35,6 +35,10 @@ class AttentionCall:
     slopes_H: torch.Tensor | None = None
     start: int = 0
     origin: int = 0
+
+    def named(self, prefix: str) -> AttentionCall:
+        """Return the call with angles of its own: others with the same names have theirs at other positions."""
+        return replace(self, rotate=lambda x, at, name: self.rotate(x, at, f"{prefix}: {name}"))
 
     @property
     def window(self) -> int:

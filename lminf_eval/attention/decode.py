@@ -49,11 +49,12 @@ class DecodeMetadata:
     def of(cls, layer: LayerCache, lengths: list[int], origins: list[int], call: AttentionCall) -> DecodeMetadata:
         """Return the step of rows at the positions `lengths`, for layers like this one."""
         window, G, R = layer.window, layer.sinks, layer.ring
+        branch = call.first
         position_B1 = torch.tensor(lengths)[:, None]
         local_B1 = position_B1 - torch.tensor(origins)[:, None]
-        some_far = G > 0 and max(lengths) >= window
+        some_far = G > 0 and branch is not None and max(lengths) >= window
         distance_BG = position_B1[:, :0]
-        if G and (branch := call.first) is not None:
+        if G and branch is not None:
             distance_BG = branch.distance(position_B1, torch.arange(G)[None])
         first, last = (0 if some_far else G), G + min(R, max(lengths) + 1)
         age_BR = (position_B1 - torch.arange(last - G)) % R

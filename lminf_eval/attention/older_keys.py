@@ -38,24 +38,25 @@ def add_older_keys(
 
     Args:
         out_BHLD, lse_BHL: the window's result for the same queries.
-        q_BHLD: of the new tokens, without rotation.
-        k_BKLD: `placed_keys` of the new tokens; v_BKLD: their values.
+        q_BHLD: of the new tokens, or of the newest L of them, without rotation.
+        k_BKLD: `placed_keys` of all new tokens; v_BKLD: their values.
         layer: holds the keys of the tokens before `call.start`; may be None if there are none.
         branch: the call's branch of older keys.
     """
     start, L = call.start, q_BHLD.shape[2]
+    first = start + k_BKLD.shape[2] - L  # the first query's position
     after = branch.keys.after
-    far = max(0, after - start)  # the first of the new tokens that sees an older key
+    far = max(0, after - first)  # the first of the queries that sees an older key
     if far >= L:
         return
-    n = start + L - after  # keys that the last query sees
+    n = first + L - after  # keys that the last query sees
     k_BKND, v_BKND = k_BKLD[:, :, :n], v_BKLD[:, :, :n]
     if start and layer is not None:
         m = min(start, n)
         k_old, v_old = layer.older(m)
         k_BKND = torch.cat([k_old, k_BKLD[:, :, : n - m]], 2)
         v_BKND = torch.cat([v_old, v_BKLD[:, :, : n - m]], 2)
-    query_at, q_far = branch.query_position(torch.arange(start + far, start + L)), q_BHLD[:, :, far:]
+    query_at, q_far = branch.query_position(torch.arange(first + far, first + L)), q_BHLD[:, :, far:]
     if call.slopes_H is None:
         q_far = call.rotate(q_far, query_at[None], "older keys' queries")
     else:

@@ -27,7 +27,8 @@ def reference_attention(
     softcap: float | None = None,
     sink_logits_H: torch.Tensor | None = None,
     slopes_H: torch.Tensor | None = None,
-    retrieve_from: int | None = None,
+    answers_from: int | None = None,
+    layer: int = 0,
 ) -> torch.Tensor:
     """Compute the attention of one whole sequence from the method's branches: one softmax over all of them.
 
@@ -39,8 +40,10 @@ def reference_attention(
         softcap: logits become softcap * tanh(logits / softcap) (Gemma 2).
         sink_logits_H: a learned logit per head that joins the softmax with no value (gpt-oss).
         slopes_H: ALiBi's slopes: a bias of -slope * distance (`rotate` then returns x as it is).
-        retrieve_from: from this query on, each head also sees the method's `top_k` best of the keys that no branch
-            shows, scored as if at distance `top_k_distance`; None in layers, and for requests, without retrieval.
+        answers_from: from this query on, queries see more, by the method's rule for the layer: everything, or the
+            method's `top_k` best of the keys that no branch shows, or blocks of keys, as if at distance
+            `top_k_distance`; None for requests in which no query does.
+        layer: the layer's number.
 
     Returns:
         [B, H, S, D], in the dtype of q.
@@ -59,24 +62,38 @@ def reference_attention(
             found = found - slopes_H.to(found)[:, None, None] * distance
         return found
 
+    rule = method.rule(layer)
+    answer_S1 = i_S1 >= (len(i) if answers_from is None else answers_from)
     logits_BHSS = q_BHSD.new_full((*q_BHSD.shape[:3], len(i)), float("-inf"))
     shown_SS = torch.zeros(len(i), len(i), dtype=torch.bool, device=q_BHSD.device)
-    for branch in method.branches():
-        visible_SS = branch.keys.visible(i_S1, j_1S)
-        found = logits(branch.query_position(i), branch.key_position(i))
-        logits_BHSS, shown_SS = torch.where(visible_SS, found, logits_BHSS), shown_SS | visible_SS
-    if retrieve_from is not None:
-        hidden_SS = (j_1S <= i_S1) & ~shown_SS & (i_S1 >= retrieve_from)
-        logits_BHSS = torch.where(hidden_SS, _retrieved(method, logits, i, hidden_SS), logits_BHSS)
+    for branches, queries_S1 in ((rule.branches, ~answer_S1), (rule.answer or rule.branches, answer_S1)):
+        for branch in branches:
+            visible_SS = branch.keys.visible(i_S1, j_1S) & queries_S1
+            found = logits(branch.query_position(i), branch.key_position(i))
+            logits_BHSS, shown_SS = torch.where(visible_SS, found, logits_BHSS), shown_SS | visible_SS
+    if rule.retrieves:
+        hidden_SS = (j_1S <= i_S1) & ~shown_SS & answer_S1
+        found = _retrieved(method, logits, i, hidden_SS, k_BKSD.shape[1])
+        logits_BHSS = torch.where(hidden_SS, found, logits_BHSS)
     if sink_logits_H is None:
         return logits_BHSS.softmax(-1) @ v_BHSD
     sink_BHS1 = sink_logits_H.to(logits_BHSS.dtype)[None, :, None, None].expand(*logits_BHSS.shape[:3], 1)
     return torch.cat([logits_BHSS, sink_BHS1], -1).softmax(-1)[..., :-1] @ v_BHSD
 
 
-def _retrieved(method: Any, logits: Callable, i: torch.Tensor, hidden_SS: torch.Tensor) -> torch.Tensor:
-    """Compute the logits of hidden keys, all but each head's `top_k` best of a query at -inf."""
+def _retrieved(method: Any, logits: Callable, i: torch.Tensor, hidden_SS: torch.Tensor, K: int) -> torch.Tensor:
+    """Compute the logits of hidden keys, all but the chosen ones of each query at -inf.
+
+    A key's votes are the sum of its shares in the softmax over hidden keys of each head that chooses with others
+    (TokenSelect, arXiv 2411.02886, section 3.3). A block has the votes of its best key. The `top_k` with the most win.
+    """
     found = logits(torch.full_like(i, method.top_k_distance), torch.zeros_like(i)).masked_fill(~hidden_SS, -torch.inf)
-    best = found.topk(min(method.top_k, len(i)), -1).indices
-    chosen = torch.zeros_like(found, dtype=torch.bool).scatter(-1, best, True)
-    return found.masked_fill(~chosen, -torch.inf)
+    B, H, S, _ = found.shape
+    choosers = {"head": H, "group": K, "layer": 1}[method.top_k_choice]
+    votes = found.softmax(-1).nan_to_num(0.0).view(B, choosers, H // choosers, S, S).sum(2)
+    votes = votes.masked_fill(~hidden_SS, -1.0)
+    block = i // method.top_k_block
+    most = torch.stack([votes[..., block == b].amax(-1) for b in range(int(block[-1]) + 1)], -1)
+    best = most.topk(min(method.top_k, most.shape[-1]), -1).indices
+    chosen = torch.zeros_like(most, dtype=torch.bool).scatter(-1, best, True)[..., block]
+    return found.masked_fill(~chosen.repeat_interleave(H // choosers, 1), -torch.inf)

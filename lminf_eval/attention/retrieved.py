@@ -1,20 +1,27 @@
-"""Attention over retrieved keys: each head's best of the keys that the method's branches hide.
+"""Attention over retrieved keys: a query's best of the keys that the method's branches hide.
 
-Source: LM-Infinite, arXiv 2308.16137, section 4.
+Source: LM-Infinite, arXiv 2308.16137, section 4; heads that choose together vote as in TokenSelect, arXiv 2411.02886,
+section 3.
 
-Shapes: B rows, H query heads, K key-value heads, L new tokens, D head dimension.
+Shapes: B rows, H query heads, K key-value heads, g query heads of each (H = K * g), L new tokens, M hidden keys, n keys
+that a query retrieves, D head dimension.
 """
 
 from __future__ import annotations
 
 import torch
+from torch.nn.functional import pad
 
 from lminf_eval.attention import alibi
 from lminf_eval.attention.call import AttentionCall
 from lminf_eval.attention.kernels import merge
 from lminf_eval.cache.attention_state import AttentionState
 from lminf_eval.cache.offloaded_keys import OffloadedKeys
-from lminf_eval.methods.base import HidesKeys
+from lminf_eval.methods.base import UNBOUNDED
+from lminf_eval.methods.hides_keys import HidesKeys
+
+_NUMBERS_AT_ONCE = 2**25  # of logits, or of retrieved values
+_GROUP = 64  # keys whose maximum is taken first
 
 
 def add_retrieved(
@@ -28,12 +35,14 @@ def add_retrieved(
     layer_idx: int,
     call: AttentionCall,
     update_cache: bool,
+    spans: list[tuple[int, int]] | None = None,
 ) -> None:
-    """Merge each new token's best hidden keys into the result, in place, in rows that have come to `retrieve_from`.
+    """Merge retrieved keys into the result, in place, for new tokens from their row's `answers_from` on.
 
     Args:
         out_BHLD, lse_BHL: the result of the method's branches.
         q_BHLD, k_BKLD, v_BKLD: of the new tokens, without rotation; their keys join those that are kept.
+        spans: of each row, the new tokens [low, high) that are no padding; None if there is no padding.
     """
     L, zero = q_BHLD.shape[2], torch.zeros(1, 1, dtype=torch.long)
     if call.slopes_H is None:
@@ -42,16 +51,112 @@ def add_retrieved(
     else:
         keys = alibi.keys_at(k_BKLD, zero[0])
         queries = alibi.queries_at(q_BHLD, zero[0] + method.top_k_distance, call.slopes_H / call.scale)
-    offloaded = state.offloaded.get(layer_idx, [OffloadedKeys()] * len(state.lengths))
-    offloaded = [held.append(keys[row], v_BKLD[row]) for row, held in enumerate(offloaded)]
+    device = k_BKLD.device if layer_idx in state.on_device else torch.device("cpu")
+    offloaded = list(state.offloaded.get(layer_idx) or [OffloadedKeys()] * len(state.lengths))
+    shown = branch.keys.count if (branch := call.first) else 0
+    for row, start in enumerate(state.lengths):
+        low, high = (0, L) if spans is None else spans[row]
+        offloaded[row] = offloaded[row].append(keys[row, :, low:high], v_BKLD[row, :, low:high], device)
+        end, first = start + high - low, UNBOUNDED if state.answers_from is None else state.answers_from[row]
+        first = max(start, first)  # the position of the first new token that retrieves
+        if first < end and end - call.window > shown:
+            stop_L = torch.arange(first, end) - call.window + 1  # where each token's window begins
+            here = slice(low + first - start, high)
+            found = attend_best(queries[row, :, here], offloaded[row], shown, stop_L, method, call.scale, call.softcap)
+            merge(out_BHLD[row, :, here], lse_BHL[row, :, here], *found)
     if update_cache:
         state.offloaded[layer_idx] = offloaded
-    shown = branch.keys.count if (branch := call.first) else 0
-    for row, (start, retrieve_from) in enumerate(zip(state.lengths, state.retrieve_from or [], strict=False)):
-        first = max(0, retrieve_from - start)
-        stop_L = torch.arange(start, start + L)[first:] - call.window + 1  # where each token's window begins
-        if first < L and int(stop_L[-1]) > shown:
-            found = offloaded[row].attend(
-                queries[row, :, first:], shown, stop_L, method.top_k, call.scale, call.softcap
-            )
-            merge(out_BHLD[row, :, first:], lse_BHL[row, :, first:], *found)
+
+
+def attend_best(
+    q_HLD: torch.Tensor,
+    offloaded: OffloadedKeys,
+    low: int,
+    stop_L: torch.Tensor,
+    method: HidesKeys,
+    scale: float,
+    softcap: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute attention over each query's best of the keys at positions low .. stop_L[l] - 1.
+
+    Args:
+        q_HLD: queries rotated to the distance at which hidden keys are seen.
+        stop_L: of each query, where its window begins; a query with no hidden key gets a log-sum-exp of -inf.
+        method: says how many keys are chosen, and by whom.
+
+    Returns:
+        out [H, L, D] and lse [H, L], on the device of q.
+    """
+    (H, L, _), M = q_HLD.shape, int(stop_L.max()) - low
+    (k_KMD, v_KMD), *_ = offloaded.pieces
+    K, D = v_KMD.shape[0], v_KMD.shape[2]
+    wide = torch.promote_types(q_HLD.dtype, torch.float32)
+    q_KgLD, stop_L = q_HLD.to(k_KMD.device).view(K, H // K, L, -1), stop_L.to(k_KMD.device)
+    if q_HLD.dtype == wide:  # fewer numbers than the logits
+        q_KgLD, scale = q_KgLD * scale, 1.0
+    rows = max(1, _NUMBERS_AT_ONCE // (H * max(M, min(M, method.top_k * method.top_k_block) * D)))
+    parts = []
+    for first in range(0, L, rows):
+        q, stop_l = q_KgLD[:, :, first : first + rows], stop_L[first : first + rows]
+        logits_KglM = offloaded.logits(q.reshape(K, -1, q.shape[-1]), low, low + M).view(*q.shape[:3], M).to(wide)
+        if scale != 1.0:
+            logits_KglM = logits_KglM.mul_(scale)
+        if softcap is not None:
+            logits_KglM = softcap * torch.tanh(logits_KglM / softcap)
+        common = max(0, int(stop_l[0]) - low)  # keys that are hidden from all these queries; later ones, from some
+        shown_lm = torch.arange(low + common, low + M, device=stop_l.device) >= stop_l[:, None]
+        logits_KglM[..., common:].masked_fill_(shown_lm, -torch.inf)
+        parts.append(_attend_chosen(logits_KglM, shown_lm, low, offloaded, method))
+    out, lse = (torch.cat(part, 2) for part in zip(*parts, strict=True))
+    return out.reshape(H, L, D).to(q_HLD.device), lse.reshape(H, L).to(q_HLD.device)
+
+
+def _attend_chosen(
+    logits_KglM: torch.Tensor, shown_lm: torch.Tensor, low: int, offloaded: OffloadedKeys, method: HidesKeys
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute attention over the keys that win among those from `low` on: out [K, g, l, D] and lse [K, g, l].
+
+    Args:
+        shown_lm: which of the last m keys are not hidden from a query; their logits are -inf.
+    """
+    K, g, M = (*logits_KglM.shape[:2], logits_KglM.shape[3])
+    index = _chosen(logits_KglM, shown_lm, low, method)  # of the choosers: [K or 1, g or 1, l, n]
+    outside = (index < 0) | (index >= M)  # of a block at either end
+    index = index.clamp(0, M - 1)
+    best_Kgln = logits_KglM.gather(-1, index.expand(K, g, *index.shape[2:])).masked_fill(outside, -torch.inf)
+    lse_Kgl = best_Kgln.logsumexp(-1)
+    weights = (best_Kgln - lse_Kgl.clamp(min=torch.finfo(lse_Kgl.dtype).min)[..., None]).exp()
+    index = index.expand(K, *index.shape[1:])  # no key-value head's values are gathered twice
+    values = offloaded.values(low + index.reshape(K, -1)).view(*index.shape, -1)
+    return (weights.to(values.dtype).unsqueeze(-2) @ values).squeeze(-2), lse_Kgl
+
+
+def _chosen(logits_KglM: torch.Tensor, shown_lm: torch.Tensor, low: int, method: HidesKeys) -> torch.Tensor:
+    """Return the places in M that win: [K or 1, g or 1, l, n], a set for each chooser. Some may not be hidden keys."""
+    votes, block = logits_KglM, method.top_k_block
+    M, m = votes.shape[-1], shown_lm.shape[-1]
+    if method.top_k_choice != "head":
+        together = (1,) if method.top_k_choice == "group" else (0, 1)
+        votes = logits_KglM.softmax(-1).sum(together, keepdim=True)
+        votes[..., M - m :].masked_fill_(shown_lm, -1.0)
+    if block == 1:
+        return _top(votes, method.top_k)
+    before = low % block  # blocks begin at multiples of their size
+    votes = pad(votes, (before, -(before + M) % block), value=-torch.inf).unflatten(-1, (-1, block)).amax(-1)
+    at = _top(votes, method.top_k).unsqueeze(-1) * block + torch.arange(block, device=votes.device)
+    return at.flatten(-2) - before
+
+
+def _top(votes: torch.Tensor, k: int) -> torch.Tensor:
+    """Return where the k largest of the last dimension are.
+
+    They lie in the k groups with the largest maxima, and to find a maximum is cheaper than to sort.
+    """
+    M = votes.shape[-1]
+    if 4 * k * _GROUP > M:
+        return votes.topk(min(k, M), -1).indices
+    whole = M - M % _GROUP
+    groups = votes[..., :whole].unflatten(-1, (-1, _GROUP)).amax(-1).topk(k, -1).indices
+    at = (groups.unsqueeze(-1) * _GROUP + torch.arange(_GROUP, device=votes.device)).flatten(-2)
+    at = torch.cat([at, torch.arange(whole, M, device=votes.device).expand(*at.shape[:-1], -1)], -1)
+    return at.gather(-1, votes.gather(-1, at).topk(k, -1).indices)

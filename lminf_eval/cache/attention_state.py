@@ -25,7 +25,8 @@ class AttentionState:
     origins: list[int]  # the position rotated by 0, per row
     layers: dict[int, LayerCache] = field(default_factory=dict)
     offloaded: dict[int, list[OffloadedKeys]] = field(default_factory=dict)  # per layer and row, if keys are retrieved
-    retrieve_from: list[int] | None = None  # per row, the position from which hidden keys are retrieved
+    answers_from: list[int] | None = None  # per row, the position from which tokens see more than the method's branches
+    on_device: frozenset[int] = frozenset()  # layers whose hidden keys stay on their device; others' are on the host
 
     @classmethod
     def empty(cls, batch: int, capacity: int) -> AttentionState:
@@ -51,7 +52,8 @@ class AttentionState:
             [self.origins[i] for i in index],
             {i: layer.map(function) for i, layer in self.layers.items()},
             {i: [rows[row] for row in index] for i, rows in self.offloaded.items()},
-            None if self.retrieve_from is None else [self.retrieve_from[i] for i in index],
+            None if self.answers_from is None else [self.answers_from[i] for i in index],
+            self.on_device,
         )
 
     @classmethod
@@ -64,7 +66,8 @@ class AttentionState:
             [n for state in states for n in state.origins],
             {i: LayerCache.stack([state.layers[i] for state in states]) for i in first.layers},
             {i: [keys for state in states for keys in state.offloaded[i]] for i in first.offloaded},
-            None if first.retrieve_from is None else [n for state in states for n in state.retrieve_from or []],
+            None if first.answers_from is None else [n for state in states for n in state.answers_from or []],
+            first.on_device,
         )
 
     @contextmanager
@@ -89,6 +92,11 @@ class AttentionState:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held in keys and values on the model's devices, over all layers."""
+        """Bytes held in keys and values on the model's devices, over all layers; hidden keys aside."""
         tensors = [x for layer in self.layers.values() for x in layer.tensors()]
         return sum(x.numel() * x.element_size() for x in tensors)
+
+    @property
+    def hidden_nbytes(self) -> int:
+        """Bytes held in keys and values that can be retrieved, over all layers."""
+        return sum(keys.nbytes for rows in self.offloaded.values() for keys in rows)

@@ -38,7 +38,7 @@ class FullCache:
     layers: DynamicCache
     lengths: list[int]
     mask: torch.Tensor | None = None
-    retrieve_from: list[int] | None = None  # nothing is ever hidden here: not used
+    answers_from: list[int] | None = None  # all tokens see the same here: not used
 
     @torch.inference_mode()
     def rows(self, index: list[int]) -> FullCache:

@@ -58,8 +58,8 @@ class LayerCache:
         )
         if beyond and whole:
             room = capacity if capacity < UNBOUNDED else max(_ROOM, k_BKLD.shape[2])
-            layer.older_keys = k_BKLD.new_empty(B, K, room, D)
-            layer.older_values = v_BKLD.new_empty(B, K, room, v_BKLD.shape[3])
+            layer.older_keys = k_BKLD.new_zeros(B, K, room, D)  # a row may mask what another has written
+            layer.older_values = v_BKLD.new_zeros(B, K, room, v_BKLD.shape[3])
         return layer
 
     @property
@@ -144,7 +144,7 @@ class LayerCache:
             return self.older_keys, self.older_values
 
         def grown(x: torch.Tensor) -> torch.Tensor:
-            larger = x.new_empty(*x.shape[:2], max(tokens, 2 * slots), x.shape[3])
+            larger = x.new_zeros(*x.shape[:2], max(tokens, 2 * slots), x.shape[3])
             larger[:, :, :slots] = x
             return larger
 

@@ -66,7 +66,7 @@ class Measures:
 
 def methods_compared(ours: WindowedMethod, length: int) -> dict[str, WindowedMethod]:
     """Return what is measured: the model as it is, which is a window over the whole text, and a method."""
-    return {"full": Window(n_local=length, top_k_distance=0), ours.name: ours}
+    return {"full": Window(n_local=length, top_k_distance=0, top_k_from_layer=0), ours.name: ours}
 
 
 def measure(
@@ -135,7 +135,7 @@ class _Recorder:
             self._statistics = LogitStatistics(H, self._edges, self._n_local, k_KLD.device)
         start, self._start = self._start, self._start + L
         self._keys_KND[:, start : self._start] = k_BKLD[0]
-        branches, _ = self._patched.layer_branches(module, options)
+        branches = self._patched.layer_rule(module, options).branches
         patched, kind = self._patched, layer_type(module, self._patched.model.config.get_text_config())
 
         def rotate(x_HSD: torch.Tensor, positions_S: torch.Tensor) -> torch.Tensor:

@@ -67,9 +67,9 @@ class Engine:
         for group in self._groups([len(request.tokens) for request in requests]):
             those = [requests[i] for i in group]
             inputs = [np.asarray(request.tokens, dtype=np.int32)[:-1] for request in those]
-            starts = [len(request.tokens) if request.rolling else request.scored_from - 1 for request in those]
+            prompts = [0 if request.rolling else request.scored_from for request in those]
             scorer = Scorer(self.chunks, those, self.batch_size, self.checkpoints)
-            for index, score in scorer.score(self._tree(inputs, starts)):
+            for index, score in scorer.score(self._tree(inputs, prompts)):
                 yield group[index], score
 
     def generate(
@@ -83,8 +83,8 @@ class Engine:
         for group in self._groups([len(request.tokens) + request.max_new_tokens for request in requests]):
             those = [requests[i] for i in group]
             inputs = [np.asarray(request.tokens, dtype=np.int32) for request in those]
-            starts = [len(request.tokens) - 1 for request in those]
-            roots = self._tree(inputs, starts, sum(request.max_new_tokens for request in those))
+            prompts = [len(request.tokens) for request in those]
+            roots = self._tree(inputs, prompts, sum(request.max_new_tokens for request in those))
             generator = Generator(self.chunks, those, self.batch_size or 1, rules or Greedy())
             for index, new in generator.generate(roots):
                 yield group[index], new
@@ -95,9 +95,13 @@ class Engine:
             return [list(range(len(lengths)))]
         return [[i for i, n in enumerate(lengths) if n == length] for length in sorted(set(lengths), reverse=True)]
 
-    def _tree(self, inputs: list[np.ndarray], retrieve_from: list[int], new: int = 0) -> list[Node]:
-        """Build the prefix tree of `inputs`; announce its tokens and at most `new` generated ones."""
-        starts = retrieve_from if self.model.retrieves else None
+    def _tree(self, inputs: list[np.ndarray], prompts: list[int], new: int = 0) -> list[Node]:
+        """Build the prefix tree of `inputs`; announce its tokens and at most `new` generated ones.
+
+        Args:
+            prompts: of each input, the tokens of its prompt; 0 for a text that is scored whole.
+        """
+        starts = [self.model.answers_from(prompt) for prompt in prompts]
         roots = build_prefix_tree(inputs, self.share, starts, self.max_cached_prefixes, self.min_shared_tokens)
         todo, stored = list(roots), 0
         while todo:

@@ -76,7 +76,7 @@ class Generator:
                 own = self.model.new_cache(1, capacity)
             else:  # nobody needs it after the last one
                 own = state if node is nodes[-1] else state.rows([0])
-            own.retrieve_from = [node.retrieve_from]
+            own.answers_from = [node.answers_from]
             yield from self._read(node, own)
             if node.children:
                 yield from self._prefill(node.children, own, capacity)

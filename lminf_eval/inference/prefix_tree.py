@@ -24,7 +24,7 @@ class Node:
     tokens: np.ndarray
     ending_requests: list[int] = field(default_factory=list)  # requests whose last input token lies in this node
     children: list[Node] = field(default_factory=list)
-    retrieve_from: int = 0  # the first position that retrieves keys; `stop` if none does
+    answers_from: int = 0  # the first position that sees more than others; `stop` or more if none does
 
     @property
     def stop(self) -> int:
@@ -42,7 +42,7 @@ class Node:
 def build_prefix_tree(
     inputs: list[np.ndarray],
     share: bool = True,
-    retrieve_from: list[int] | None = None,
+    answers_from: list[int] | None = None,
     max_cached: int = MAX_CACHED_PREFIXES,
     min_shared: int = MIN_SHARED,
 ) -> list[Node]:
@@ -51,15 +51,15 @@ def build_prefix_tree(
     Args:
         share: whether inputs branch from one another, after `min_shared` common tokens or more; else each has a root of
             its own.
-        retrieve_from: input i retrieves keys from the position retrieve_from[i] on, so that only inputs that begin
+        answers_from: input i sees more keys from the position answers_from[i] on, so that only inputs that begin
             there alike share what lies after it.
         max_cached: states that a walk, depth first, holds at once for branches still to come; branches beyond that have
             their prefix again.
     """
-    starts = [len(tokens) for tokens in inputs] if retrieve_from is None else retrieve_from
+    starts = [len(tokens) for tokens in inputs] if answers_from is None else answers_from
     if not share:
-        return [Node(0, tokens, [i], retrieve_from=starts[i]) for i, tokens in enumerate(inputs)]
-    # The sign of a token says whether it retrieves: ~token, which is negative, does.
+        return [Node(0, tokens, [i], answers_from=starts[i]) for i, tokens in enumerate(inputs)]
+    # The sign of a token says whether it sees more: ~token, which is negative, does.
     marked = [_marked(tokens, mark) for tokens, mark in zip(inputs, starts, strict=True)]
 
     def compare(a: int, b: int) -> int:
@@ -71,8 +71,8 @@ def build_prefix_tree(
     todo = list(roots)
     while todo:
         node = todo.pop()
-        node.retrieve_from = node.start + int((node.tokens >= 0).sum())
-        node.tokens = _marked(node.tokens, node.retrieve_from - node.start)
+        node.answers_from = node.start + int((node.tokens >= 0).sum())
+        node.tokens = _marked(node.tokens, node.answers_from - node.start)
         todo += node.children
     return roots
 

@@ -14,8 +14,8 @@ class ScoreRequest:
     """Predict tokens[scored_from:], each from all tokens before it (0 < scored_from < len(tokens)).
 
     Attributes:
-        rolling: whether a whole text is scored. Else a method that retrieves keys does so from the last token before
-            `scored_from` on.
+        rolling: whether a whole text is scored. Else the tokens before `scored_from` are the prompt, whose last ones
+            retrieve keys under a method with `top_k`.
         key: the journal's; "" without one.
     """
 

@@ -96,7 +96,7 @@ class Scorer:
         wanted = [scoring_targets(self.requests, node) for node in nodes]
         found = [(np.zeros(len(pairs)), np.zeros(len(pairs), dtype=bool)) for pairs in wanted]
         start, longest = nodes[0].start, len(nodes[0].tokens)
-        state.retrieve_from = [node.retrieve_from for node in nodes]
+        state.answers_from = [node.answers_from for node in nodes]
         low = saved = 0
         checkpoints = self.checkpoints if len(nodes) == 1 and start == 0 else None
         if checkpoints is not None and isinstance(state, AttentionState):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-from lminf_eval.errors import UsageError
 from lminf_eval.methods.branches import Branch, Chunks, FirstKeys, OlderKeys, SlidingWindow
 
 if TYPE_CHECKING:
@@ -15,6 +15,25 @@ if TYPE_CHECKING:
 
 
 UNBOUNDED = 2**62  # tokens; no sequence is that long, and a sequence of unknown length may come to anything below
+
+
+@dataclass(frozen=True)
+class LayerRule:
+    """What the queries of one layer see.
+
+    Attributes:
+        branches: of every query, or of those that are no answer.
+        answer: branches of the queries of an answer (tokens after the prompt), if they see something else.
+        retrieves: whether queries retrieve hidden keys.
+    """
+
+    branches: tuple[Branch, ...]
+    answer: tuple[Branch, ...] | None = None
+    retrieves: bool = False
+
+    def kept(self, tokens: int) -> int:
+        """Return the number of keys that the layer keeps of a sequence of `tokens`, hidden ones aside."""
+        return sum(branch.keys.kept(tokens) for branch in self.branches)
 
 
 class AttentionMethod(BaseModel):
@@ -42,19 +61,27 @@ class AttentionMethod(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_truth_values(cls, value: Any) -> Any:
-        if isinstance(value, bool):  # Python takes True for 1
+    def _no_truth_values(cls, value: Any, info: ValidationInfo) -> Any:
+        truth = cls.model_fields[info.field_name or ""].annotation is bool
+        if isinstance(value, bool) and not truth:  # Python takes True for 1
             raise ValueError("must be a number or a name, not True or False")
+        if truth and not isinstance(value, bool):
+            raise ValueError("must be True or False")
         return value
 
     @classmethod
-    def filled(cls, given: Mapping[str, Any], trained_length: int) -> dict[str, Any]:
+    def filled(cls, given: Mapping[str, Any], trained_length: int, layers: int) -> dict[str, Any]:
         """Return `given` with values for the parameters that a user may leave open.
 
         Args:
             trained_length: the length in tokens that the model was pre-trained at.
+            layers: the number of the model's layers; 0 if nobody knows it.
         """
         return dict(given)
+
+    def recorded(self) -> dict[str, Any]:
+        """Return the parameters that tell this method's answers from others', for results and journals."""
+        return self.model_dump()
 
     def check_layers(self, layers: int) -> None:
         """Refuse parameters that a model of so many layers cannot have.
@@ -67,24 +94,41 @@ class AttentionMethod(BaseModel):
         """Return the method's branches; a key belongs to one of them at most for each query."""
         raise NotImplementedError
 
+    def rule(self, layer: int) -> LayerRule:
+        """Return what the queries of a layer see; layers count from 0."""
+        return LayerRule(self.branches())
+
+    def answers_from(self, prompt: int) -> int:
+        """Return the first position that sees more than the method's branches do.
+
+        Args:
+            prompt: the tokens of the prompt; 0 for a text without one, which is scored whole.
+        """
+        return UNBOUNDED
+
     @property
     def keeps_all(self) -> bool:
         """Whether it needs every key of a sequence, so that memory grows with length."""
         return kept_whole(self.branches()) is not None
 
     @property
+    def needs_old_keys(self) -> bool:
+        """Whether some query may see any key of a sequence."""
+        return self.keeps_all or self.retrieves
+
+    @property
     def attention_span(self) -> int:
-        """The most keys that a query sees, retrieved ones aside, if `keeps_all` is false."""
-        return self.kept(UNBOUNDED)
+        """The most keys that a query sees, retrieved ones aside."""
+        return UNBOUNDED if self.keeps_all else self.kept(UNBOUNDED)
 
     @property
     def retrieves(self) -> bool:
-        """Whether heads retrieve keys that its branches hide."""
-        return bool(getattr(self, "top_k", 0))
+        """Whether queries retrieve keys that its branches hide."""
+        return False
 
     def kept(self, tokens: int) -> int:
-        """Return the number of keys that a layer keeps of a sequence of `tokens`."""
-        return sum(branch.keys.kept(tokens) for branch in self.branches())
+        """Return the number of keys that the branches keep of a sequence of `tokens`; see `rule` for each layer."""
+        return LayerRule(self.branches()).kept(tokens)
 
     def seen(self, position: int) -> int:
         """Return the number of keys that the query at `position` sees, its own included."""
@@ -105,47 +149,13 @@ class WindowedMethod(AttentionMethod):
     )
 
     @classmethod
-    def filled(cls, given: Mapping[str, Any], trained_length: int) -> dict[str, Any]:
+    def filled(cls, given: Mapping[str, Any], trained_length: int, layers: int) -> dict[str, Any]:
         """See `AttentionMethod`."""
         return {"n_local": trained_length, **given}
 
     def shrunk(self, n_local: int) -> Self:
         """Return the method with a window of `n_local` tokens and no retrieval: a few tokens then cross the window."""
         return self.model_copy(update={"n_local": n_local})
-
-
-class HidesKeys(WindowedMethod):
-    """A windowed method that hides keys from a query, some of which each head may retrieve.
-
-    Retrieval (LM-Infinite, arXiv 2308.16137, section 4): a head sees the `top_k` hidden keys with the largest logits,
-    rotated so that the query stands at `top_k_distance` and the keys at 0.
-    """
-
-    top_k: int = Field(0, ge=0, description="hidden keys that each head retrieves, from the last prompt token on")
-    top_k_from_layer: int = Field(0, ge=0, description="first layer that retrieves keys")
-    top_k_distance: int = Field(
-        ge=0,
-        description="distance at which retrieved keys are scored",
-        json_schema_extra={"default": "half of `n_local`"},
-    )
-
-    @classmethod
-    def filled(cls, given: Mapping[str, Any], trained_length: int) -> dict[str, Any]:
-        """See `AttentionMethod`."""
-        found = super().filled(given, trained_length)
-        half = found["n_local"] // 2 if isinstance(found["n_local"], int) else 0  # another value is refused by itself
-        return {"top_k_distance": half, **found}
-
-    def check_layers(self, layers: int) -> None:
-        """See `AttentionMethod`."""
-        if self.top_k and self.top_k_from_layer >= layers:
-            raise UsageError(
-                f"top_k_from_layer={self.top_k_from_layer}: must be less than {layers}, the model's number of layers"
-            )
-
-    def shrunk(self, n_local: int) -> Self:
-        """See `WindowedMethod`."""
-        return self.model_copy(update={"n_local": n_local, "top_k": 0})
 
 
 def window_of(branches: tuple[Branch, ...]) -> int:

@@ -107,6 +107,17 @@ class OlderKeys:
 
 
 @dataclass(frozen=True)
+class LaterKeys(OlderKeys):
+    """No key; but all are kept, for queries that come later and see them."""
+
+    after: int = 2**62
+
+    def kept(self, tokens: int) -> int:
+        """See `KeySet`."""
+        return tokens
+
+
+@dataclass(frozen=True)
 class Chunks:
     """Keys by chunks of `size` tokens: the query's own chunk (`back` 0), the one before it (1), or all older ones (2).
 

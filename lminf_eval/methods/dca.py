@@ -43,7 +43,7 @@ class DualChunk(WindowedMethod):
     )
 
     @classmethod
-    def filled(cls, given: Mapping[str, Any], trained_length: int) -> dict[str, Any]:
+    def filled(cls, given: Mapping[str, Any], trained_length: int, layers: int) -> dict[str, Any]:
         """See `AttentionMethod`. The defaults are the paper's (section 4): s = 3 c / 4 and w = c - s."""
         found = {"n_local": max(1, 3 * trained_length // 4), **given}
         third = -(-found["n_local"] // 3) if isinstance(found["n_local"], int) else 1  # another value is refused

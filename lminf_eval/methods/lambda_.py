@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field, model_validator
 
-from lminf_eval.methods.base import HidesKeys
 from lminf_eval.methods.branches import Branch, FirstKeys, SlidingWindow
+from lminf_eval.methods.hides_keys import HidesKeys
 
 if TYPE_CHECKING:
     from typing_extensions import Self

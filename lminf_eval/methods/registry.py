@@ -14,21 +14,29 @@ from lminf_eval.errors import UsageError, validation_line
 from lminf_eval.methods.base import UNBOUNDED, AttentionMethod
 from lminf_eval.methods.dca import DualChunk
 from lminf_eval.methods.full import Full
+from lminf_eval.methods.infllm import InfLLM
 from lminf_eval.methods.lambda_ import Lambda
 from lminf_eval.methods.lambda_mask import LambdaMask
 from lminf_eval.methods.rerope import ReRoPE
 from lminf_eval.methods.self_extend import SelfExtend
 from lminf_eval.methods.streaming import Streaming
+from lminf_eval.methods.tokenselect import TokenSelect
 from lminf_eval.methods.window import Window
 from lminf_eval.utils.names import closest
 
 METHODS: dict[str, type[AttentionMethod]] = {
-    one.name: one for one in (Lambda, Full, Window, Streaming, LambdaMask, ReRoPE, SelfExtend, DualChunk)
+    one.name: one
+    for one in (
+        *(Lambda, Full, Window, Streaming, LambdaMask, ReRoPE),
+        *(SelfExtend, DualChunk, InfLLM, TokenSelect),
+    )
 }
 DEFAULT = Lambda.name
 
 # One set of arguments serves a comparison of methods: these change nothing in a method that has no such parameter.
-SHARED = ("n_local", "n_global", "top_k_from_layer", "top_k_distance")
+SHARED = (
+    *("n_local", "n_global", "top_k_queries", "top_k_distance", "top_k_from_layer", "top_k_choice", "top_k_block"),
+)
 # What results and journals have said of every method since 0.1, in this order; other parameters only of their own.
 _ALWAYS: dict[str, Any] = {
     "n_local": None,
@@ -59,11 +67,6 @@ def default_of(parameter: str, field: FieldInfo) -> str:
 def methods_with(parameter: str) -> list[str]:
     """Return the names of the methods that have a parameter."""
     return [name for name, method in METHODS.items() if parameter in method.model_fields]
-
-
-def keeps_all(method: type[AttentionMethod]) -> bool:
-    """Return whether a method needs every key of a sequence."""
-    return MethodArgs(method, {}).at(UNBOUNDED).keeps_all
 
 
 @dataclass(frozen=True)
@@ -109,28 +112,31 @@ class MethodArgs:
                     f"n_local: the config of {config.model_type!r} tells no pre-training length; pass n_local=<tokens>"
                 )
             length = found
-        method = self.at(length)
-        if method.patched:  # a config that names two text models, such as MusicGen's, is refused before one is patched
-            layers = getattr(config.get_text_config(), "num_hidden_layers", None)
-            if layers is not None:
-                method.check_layers(layers)
+        layers = 0
+        if self.method.patched:  # a config that names two text models, such as MusicGen's, is refused elsewhere
+            layers = getattr(config.get_text_config(), "num_hidden_layers", None) or 0
+        method = self.at(length, layers)
+        if layers:
+            method.check_layers(layers)
+        if length and method.model_dump()["n_local"] != length:
+            why = f"from {why}={length}"
         return method, why if "n_local" in self.method.model_fields else ""
 
-    def at(self, length: int) -> AttentionMethod:
-        """Return the method for a model that was pre-trained at `length` tokens.
+    def at(self, length: int, layers: int = 0) -> AttentionMethod:
+        """Return the method for a model of `layers` layers that was pre-trained at `length` tokens.
 
         Raises:
             UsageError: if a parameter does not fit.
         """
         own = {name: value for name, value in self.given.items() if name in self.method.model_fields}
         try:
-            return self.method(**self.method.filled(own, length))
+            return self.method(**self.method.filled(own, length, layers))
         except ValidationError as error:
             raise UsageError("; ".join(validation_line(problem) for problem in error.errors())) from None
 
     def record(self, method: AttentionMethod | None = None) -> dict[str, Any]:
         """Return what results and journals say of the method: its name and parameters, resolved ones from `method`."""
-        resolved = {} if method is None else method.model_dump()
+        resolved = {} if method is None else method.recorded()
         return {"attention": self.method.name, **_ALWAYS, **self.given, **resolved}
 
 

@@ -39,7 +39,7 @@ class SelfExtend(WindowedMethod):
     )
 
     @classmethod
-    def filled(cls, given: Mapping[str, Any], trained_length: int) -> dict[str, Any]:
+    def filled(cls, given: Mapping[str, Any], trained_length: int, layers: int) -> dict[str, Any]:
         """See `AttentionMethod`. A window of the whole trained length would leave no distance for groups."""
         return {"n_local": max(1, trained_length // 4), **given}
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from lminf_eval.methods.base import HidesKeys
 from lminf_eval.methods.branches import Branch, sliding
+from lminf_eval.methods.hides_keys import HidesKeys
 
 
 class Window(HidesKeys):

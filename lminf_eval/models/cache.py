@@ -18,7 +18,8 @@ class Cache(TransformersCache):
     """What a patched model keeps of a batch, for `model(ids, past_key_values=…)` and `model.generate`.
 
     Under a method with a window, its memory does not grow with the sequence. It begins empty, and the first pass is the
-    prompt: a method with `top_k` retrieves from its last token on. Use a new cache for every batch.
+    prompt: with `top_k`, its last `top_k_queries` tokens retrieve keys, and all tokens after it do. Use a new cache for
+    every batch.
 
     Args:
         model: a model inside `lminf.patch`.
@@ -58,7 +59,7 @@ class Cache(TransformersCache):
     @property
     def nbytes(self) -> int:
         """Bytes held in keys and values."""
-        return 0 if self.state is None else self.state.nbytes
+        return 0 if self.state is None else self.state.nbytes + self.state.hidden_nbytes
 
     # ------------------------------------------------------------------ what transformers asks of a cache
 

@@ -239,7 +239,7 @@ def _compare_layers(patched: PatchedModel, recorded: dict, ids: torch.Tensor) ->
         expected_q, expected_k, out = recorded[module.layer_idx]
         limit = _ROTATION.get(q.dtype, _HALF_ROTATION)
         seen.add(module.layer_idx)
-        windows.add(window_of(patched.layer_branches(module, options)[0]) or patched.method.n_local)  # 0: chunks
+        windows.add(window_of(patched.layer_rule(module, options).branches) or patched.method.n_local)  # 0: chunks
         for rotated in (patched.rotated[module.layer_idx], False):
             patched.rotated[module.layer_idx] = rotated
             found = [patched.rotate(module, context, x, positions, "local") for x in (q, k)]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from lminf_eval.cache.full_cache import FullCache, new_layers
+from lminf_eval.methods.base import UNBOUNDED
 from lminf_eval.models.modules import CACHE_NAMES, DecoderTap, decoder_of, find_rotary, head_logits, takes
 from lminf_eval.models.onednn_linear import OneDNNLinearPatch
 from lminf_eval.models.rope import FrozenFrequencies, depends_on_length
@@ -26,8 +26,7 @@ class FullModel:
     def __init__(self, model: PreTrainedModel):
         self.model, self.decoder = model, decoder_of(model)
         self.rope_depends_on_length = any(depends_on_length(module) for module in find_rotary(model))
-        self.attention_span = sys.maxsize  # keys that a token sees at most
-        self.retrieves = False
+        self.attention_span = UNBOUNDED  # keys that a token sees at most
         self.pads = True  # whether sequences of unequal length can share a batch; the check at load finds out
         self.gives_positions = takes(self.decoder, "position_ids") is not None  # the check at load may say no
         self._cache_name = takes(self.decoder, *CACHE_NAMES)
@@ -42,6 +41,10 @@ class FullModel:
         self._frozen = [FrozenFrequencies(module, 1) for module in find_rotary(self.model) if depends_on_length(module)]
         self._tap = DecoderTap(self.decoder, lambda forward, handed, args, options: forward(*args, **options))
         self._linears = OneDNNLinearPatch(self.model)
+
+    def answers_from(self, prompt: int) -> int:
+        """Return a position that no token has: all tokens see the same."""
+        return UNBOUNDED
 
     def new_cache(self, batch: int, capacity: int) -> FullCache:
         """State for `batch` sequences of `capacity` tokens; it grows as they do."""

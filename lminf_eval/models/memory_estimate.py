@@ -10,7 +10,7 @@ import transformers
 
 from lminf_eval.config.model_shape import ModelShape
 from lminf_eval.errors import BUILDING, UsageError, first_line
-from lminf_eval.methods.base import AttentionMethod, window_of
+from lminf_eval.methods.base import AttentionMethod, LayerRule, window_of
 from lminf_eval.methods.branches import sliding
 
 LOGITS_AT_ONCE = 2**26  # numbers of a block of logits: 256 MiB in float32
@@ -32,7 +32,7 @@ def memory(
     - keys and values: in each layer 2 s B K D times the keys that the method keeps of N; if a layer slides as trained,
       those of its own window
     - keys and values of full: in each layer 2 s B K D N
-    - keys and values for top-k, in host memory: the same, if heads retrieve keys
+    - keys and values for top-k, in host memory unless they fit on the device: 2 s B K D N in each layer that retrieves
     - set aside: what a chunk writes over, until it has passed all layers: in each layer 2 s B K D min(C, W), if N > W
     - logits: s V T for T = min(B C, 2^26 / V) rows, and 2^22 numbers of them in float32 or wider
     - activations of one chunk: s B C (4 hidden + 3 max(intermediate, H D)), and one layer's keys and values in order,
@@ -42,12 +42,13 @@ def memory(
     text = config.get_text_config()
     chunk = min(chunk_size, length)
     number = dtype.itemsize * batch_size
-    kept = full = aside = one_layer = 0
-    for layer in shape.layers:
+    kept = full = hidden = aside = one_layer = 0
+    for index, layer in enumerate(shape.layers):
         pair = number * layer.kv_numbers  # a position's key and value in this layer
-        branches = sliding(layer.window) if layer.window and method.patched else method.branches()
-        window = window_of(branches) or length
-        kept += pair * sum(branch.keys.kept(length) for branch in branches)
+        rule = LayerRule(sliding(layer.window)) if layer.window and method.patched else method.rule(index)
+        window = window_of(rule.branches) or length
+        kept += pair * rule.kept(length)
+        hidden += pair * length if rule.retrieves else 0
         full += pair * length
         aside += pair * min(chunk, window) if length > window else 0
         one_layer = max(one_layer, 2 * pair * min(length, window + chunk))
@@ -60,7 +61,7 @@ def memory(
         "keys and values": kept,
         "keys and values of full": full,
         "set aside": aside,
-        "keys and values for top-k": full if method.retrieves else 0,
+        "keys and values for top-k": hidden,
         "logits": text.vocab_size * rows * dtype.itemsize + min(text.vocab_size * rows, TILE) * max(4, dtype.itemsize),
         "activations": number * chunk * (4 * text.hidden_size + 3 * widest) + one_layer,
     }

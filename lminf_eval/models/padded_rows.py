@@ -15,7 +15,6 @@ from lminf_eval.attention.older_keys import placed_keys
 from lminf_eval.attention.prefill import prefill_attention
 from lminf_eval.cache.attention_state import AttentionState
 from lminf_eval.cache.layer_cache import LayerCache
-from lminf_eval.errors import UsageError
 from lminf_eval.models.forward_context import ForwardContext, Span
 
 Result = tuple[torch.Tensor, torch.Tensor]  # out [B, H, L, D] and lse [B, H, L]
@@ -30,24 +29,18 @@ def attend_rows(
     call: AttentionCall,
     context: ForwardContext,
     state: AttentionState,
-    top_k: int,
 ) -> Result:
     """Compute a chunk that follows `state` row by row: its rows stand at different positions, or are padded.
 
     What is padding gets zeros.
-
-    Raises:
-        UsageError: if the layer retrieves keys.
     """
-    if top_k:
-        raise UsageError("top_k: rows of a padded batch cannot retrieve keys; pass one row, or rows of one length")
     spans = context.spans or [(0, q_BHLD.shape[2])] * len(q_BHLD)
     if layer is not None and layer.older_keys is not None:
         layer.reserve(max(n + high - low for n, (low, high) in zip(state.lengths, spans, strict=True)))
 
     def attend(row: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Result:
         one = None if layer is None else layer.row(row)  # it shares the layer's storage
-        own = replace(_for_row(call, row), start=state.lengths[row], origin=state.origins[row])
+        own = replace(call.named(f"row {row}"), start=state.lengths[row], origin=state.origins[row])
         return prefill(q, k, v, one, own, context.update_cache)
 
     return _by_rows(attend, q_BHLD, k_BKLD, v_BKLD, spans, spans)
@@ -65,7 +58,7 @@ def attend_all_keys(
     queries = [(max(0, low - (S - L)), max(0, high - (S - L))) for low, high in keys]
 
     def attend(row: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Result:
-        return _attend_newest(q, k, v, _for_row(call, row))
+        return _attend_newest(q, k, v, call.named(f"row {row}"))
 
     return _by_rows(attend, q_BHLD, k_BKSD, v_BKSD, queries, keys)
 
@@ -81,16 +74,10 @@ def _attend_newest(q_BHLD: torch.Tensor, k_BKSD: torch.Tensor, v_BKSD: torch.Ten
             past = call.rotate(k_BKSD[:, :, first:start], torch.arange(start - first)[None], f"past {window}")
             layer.write(past, v_BKSD[:, :, first:start], first)
         if (whole := call.kept_whole) and layer.older_keys is not None:
-            placing = replace(call, rotate=lambda x, at, name: call.rotate(x, at, f"past {name}"))
-            placed = placed_keys(k_BKSD[:, :, :start], torch.arange(start)[None], placing, whole)
+            placed = placed_keys(k_BKSD[:, :, :start], torch.arange(start)[None], call.named("past"), whole)
             layer.write_older(placed, v_BKSD[:, :, :start], [0])
     new = k_BKSD[:, :, start:], v_BKSD[:, :, start:]
     return prefill_attention(q_BHLD, *new, layer, replace(call, start=start, origin=first), False)
-
-
-def _for_row(call: AttentionCall, row: int) -> AttentionCall:
-    """Return the call with angles of its own for one row: other rows have theirs at other positions."""
-    return replace(call, rotate=lambda x, at, name: call.rotate(x, at, f"row {row}: {name}"))
 
 
 def _by_rows(

@@ -14,11 +14,13 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
+from operator import ge
 from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from lminf_eval.attention.answers import attend_answers
 from lminf_eval.attention.call import AttentionCall
 from lminf_eval.attention.decode import DecodeMetadata, decode_attention
 from lminf_eval.attention.prefill import prefill_attention
@@ -26,14 +28,15 @@ from lminf_eval.attention.retrieved import add_retrieved
 from lminf_eval.cache.attention_state import AttentionState
 from lminf_eval.cache.layer_cache import LayerCache
 from lminf_eval.errors import UsageError, first_line, out_of_memory
-from lminf_eval.methods.base import HidesKeys, WindowedMethod
-from lminf_eval.methods.branches import Branch, sliding
+from lminf_eval.methods.base import UNBOUNDED, LayerRule, WindowedMethod
+from lminf_eval.methods.hides_keys import HidesKeys
 from lminf_eval.models.attention_interface import IMPLEMENTATION
 from lminf_eval.models.attention_module import AttentionModule
 from lminf_eval.models.cache import Cache
-from lminf_eval.models.families.registry import unsupported
 from lminf_eval.models.families.table import adapter_of
 from lminf_eval.models.forward_context import ForwardContext
+from lminf_eval.models.hidden_keys import layers_on_device
+from lminf_eval.models.layer_rules import layer_rule
 from lminf_eval.models.modules import (
     CACHE_NAMES,
     DecoderTap,
@@ -49,18 +52,6 @@ from lminf_eval.models.padded_rows import attend_all_keys, attend_rows
 from lminf_eval.models.rope import Rotary, RotaryEmbedding, backwards, set_forward
 
 _CACHES = ("layer_past", *CACHE_NAMES)  # what attention modules call transformers' own cache
-_HARMLESS = {  # what families pass to their attention function besides what we read; it changes nothing at inference
-    "dropout",
-    "is_causal",
-    "position_ids",
-    "cache_position",
-    "use_cache",
-    "output_attentions",
-    "output_hidden_states",
-    "output_router_logits",
-    "position_embeddings",
-}
-
 Attend = Callable[[AttentionModule, torch.Tensor, torch.Tensor, torch.Tensor, float, dict], torch.Tensor]
 # Called in place of each layer's attention, with that attention and its arguments; returns its result or another one.
 Observer = Callable[[Attend, AttentionModule, torch.Tensor, torch.Tensor, torch.Tensor, float, dict], torch.Tensor]
@@ -156,7 +147,11 @@ class PatchedModel:
 
     def new_cache(self, batch: int, capacity: int) -> AttentionState:
         """Return the state of `batch` sequences of at most `capacity` tokens."""
-        return AttentionState.empty(batch, capacity)
+        state, method = AttentionState.empty(batch, capacity), self.method
+        if isinstance(method, HidesKeys) and method.retrieves:
+            size = self.model.dtype.itemsize
+            state.on_device = layers_on_device(self.layers, self.model.config, method, batch * capacity, size)
+        return state
 
     stack = staticmethod(AttentionState.stack)
 
@@ -165,10 +160,9 @@ class PatchedModel:
         """The most keys that a token sees, retrieved ones aside."""
         return self.method.attention_span
 
-    @property
-    def retrieves(self) -> bool:
-        """Whether hidden keys can be retrieved (`top_k`)."""
-        return self.method.retrieves
+    def answers_from(self, prompt: int) -> int:
+        """Return the first position that sees more than the method's branches; see `HidesKeys.answers_from`."""
+        return self.method.answers_from(prompt)
 
     @torch.inference_mode()
     def hidden(self, ids_BL: torch.Tensor, state: AttentionState, update_cache: bool = True, skipped: int = 0):
@@ -214,9 +208,9 @@ class PatchedModel:
             options["position_ids"] = options["position_ids"].clamp(max=self.method.n_local - 1)
         if state is not None and context.update_cache:
             self._rebase_rope(state, L)
-            if handed is None and state.retrieve_from is None:  # a user's first pass: the prompt
+            if handed is None and state.answers_from is None:  # a user's first pass: the prompt
                 ends = [L] * B if context.spans is None else [high - low for low, high in context.spans]
-                state.retrieve_from = [end - 1 for end in ends]
+                state.answers_from = [self.answers_from(end) for end in ends]
         # One token alone overwrites what it does not see, and can be tried again as it is.
         guarded = state if context.update_cache and L > 1 else None
         with (
@@ -263,19 +257,19 @@ class PatchedModel:
         dtype, context = q_BHLD.dtype, self._tap.current
         if self.slopes is not None:  # biases are larger than half precision can tell apart
             q_BHLD, k_BKLD, v_BKLD = (x.to(torch.promote_types(dtype, torch.float32)) for x in (q_BHLD, k_BKLD, v_BKLD))
-        branches, top_k = self.layer_branches(module, options)
-        call = AttentionCall(
-            branches, partial(self.rotate, module, context), scale, options.get("softcap"), self.slopes
-        )
+        rule = self.layer_rule(module, options)
+        rotate = partial(self.rotate, module, context)
+        call = AttentionCall(rule.branches, rotate, scale, options.get("softcap"), self.slopes)
         state = context.state
         if state is None:
-            if top_k:
-                raise UsageError("top_k: model(…) and generate() need past_key_values=lminf.Cache(model)")
+            name = "top_k" if rule.retrieves else "full_decode" if rule.answer else ""
+            if name:
+                raise UsageError(f"{name}: model(…) and generate() need past_key_values=lminf.Cache(model)")
             if context.outside is not None:
                 k_BKLD, v_BKLD = context.outside.update(k_BKLD, v_BKLD, module.layer_idx)
             out, lse = attend_all_keys(q_BHLD, k_BKLD, v_BKLD, call, context)
         else:
-            out, lse = self._attend_state(module, q_BHLD, k_BKLD, v_BKLD, call, context, state, top_k)
+            out, lse = self._attend_state(module, q_BHLD, k_BKLD, v_BKLD, call, context, state, rule)
         return _with_sink_logits(out, lse, options).to(dtype)
 
     def _attend_state(
@@ -287,60 +281,42 @@ class PatchedModel:
         call: AttentionCall,
         context: ForwardContext,
         state: AttentionState,
-        top_k: int,
+        rule: LayerRule,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute the attention of tokens that follow a state."""
-        index, update = module.layer_idx, context.update_cache
-        layer = state.layers.get(index)
+        index, update, method = module.layer_idx, context.update_cache, self.method
+        layer, starts, L = state.layers.get(index), state.lengths, q_BHLD.shape[2]
+        answers_from = state.answers_from or [UNBOUNDED] * len(starts)
         if layer is None and update:
-            layer = state.layers[index] = LayerCache.empty(k_BKLD, v_BKLD, call.branches, state.capacity)
-        if layer is not None and layer.window and q_BHLD.shape[2] == 1 and update and context.spans is None:
+            layer = state.layers[index] = LayerCache.empty(k_BKLD, v_BKLD, rule.branches, state.capacity)
+        all_answers = rule.answer is not None and all(map(ge, starts, answers_from))
+        if rule.answer is not None and all_answers:
+            call = replace(call, branches=rule.answer)
+        if layer is not None and layer.window and L == 1 and update and context.spans is None:
             out, lse = decode_attention(q_BHLD, k_BKLD, v_BKLD, layer, self._step(layer, call, context, state), call)
-        elif context.spans is None and len(set(state.lengths)) == 1:
-            call = replace(call, start=state.lengths[0], origin=state.origins[0])
+        elif context.spans is None and len(set(starts)) == 1:
+            call = replace(call, start=starts[0], origin=state.origins[0])
             out, lse = self._prefill(q_BHLD, k_BKLD, v_BKLD, layer, call, update)
         else:
-            return attend_rows(self._prefill, q_BHLD, k_BKLD, v_BKLD, layer, call, context, state, top_k)
-        if top_k and isinstance(self.method, HidesKeys) and state.capacity > self.method.attention_span:
-            add_retrieved(out, lse, q_BHLD, k_BKLD, v_BKLD, self.method, state, index, call, update)
+            out, lse = attend_rows(self._prefill, q_BHLD, k_BKLD, v_BKLD, layer, call, context, state)
+        spans = context.spans or [(0, L)] * len(starts)
+        if rule.answer is not None and not all_answers:
+            attend_answers(out, lse, q_BHLD, k_BKLD, v_BKLD, layer, call, starts, answers_from, spans)
+        if rule.retrieves and isinstance(method, HidesKeys) and state.capacity > call.window:
+            add_retrieved(out, lse, q_BHLD, k_BKLD, v_BKLD, method, state, index, call, update, spans)
         return out, lse
 
     _prefill = staticmethod(prefill_attention)  # context parallel has its own
 
-    def layer_branches(self, module: AttentionModule, options: dict) -> tuple[tuple[Branch, ...], int]:
-        """Return a layer's branches and top_k: the method's, or its own window if the layer slides as trained.
-
-        Raises:
-            UsageError: if the family's attention does what we know nothing of.
-        """
-        own, kind = options.get("sliding_window"), layer_type(module, self._config)
-        strange = [
-            name
-            for name, value in options.items()
-            if value is not None and name not in _HARMLESS | {"sliding_window", "softcap", "s_aux"}
-        ]
-        if strange:
-            raise UsageError(self._unsupported(f"its attention takes {', '.join(sorted(strange))}"))
-        if kind == "sliding_attention":
-            own = own or self._config.sliding_window
-        elif kind == "full_attention":
-            own = None
-        elif kind is not None and "attention" in kind:
-            raise UsageError(self._unsupported(f"it has layers of the kind {kind!r}"))
-        if own:
-            return sliding(own), 0
-        method = self.method
-        top_k = method.top_k if isinstance(method, HidesKeys) and module.layer_idx >= method.top_k_from_layer else 0
-        return method.branches(), top_k
-
-    def _unsupported(self, why: str) -> str:
-        return unsupported(self.model.config, why, self.method.name)
+    def layer_rule(self, module: AttentionModule, options: dict) -> LayerRule:
+        """Return what a layer's queries see; see `layer_rules`."""
+        return layer_rule(module, self.model.config, self.method, options)
 
     def _step(
         self, layer: LayerCache, call: AttentionCall, context: ForwardContext, state: AttentionState
     ) -> DecodeMetadata:
         """Return what layers with the same branches have in common in this pass, made once."""
-        key = "step", layer.window, layer.sinks, layer.ring, layer.older_keys is not None, layer.keys.device
+        key = "step", call.older, call.first is None, layer.window, layer.sinks, layer.ring, layer.keys.device
         if key not in context.shared:
             context.shared[key] = DecodeMetadata.of(layer, state.lengths, state.origins, call)
         return context.shared[key]

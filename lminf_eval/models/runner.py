@@ -16,7 +16,7 @@ class State(Protocol):
 
     capacity: int
     lengths: list[int]
-    retrieve_from: list[int] | None
+    answers_from: list[int] | None
 
     def rows(self: StateT, index: list[int], /) -> StateT:
         """Return a copy with these rows alone, in this order."""
@@ -42,9 +42,8 @@ class ModelRunner(Protocol[StateT]):
     def attention_span(self) -> int:
         """The most keys that a token sees."""
 
-    @property
-    def retrieves(self) -> bool:
-        """Whether hidden keys can be retrieved."""
+    def answers_from(self, prompt: int, /) -> int:
+        """Return the first position that sees more than others, after a prompt of so many tokens; 0 for none."""
 
     def new_cache(self, batch: int, capacity: int, /) -> StateT:
         """Return the state of `batch` sequences of at most `capacity` tokens."""

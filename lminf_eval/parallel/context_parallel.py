@@ -27,8 +27,8 @@ from lminf_eval.cache.layer_cache import LayerCache
 from lminf_eval.errors import UsageError
 from lminf_eval.inference.chunks import ChunkRunner
 from lminf_eval.inference.engine import Engine
-from lminf_eval.methods.base import AttentionMethod, WindowedMethod
-from lminf_eval.methods.registry import METHODS, keeps_all
+from lminf_eval.methods.base import UNBOUNDED, AttentionMethod, WindowedMethod
+from lminf_eval.methods.registry import METHODS, MethodArgs
 from lminf_eval.models.equivalence_check import patched_model
 from lminf_eval.models.patching import PatchedModel
 from lminf_eval.parallel.halo_exchange import HaloExchange
@@ -167,11 +167,13 @@ class ContextParallel(ParallelStrategy):
 
     def check(self, config: PretrainedConfig, method: AttentionMethod) -> None:
         """Refuse a method that needs keys from anywhere."""
-        if method.keeps_all:
-            possible = [name for name, one in METHODS.items() if not keeps_all(one)]
+        if not method.needs_old_keys:
+            return
+        possible = [name for name, one in METHODS.items() if not MethodArgs(one, {}).at(UNBOUNDED).needs_old_keys]
+        if method.name not in possible:
             raise UsageError(f"attention={method.name}: parallel=context goes with {', '.join(possible)}")
-        if method.retrieves:
-            raise UsageError("top_k: parallel=context goes with top_k=0 alone; no rank has all keys")
+        name = next(name for name in ("top_k", "full_layers", "full_decode") if getattr(method, name))
+        raise UsageError(f"{name}: parallel=context goes without it; no rank has all keys")
 
     def prepare(self, model: PreTrainedModel, method: AttentionMethod) -> PatchedModel:
         """Return the model on this rank, patched and checked."""

@@ -23,6 +23,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from lminf_eval.config.model_shape import ModelShape
 from lminf_eval.errors import UsageError, first_line
 from lminf_eval.methods.base import AttentionMethod, WindowedMethod
+from lminf_eval.methods.hides_keys import HidesKeys
 from lminf_eval.models.equivalence_check import Runner, checked_runner, own_logits
 from lminf_eval.models.families.table import family_row
 from lminf_eval.models.patching import PatchedModel
@@ -51,6 +52,8 @@ class TensorParallel(ParallelStrategy):
         text, family = config.get_text_config(), config.model_type
         if not family_row(family).sharded:
             raise UsageError(f"parallel=deepspeed: DeepSpeed can't shard the family {family!r}; {_OTHERS}")
+        if isinstance(method, HidesKeys) and method.retrieves and method.top_k_choice == "layer":
+            raise UsageError("top_k_choice=layer: parallel=deepspeed goes with head or group; no rank has all heads")
         if not method.patched and (family in ("bloom", "mpt") or getattr(text, "alibi", False)):
             raise UsageError(
                 f"parallel=deepspeed: DeepSpeed can't shard the ALiBi of {family!r} under attention="

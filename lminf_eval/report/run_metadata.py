@@ -99,12 +99,17 @@ def find_backend(raw: dict[str, Any]) -> tuple[str, str, dict[str, str]]:
 
 def _chosen(own: dict[str, Any]) -> dict[str, str]:
     """Return the arguments behind `config.lminf`: what its user chose, and no default."""
-    defaults = {name: field.get_default() for name, field in answer_args().items()}
+    method = METHODS.get(text(own.get("attention")))
+    fields = answer_args() | (method.model_fields if method else {})
+    defaults = {name: field.get_default() for name, field in fields.items()}
     if not text(own.get("n_local_from")).startswith("set by"):
         defaults["n_local"] = own.get("n_local")
-    defaults["top_k_distance"] = number(own.get("n_local")) // 2 if own.get("top_k") else own.get("top_k_distance")
-    if method := METHODS.get(text(own.get("attention"))):
-        defaults["dca_window"] = method.filled({"n_local": own.get("n_local")}, 0).get("dca_window")
+    if method:
+        given = {name: own[name] for name in ("n_local", "top_k") if own.get(name) is not None}
+        filled = method.filled(given, 0, 0)
+        defaults |= {name: filled[name] for name in ("top_k_distance", "dca_window") if name in filled}
+    if not own.get("top_k"):  # what belongs to retrieval means nothing then
+        defaults = {name: default for name, default in defaults.items() if not name.startswith("top_k_")}
     chosen = {name: own[name] for name, default in defaults.items() if name in own and own[name] != default}
     return model_args(table(own.get("model_args")) | chosen)
 

@@ -95,12 +95,13 @@ def _cache(cell: Cell, config: dict[str, Any]) -> int:
     if not heads or not cell.length:
         return 0
     width = config.get("num_key_value_heads", heads) * config.get("head_dim", config["hidden_size"] // heads)
-    kept = cell.length
+    layers = config["num_hidden_layers"]
+    kept = layers * cell.length
     if cell.settings["model"] == MODEL_NAME:
         own = {name: value for name, value in cell.model_args.items() if name in answer_args()}
-        method = MethodArgs.parse(own).at(config.get("max_position_embeddings", cell.length))
-        kept = method.kept(cell.length)
-    return 2 * config["num_hidden_layers"] * width * kept
+        method = MethodArgs.parse(own).at(config.get("max_position_embeddings", cell.length), layers)
+        kept = sum(method.rule(layer).kept(cell.length) for layer in range(layers))
+    return 2 * width * kept
 
 
 def _config(pretrained: str) -> dict[str, Any]:

@@ -16,7 +16,11 @@ from lminf_eval.methods import registry
 from lminf_eval.methods.registry import make
 
 SLOPES = torch.tensor([0.5, 0.03], dtype=torch.float64)
-SPECS = [make(attention=name, n_local=6, n_global=2) for name, method in registry.METHODS.items() if method.patched]
+SPECS = [
+    make(attention=name, n_local=6, n_global=2)
+    for name in registry.METHODS
+    if name not in ("full", "infllm", "tokenselect")  # test_hidden_keys.py has retrieval
+]
 SPECS.append(make(attention="rerope", n_local=6, rerope_step=2.5))
 SPECS.append(make(attention="self_extend", n_local=6, self_extend_group=4))
 SPECS.append(make(attention="dca", n_local=6, dca_window=4))

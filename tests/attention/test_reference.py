@@ -11,7 +11,8 @@ from lminf_eval.methods import registry
 from lminf_eval.methods.registry import make
 
 HEAD_DIM = 8
-METHODS = [name for name, method in registry.METHODS.items() if method.patched]
+# Those whose queries retrieve keys have lambda's branches: test_hidden_keys.py has them.
+METHODS = [name for name in registry.METHODS if name not in ("full", "infllm", "tokenselect")]
 FREQUENCIES = 1.3 ** -torch.arange(HEAD_DIM // 2, dtype=torch.float64)
 
 

@@ -67,7 +67,7 @@ def compare(families, randomise, topology: Topology, name: str, kind: str) -> li
 def run(families, patched, ids: torch.Tensor, kind: str) -> tuple[torch.Tensor, int]:
     """Logits, and the heads whose keys the first layer's cache holds."""
     cache, found = patched.new_cache(1, families.S), []
-    cache.retrieve_from = [40]
+    cache.answers_from = [40]
     for start, stop in zip([0, 20, *range(60, families.S)], [20, *range(60, families.S + 1)], strict=True):
         output = patched.hidden(ids[:, start:stop], cache)
         found.append(patched.logits(output, output.last_hidden_state[0]))

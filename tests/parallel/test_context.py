@@ -231,12 +231,14 @@ def test_short_chunks_are_not_spread(answered):
         (make(attention="full"), "attention=full: parallel=context goes with lambda, window, streaming, lambda_mask"),
         *(
             (
-                make(attention, n_local=8),
+                make(attention, n_local=256),
                 f"attention={attention}: parallel=context goes with lambda, window, streaming, lambda_mask",
             )
-            for attention in ("rerope", "self_extend", "dca")
+            for attention in ("rerope", "self_extend", "dca", "infllm")
         ),
-        (make(n_local=16, top_k=2), "top_k: parallel=context goes with top_k=0 alone; no rank has all keys"),
+        (make(n_local=16, top_k=2), "top_k: parallel=context goes without it; no rank has all keys"),
+        (make(n_local=16, full_layers="odd"), "full_layers: parallel=context goes without it; no rank has all keys"),
+        (make(n_local=16, full_decode=True), "full_decode: parallel=context goes without it; no rank has all keys"),
     ],
 )
 def test_what_cannot_be_spread_is_refused(spec, line):

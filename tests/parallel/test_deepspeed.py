@@ -59,6 +59,14 @@ def test_alibi_in_the_models_own_attention_and_quantised_weights_are_refused():
         assert "quantised weights" in refusal(strategy, quantised, 2)
 
 
+def test_a_vote_of_heads_that_lie_on_several_ranks_is_refused():
+    line = "lminf: top_k_choice=layer: parallel=deepspeed goes with head or group; no rank has all heads"
+    assert refusal(TensorParallel, LlamaConfig(), 2, top_k=5, top_k_choice="layer") == line
+    assert refusal(TensorParallel, LlamaConfig(), 2, attention="infllm", n_local=256) == line
+    TensorParallel(Topology(group_size=2)).check(LlamaConfig(), make(n_local=64, top_k=5, top_k_choice="group"))
+    TensorParallel(Topology(group_size=2)).check(LlamaConfig(), make(n_local=64, top_k_choice="layer"))
+
+
 def test_without_deepspeed_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for strategy, name in ((TensorParallel, "deepspeed"), (ZeRO3, "zero3")):

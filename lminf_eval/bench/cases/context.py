@@ -26,7 +26,7 @@ def jobs(bench_model: BenchmarkModel, limits: HardwareLimits) -> Iterator[Job]:
     options, size = bench_model.options, bench_model.size
     length = options.lengths[-1]
     for n_local in options.n_local:
-        work = size.scoring(length, Window(n_local=n_local, top_k_distance=0).pairs(length))
+        work = size.scoring(length, Window(n_local=n_local, top_k_distance=0, top_k_from_layer=0).pairs(length))
         alone = 1.6 * torch.get_num_threads() * limits.roofline_seconds(Work(work.flops))
         seconds = options.runs * (1.5 * alone + 3 * START_SECONDS)
         yield Job(

@@ -28,7 +28,9 @@ def texts(bench_model: BenchmarkModel, limits: HardwareLimits) -> Iterator[tuple
     for n_local in bench_model.options.n_local:
         for length in bench_model.options.lengths:
             near = limits.roofline_seconds(
-                bench_model.size.scoring(length, Window(n_local=n_local, top_k_distance=0).pairs(length))
+                bench_model.size.scoring(
+                    length, Window(n_local=n_local, top_k_distance=0, top_k_from_layer=0).pairs(length)
+                )
             )
             yield {"n_local": n_local, "length": length}, near, hf_roofline_seconds(bench_model, limits, length)
 
