@@ -27,7 +27,7 @@ CASES = {
     "context": "one document on two processes",
 }
 DEFAULT_CASES = "prefill,decode,short,memory,attention,prefix"
-MODEL_ARGS = ("n_global", "chunk_size")  # what changes the speed of attention=lambda, besides n_local
+MODEL_ARGS = ("n_global", "chunk_size", "top_k")  # what changes the speed of attention=lambda, besides n_local
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
@@ -86,7 +86,7 @@ def parse_options(
     own = simple_parse_args_string(model_args)
     for name in own.keys() - set(MODEL_ARGS):
         hint = "; n_local is --n-local" if name == "n_local" else closest(name, MODEL_ARGS)
-        raise UsageError(f"model_args: {name}={own[name]}: bench takes {' and '.join(MODEL_ARGS)} there{hint}")
+        raise UsageError(f"model_args: {name}={own[name]}: bench takes {', '.join(MODEL_ARGS)} there{hint}")
     windows = parse_counts("n-local", n_local)
     ExecutionArgs.parse(own)
     for window in windows:

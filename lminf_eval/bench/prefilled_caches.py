@@ -7,6 +7,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from lminf_eval.bench.benchmark_model import BenchmarkModel
 from lminf_eval.cache.attention_state import AttentionState
+from lminf_eval.cache.offloaded_keys import OffloadedKeys
 from lminf_eval.harness.lm import LMInfinite
 from lminf_eval.methods.base import window_of
 
@@ -17,7 +18,8 @@ def prefilled_lambda_cache(
     """Return the cache of `rows` equal sequences after `context` tokens, with room for more.
 
     Keys that left the window are not in it. So only the last one or two windows are run; then the length of the
-    sequence is increased by a whole number of windows, which leaves each key in its slot and at its distance.
+    sequence is increased by a whole number of windows, which leaves each key in its slot and at its distance. If keys
+    are retrieved, the others are random: their values do not affect the time.
     """
     model, window = lm.model_runner(), window_of(lm.method.branches())
     turns = max(0, context // window - 1)
@@ -28,6 +30,13 @@ def prefilled_lambda_cache(
         model.hidden(chunk, cache)
     cache.lengths = [n + turns * window for n in cache.lengths]
     cache.origins = [n + turns * window for n in cache.origins]
+    cache.answers_from = [0]
+    for index, (hidden,) in cache.offloaded.items():
+        k, v = (torch.randn(x.shape[0], turns * window, x.shape[2], dtype=x.dtype) for x in hidden.pieces[0])
+        kept = OffloadedKeys().append(k, v)
+        for keys, values in hidden.pieces:
+            kept = kept.append(keys, values)
+        cache.offloaded[index] = [kept]
     return model.stack([cache] * rows) if rows > 1 and held else cache if held else model.new_cache(rows, room)
 
 

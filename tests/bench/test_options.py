@@ -61,10 +61,10 @@ def test_without_a_model_it_is_the_demos_where_it_is_there(tmp_path, monkeypatch
         ({"cases": "prefil"}, r"'prefil' \(did you mean prefill\?\) is none of prefill, decode"),
         (
             {"model_args": "n_globl=4"},
-            r"n_globl=4: bench takes n_global and chunk_size there \(did you mean n_global\?\)",
+            r"n_globl=4: bench takes n_global, chunk_size, top_k there \(did you mean n_global\?\)",
         ),
         ({"model_args": "n_local=64"}, r"n_local=64: bench takes .*; n_local is --n-local"),
-        ({"model_args": "attention=full"}, r"attention=full: bench takes n_global and chunk_size"),
+        ({"model_args": "attention=full"}, r"attention=full: bench takes n_global, chunk_size, top_k"),
         ({"model_args": "chunk_size=0"}, r"chunk_size=0"),
     ],
 )

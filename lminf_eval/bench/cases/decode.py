@@ -48,7 +48,7 @@ def measure_decode(bench_model: BenchmarkModel, setting: Setting, progress: Prog
     }
     facts: dict[str, int] = {}
     if context:
-        facts["key-value bytes of lambda"] = state.nbytes
+        facts["key-value bytes of lambda"] = state.nbytes + state.hidden_nbytes
     skipped: dict[str, str] = {}
     if shortage := bench_model.memory_shortage(_plain_cache_bytes(bench_model, context, rows)):
         skipped["plain"] = shortage
