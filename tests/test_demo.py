@@ -14,10 +14,10 @@ from rich.console import Console
 
 import lminf_eval.report
 from lminf_eval.demo import run
-from lminf_eval.demo.run import METHODS, PASSKEY_BEYOND, PASSKEY_INSIDE, PERPLEXITY, WHOLE, Method, Plan
+from lminf_eval.demo.run import METHODS, PASSKEY_BEYOND, PASSKEY_INSIDE, PASSKEYS, PERPLEXITY, WHOLE, Method, Plan
 from lminf_eval.errors import UsageError
 
-DOCUMENTS = {PERPLEXITY: (0,), PASSKEY_INSIDE: (1,), PASSKEY_BEYOND: (1,)}
+DOCUMENTS = {PERPLEXITY: (0,), **dict.fromkeys(PASSKEYS, (1,))}
 SMALL = Plan(DOCUMENTS, dict.fromkeys(DOCUMENTS, 170), inside=128, metadata={"length": 256})
 TWO = (Method("full", "attention=full", 1.0), Method("lambda, n_local=32", "attention=lambda,n_local=32", 1.0))
 
@@ -74,7 +74,7 @@ def test_a_row_may_leave_tasks_out(results):
     console.print(run.make_table({"full": cells}, WHOLE))
     assert "1/2" in console.file.getvalue()
     method = Method("part", "attention=full", 1.0, (PASSKEY_BEYOND,))
-    assert run.lm_eval_args(method, folder, WHOLE)[-7:-5] == ["--samples", json.dumps({PASSKEY_BEYOND: [2]})]
+    assert run.lm_eval_args(method, folder, WHOLE)[-7:-5] == ["--samples", json.dumps({PASSKEY_BEYOND: [1, 4, 9]})]
 
 
 def test_the_table_marks_a_tail_that_is_lost():
