@@ -86,8 +86,8 @@ class Plan:
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
-# No passkey lies within the window: at 0.32 and 0.42 of the 4k texts, at 0.74 and 0.84 of the longer ones, which so have
-# most of their tokens in common.
+# No passkey lies within the window: at 0.32 and 0.42 of the 4k texts, at 0.74 and 0.84 of the longer ones, which so
+# have most of their tokens in common.
 WHOLE = Plan(
     {PERPLEXITY: (0,), PASSKEY_INSIDE: (2, 8), PASSKEY_BEYOND: (1, 9), PASSKEY_FAR: (1, 9)},
     {PERPLEXITY: 16_400, PASSKEY_INSIDE: 6_900, PASSKEY_BEYOND: 20_700, PASSKEY_FAR: 41_400},
