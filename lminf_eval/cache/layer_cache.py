@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lminf_eval.methods.base import UNBOUNDED, first_keys, kept_whole, window_of
-from lminf_eval.methods.branches import Branch
+from lminf_eval.methods.base import first_keys, kept_whole, window_of
+from lminf_eval.methods.branches import UNBOUNDED, Branch
 
 _ROOM = 1024  # slots of older keys that such a sequence begins with
 

@@ -22,11 +22,6 @@ class OffloadedKeys:
 
     pieces: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()  # (keys, values), each [K, M, D]
 
-    @property
-    def tokens(self) -> int:
-        """Tokens that are kept."""
-        return sum(k_KMD.shape[1] for k_KMD, _ in self.pieces)
-
     def append(self, k_KLD: torch.Tensor, v_KLD: torch.Tensor, device: torch.device | str = "cpu") -> OffloadedKeys:
         """Return these keys and values with L more, copied to `device`."""
         pieces = [*self.pieces, (k_KLD.to(device, copy=True), v_KLD.to(device, copy=True))]
@@ -48,16 +43,14 @@ class OffloadedKeys:
 
     def values(self, position_KN: torch.Tensor) -> torch.Tensor:
         """Return the values [K, N, D] at positions of each head."""
-        found, first = None, 0
+        first, values_KMD = 0, self.pieces[0][1]
+        found = values_KMD.new_empty(*position_KN.shape, values_KMD.shape[2])
         for _, v_KMD in self.pieces:
-            if found is None:
-                found = v_KMD.new_empty(*position_KN.shape, v_KMD.shape[2])
             last = first + v_KMD.shape[1]
             head, at = ((position_KN >= first) & (position_KN < last)).nonzero(as_tuple=True)
             if len(head):
                 found[head, at] = v_KMD[head, position_KN[head, at] - first]
             first = last
-        assert found is not None
         return found
 
     @property

@@ -8,13 +8,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-from lminf_eval.methods.branches import Branch, Chunks, FirstKeys, OlderKeys, SlidingWindow
+from lminf_eval.methods.branches import UNBOUNDED, Branch, Chunks, FirstKeys, OlderKeys, SlidingWindow
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-
-UNBOUNDED = 2**62  # tokens; no sequence is that long, and a sequence of unknown length may come to anything below
 
 
 @dataclass(frozen=True)

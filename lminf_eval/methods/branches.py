@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 if TYPE_CHECKING:  # a table of results asks for methods, and needs no torch
     import torch
 
+UNBOUNDED = 2**62  # tokens; no sequence is that long, and a sequence of unknown length may come to anything below
+
 Positions = Callable[["torch.Tensor"], "torch.Tensor"]
 
 
@@ -110,7 +112,7 @@ class OlderKeys:
 class LaterKeys(OlderKeys):
     """No key; but all are kept, for queries that come later and see them."""
 
-    after: int = 2**62
+    after: int = UNBOUNDED
 
     def kept(self, tokens: int) -> int:
         """See `KeySet`."""

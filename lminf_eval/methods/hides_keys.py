@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from lminf_eval.errors import UsageError
-from lminf_eval.methods.base import UNBOUNDED, LayerRule, WindowedMethod
-from lminf_eval.methods.branches import Branch, LaterKeys, OlderKeys, SlidingWindow
+from lminf_eval.methods.base import LayerRule, WindowedMethod
+from lminf_eval.methods.branches import UNBOUNDED, Branch, LaterKeys, OlderKeys, SlidingWindow
 
 if TYPE_CHECKING:
     from typing_extensions import Self

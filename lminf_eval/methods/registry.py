@@ -11,7 +11,8 @@ from pydantic.fields import FieldInfo
 
 from lminf_eval.config.trained_length import trained_length
 from lminf_eval.errors import UsageError, validation_line
-from lminf_eval.methods.base import UNBOUNDED, AttentionMethod
+from lminf_eval.methods.base import AttentionMethod
+from lminf_eval.methods.branches import UNBOUNDED
 from lminf_eval.methods.dca import DualChunk
 from lminf_eval.methods.full import Full
 from lminf_eval.methods.infllm import InfLLM

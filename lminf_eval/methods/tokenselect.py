@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field
 
-from lminf_eval.methods.lambda_ import Lambda
+from lminf_eval.methods.retrieves_throughout import RetrievesThroughout
 
 
-class TokenSelect(Lambda):
+class TokenSelect(RetrievesThroughout):
     """TokenSelect's parameters (arXiv 2411.02886, section 4): LM-Infinite's branches, and retrieval in every layer.
 
     Here every query chooses for itself, and sees retrieved keys at one distance. In the paper 512 queries of a prompt
@@ -26,23 +26,21 @@ class TokenSelect(Lambda):
     marker = ">"
     line = "-"
 
+    window = 512
+
     n_local: int = Field(ge=1, description="tokens of the window", json_schema_extra={"default": "512"})
-    top_k_from_layer: int = Field(ge=0, description="first layer that retrieves", json_schema_extra={"default": "0"})
-    n_global: int = Field(128, ge=0, description="first tokens that every token sees")
     top_k: int = Field(2048, ge=0, description="keys that a query retrieves")
-    top_k_queries: int | str = Field("all", description="tokens of a prompt or text that retrieve keys")
     top_k_distance: int = Field(
         ge=0,
         description="distance at which a query sees the keys that it retrieves",
         json_schema_extra={"default": "`n_local` + `top_k` / 2"},
     )
-    top_k_choice: Literal["head", "group", "layer"] = Field("layer", description="who chooses keys")
 
     @classmethod
     def filled(cls, given: Mapping[str, Any], trained_length: int, layers: int) -> dict[str, Any]:
-        """See `AttentionMethod`. The window is the paper's, or half of a shorter trained length."""
-        found = {"n_local": min(512, trained_length // 2), **given}
-        top_k = found.get("top_k", cls.model_fields["top_k"].default)
-        if isinstance(found["n_local"], int) and isinstance(top_k, int):  # another value is refused
-            found = {"top_k_distance": found["n_local"] + top_k // 2, **found}
-        return super().filled(found, trained_length, 0)
+        """See `AttentionMethod`."""
+        found = super().filled(given, trained_length, layers)
+        n_local, top_k = found["n_local"], given.get("top_k", cls.model_fields["top_k"].default)
+        if not isinstance(n_local, int) or not isinstance(top_k, int):  # another value is refused
+            return found
+        return found | {"top_k_distance": given.get("top_k_distance", n_local + top_k // 2)}

@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache as TransformersCache
 
 from lminf_eval.cache.attention_state import AttentionState
 from lminf_eval.errors import UsageError
-from lminf_eval.methods.base import UNBOUNDED
+from lminf_eval.methods.branches import UNBOUNDED
 from lminf_eval.models.attention_module import patched_by
 
 

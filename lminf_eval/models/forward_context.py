@@ -39,11 +39,15 @@ class ForwardContext:
         self.spans = spans_of(mask, new)
         self.width = mask.shape[1] if self.spans else 0
 
+    def new_tokens(self, rows: int, tokens: int) -> list[Span]:
+        """Return where the new tokens of each row lie among `tokens` columns."""
+        return [(0, tokens)] * rows if self.spans is None else self.spans
+
     def advance(self, tokens: int) -> None:
         """Say that the pass has succeeded, on `tokens` tokens of each row."""
-        if self.state is not None:
-            counts = [tokens] * len(self.state.lengths) if self.spans is None else [b - a for a, b in self.spans]
-            self.state.lengths = [n + count for n, count in zip(self.state.lengths, counts, strict=True)]
+        if (state := self.state) is not None:
+            spans = self.new_tokens(len(state.lengths), tokens)
+            state.lengths = [n + high - low for n, (low, high) in zip(state.lengths, spans, strict=True)]
 
 
 def spans_of(mask: Any, new: int | None) -> list[Span] | None:

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lminf_eval.cache.full_cache import FullCache, new_layers
-from lminf_eval.methods.base import UNBOUNDED
+from lminf_eval.methods.branches import UNBOUNDED
 from lminf_eval.models.modules import CACHE_NAMES, DecoderTap, decoder_of, find_rotary, head_logits, takes
 from lminf_eval.models.onednn_linear import OneDNNLinearPatch
 from lminf_eval.models.rope import FrozenFrequencies, depends_on_length

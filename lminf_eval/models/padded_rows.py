@@ -34,7 +34,7 @@ def attend_rows(
 
     What is padding gets zeros.
     """
-    spans = context.spans or [(0, q_BHLD.shape[2])] * len(q_BHLD)
+    spans = context.new_tokens(len(q_BHLD), q_BHLD.shape[2])
     if layer is not None and layer.older_keys is not None:
         layer.reserve(max(n + high - low for n, (low, high) in zip(state.lengths, spans, strict=True)))
 

@@ -28,7 +28,8 @@ from lminf_eval.attention.retrieved import add_retrieved
 from lminf_eval.cache.attention_state import AttentionState
 from lminf_eval.cache.layer_cache import LayerCache
 from lminf_eval.errors import UsageError, first_line, out_of_memory
-from lminf_eval.methods.base import UNBOUNDED, LayerRule, WindowedMethod
+from lminf_eval.methods.base import LayerRule, WindowedMethod
+from lminf_eval.methods.branches import UNBOUNDED
 from lminf_eval.methods.hides_keys import HidesKeys
 from lminf_eval.models.attention_interface import IMPLEMENTATION
 from lminf_eval.models.attention_module import AttentionModule
@@ -209,8 +210,8 @@ class PatchedModel:
         if state is not None and context.update_cache:
             self._rebase_rope(state, L)
             if handed is None and state.answers_from is None:  # a user's first pass: the prompt
-                ends = [L] * B if context.spans is None else [high - low for low, high in context.spans]
-                state.answers_from = [self.answers_from(end) for end in ends]
+                prompts = [high - low for low, high in context.new_tokens(B, L)]
+                state.answers_from = [self.answers_from(prompt) for prompt in prompts]
         # One token alone overwrites what it does not see, and can be tried again as it is.
         guarded = state if context.update_cache and L > 1 else None
         with (
@@ -299,11 +300,11 @@ class PatchedModel:
             out, lse = self._prefill(q_BHLD, k_BKLD, v_BKLD, layer, call, update)
         else:
             out, lse = attend_rows(self._prefill, q_BHLD, k_BKLD, v_BKLD, layer, call, context, state)
-        spans = context.spans or [(0, L)] * len(starts)
+        spans = context.new_tokens(len(starts), L)
         if rule.answer is not None and not all_answers:
             attend_answers(out, lse, q_BHLD, k_BKLD, v_BKLD, layer, call, starts, answers_from, spans)
         if rule.retrieves and isinstance(method, HidesKeys) and state.capacity > call.window:
-            add_retrieved(out, lse, q_BHLD, k_BKLD, v_BKLD, method, state, index, call, update, spans)
+            add_retrieved(out, lse, q_BHLD, k_BKLD, v_BKLD, method, state, index, call, answers_from, spans, update)
         return out, lse
 
     _prefill = staticmethod(prefill_attention)  # context parallel has its own

@@ -27,7 +27,8 @@ from lminf_eval.cache.layer_cache import LayerCache
 from lminf_eval.errors import UsageError
 from lminf_eval.inference.chunks import ChunkRunner
 from lminf_eval.inference.engine import Engine
-from lminf_eval.methods.base import UNBOUNDED, AttentionMethod, WindowedMethod
+from lminf_eval.methods.base import AttentionMethod, WindowedMethod
+from lminf_eval.methods.branches import UNBOUNDED
 from lminf_eval.methods.registry import METHODS, MethodArgs
 from lminf_eval.models.equivalence_check import patched_model
 from lminf_eval.models.patching import PatchedModel

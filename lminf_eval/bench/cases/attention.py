@@ -19,7 +19,7 @@ from lminf_eval.bench.roofline import HardwareLimits, Work, full_pairs
 from lminf_eval.bench.timing import ProgressFn, Stopwatch, interleave, synchronise
 from lminf_eval.harness.lm import LMInfinite
 from lminf_eval.methods.base import first_keys
-from lminf_eval.methods.window import Window
+from lminf_eval.methods.branches import SlidingWindow
 
 WINDOWS = 8  # of the longest text that is measured
 
@@ -29,9 +29,7 @@ def jobs(bench_model: BenchmarkModel, limits: HardwareLimits) -> Iterator[Job]:
     options, size = bench_model.options, bench_model.size
     for n_local in options.n_local:
         length = min(options.lengths[-1], WINDOWS * n_local)
-        a_pass = limits.roofline_seconds(
-            size.scoring(length, Window(n_local=n_local, top_k_distance=0, top_k_from_layer=0).pairs(length))
-        )
+        a_pass = limits.roofline_seconds(size.scoring(length, SlidingWindow(n_local).pairs(length)))
         pieces = size.attention(n_local**2) / limits.peak_flops
         each = 1.5 * (options.runs + 1)
         setting = {"n_local": n_local, "length": length}

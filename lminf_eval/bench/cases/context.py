@@ -13,7 +13,7 @@ from lminf_eval.bench.record import Job, Record, Setting
 from lminf_eval.bench.roofline import HardwareLimits, Work
 from lminf_eval.bench.timing import ProgressFn
 from lminf_eval.bench.workers.start import START_SECONDS, run_in_process
-from lminf_eval.methods.window import Window
+from lminf_eval.methods.branches import SlidingWindow
 
 SIDES = {
     "2 processes": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
@@ -26,7 +26,7 @@ def jobs(bench_model: BenchmarkModel, limits: HardwareLimits) -> Iterator[Job]:
     options, size = bench_model.options, bench_model.size
     length = options.lengths[-1]
     for n_local in options.n_local:
-        work = size.scoring(length, Window(n_local=n_local, top_k_distance=0, top_k_from_layer=0).pairs(length))
+        work = size.scoring(length, SlidingWindow(n_local).pairs(length))
         alone = 1.6 * torch.get_num_threads() * limits.roofline_seconds(Work(work.flops))
         seconds = options.runs * (1.5 * alone + 3 * START_SECONDS)
         yield Job(

@@ -12,7 +12,7 @@ from lminf_eval.bench.benchmark_model import BenchmarkModel, score_requests
 from lminf_eval.bench.record import Job, Record, Setting
 from lminf_eval.bench.roofline import HardwareLimits, full_pairs
 from lminf_eval.bench.timing import ProgressFn, interleave
-from lminf_eval.methods.window import Window
+from lminf_eval.methods.branches import SlidingWindow
 
 
 def jobs(bench_model: BenchmarkModel, limits: HardwareLimits) -> Iterator[Job]:
@@ -27,11 +27,7 @@ def texts(bench_model: BenchmarkModel, limits: HardwareLimits) -> Iterator[tuple
     """Yield each n_local and length as a setting, with the roofline seconds of lambda and of `hf`."""
     for n_local in bench_model.options.n_local:
         for length in bench_model.options.lengths:
-            near = limits.roofline_seconds(
-                bench_model.size.scoring(
-                    length, Window(n_local=n_local, top_k_distance=0, top_k_from_layer=0).pairs(length)
-                )
-            )
+            near = limits.roofline_seconds(bench_model.size.scoring(length, SlidingWindow(n_local).pairs(length)))
             yield {"n_local": n_local, "length": length}, near, hf_roofline_seconds(bench_model, limits, length)
 
 
