@@ -16,8 +16,6 @@ from lminf_eval.methods.registry import METHODS, make
 from lminf_eval.models.equivalence_check import patched_model
 from tests.small_model import SMALL
 
-# What users of every supported transformers write; 5.24 calls it `cache`.
-pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
 W, G = 16, 4
 KINDS = {
     "llama": {},

@@ -34,10 +34,6 @@ PIP = [command for command in COMMANDS if command.startswith("pip install ")]
 RUN = [command for command in COMMANDS if re.match(r"([A-Z_]+=\d )?(lm_eval|lminf) ", command)]
 
 
-# transformers 5.24 calls the argument `cache`; the pages show what every supported release takes.
-renamed = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
-
-
 def rows(heading: str) -> list[list[str]]:
     """The cells of the first table below a heading, without their backquotes."""
     section = README.partition(f"{heading}\n")[2]
@@ -66,7 +62,6 @@ def test_no_command_is_left_out():
     assert all((MAKE, PIP, RUN))
 
 
-@renamed
 @pytest.mark.parametrize("block", PYTHON, ids=range(len(PYTHON)))
 def test_python_runs_as_it_stands(block, tiny_llama, tiny_tokenizer):
     model = AutoModelForCausalLM.from_pretrained(tiny_llama(max_position_embeddings=4096))
@@ -97,7 +92,6 @@ def test_the_method_of_the_page_is_the_one_that_runs():
         assert about[0] == about[1]
 
 
-@renamed
 def test_the_example_runs(tiny_llama, capsys):
     spec = importlib.util.spec_from_file_location("python_api", CHECKOUT / "examples" / "python_api.py")
     example = importlib.util.module_from_spec(spec)
