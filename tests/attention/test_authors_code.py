@@ -1,13 +1,15 @@
 """The methods' authors' own code, run and never copied: its logits against ours, on a tiny model drawn at random.
 
-LMINF_AUTHORS_CODE names a folder with checkouts of github.com/datamllab/LongLM, github.com/HKUNLP/ChunkLlama and
-github.com/bojone/rerope, under these names. Their modules are executed as they are. What they import and transformers
-no longer has, or this machine lacks, has a stand-in here; numbers that they round to half or single precision stay in
-double precision, so that what differs is the method.
+LMINF_AUTHORS_CODE names a folder with checkouts of github.com/datamllab/LongLM, github.com/HKUNLP/ChunkLlama,
+github.com/bojone/rerope and github.com/thunlp/InfLLM, under these names. Their modules are executed as they are. What
+they import and transformers no longer has, or this machine lacks, has a stand-in here; numbers that they round to half
+or single precision stay in double precision, so that what differs is the method.
 
-Ours follows the paper where their code does not: see the tests.
+Ours follows the paper where their code does not: see the tests. The code of TokenSelect and SWAA is not here: it runs
+inside SGLang, and on a flash attention of its own, on a GPU alone.
 """
 
+import contextlib
 import importlib.util
 import math
 import os
@@ -171,6 +173,7 @@ def difference(model, method, forward, prepare, prompt, tuples=False):
     theirs = authors_logits(model, forward, prepare, ids, prompt, tuples)
     patched = patched_model(model, method)
     state, ours = patched.new_cache(1, prompt + NEW), []
+    state.answers_from = [patched.answers_from(prompt)]
     for start, stop in [(0, prompt), *((at, at + 1) for at in range(prompt, prompt + NEW))]:
         output = patched.hidden(ids[:, start:stop], state)
         ours.append(patched.logits(output, output.last_hidden_state[0]))
@@ -249,4 +252,66 @@ def test_rerope(monkeypatch, llama, prompt, step):
 
     method = make("rerope", n_local=16, rerope_step=step)
     forward = module.LlamaAttention.forward
+    assert difference(llama, method, forward, prepare, prompt, tuples=True) < CLOSE
+
+
+def infllm(monkeypatch):
+    """Execute InfLLM's modules, which ask for a GPU everywhere, on a CPU and without their assertions."""
+
+    class Event:
+        def record(self, stream):
+            return None
+
+        wait = record
+
+    def at_home(make):
+        return lambda *args, device=None, **others: make(*args, **others)
+
+    cuda = SimpleNamespace(stream=contextlib.nullcontext, current_stream=lambda: None, Event=lambda: Event())
+    here = {name: at_home(getattr(torch, name)) for name in ("empty", "zeros", "ones", "arange")}
+    modules = {}
+    for name in ("dot_production_attention.base", "dot_production_attention.torch_impl", "context_manager", "rope"):
+        package = f"infllm.{name}".rpartition(".")[0]
+        module = ModuleType(f"infllm.{name}")
+        module.__package__ = package
+        if name == "context_manager":
+            made_by = modules["dot_production_attention.torch_impl"].TorchMultiStageDotProductionAttention
+            stand_in = ModuleType("infllm.dot_production_attention")
+            stand_in.get_multi_stage_dot_production_attention = lambda _, made_by=made_by: (made_by, False)
+            monkeypatch.setitem(sys.modules, stand_in.__name__, stand_in)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        file = CODE / "InfLLM/inf_llm/attention" / f"{name.replace('.', '/')}.py"
+        exec(compile(file.read_text(), file, "exec", optimize=1), vars(module))
+        module.torch = SimpleNamespace(**vars(torch) | {"float32": torch.float64, "cuda": cuda} | here)
+        modules[name] = module
+    return modules["context_manager"].ContextManager, modules["rope"].RotaryEmbeddingESM
+
+
+@pytest.mark.parametrize("prompt", [9, 17, 18, 33, 90])
+@pytest.mark.parametrize("k", [1, 5, 200])
+def test_infllm_of_single_tokens(monkeypatch, llama, prompt, k):
+    """If each token of the prompt chooses for itself, by head, among blocks of one token that stand for themselves.
+
+    A token that has just left their window of n tokens is no block yet, and every head sees it: ours is n + 1. Their
+    query is at n - 1, where n is meant; that is put right here, since the token of before is at n.
+    """
+    Manager, Rotary = infllm(monkeypatch)
+
+    class Meant(Rotary):
+        def apply_rotary_pos_emb_one_angle(self, x, index):
+            return super().apply_rotary_pos_emb_one_angle(x, index + 1)
+
+    def prepare(own):
+        own.position = Meant(DIM)
+
+    def forward(own, hidden, mask, positions, past, use_cache):
+        q, k_new, v = (
+            project(hidden).unflatten(-1, (-1, DIM)).transpose(1, 2) for project in (own.q_proj, own.k_proj, own.v_proj)
+        )
+        if past is None:
+            past = Manager(own.position, 0, 16, 1, 300, k, exc_block_size=1, perhead=True)
+        out = past.append(q, k_new, v, q, k_new, v)
+        return own.o_proj(out.transpose(1, 2).flatten(2)), None, past
+
+    method = make("infllm", n_local=17, n_global=0, top_k=k, top_k_block=1, top_k_choice="head", top_k_distance=16)
     assert difference(llama, method, forward, prepare, prompt, tuples=True) < CLOSE
