@@ -21,6 +21,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from lminf_eval.methods.registry import make
 from lminf_eval.models.equivalence_check import patched_model
 from lminf_eval.models.families.table import FAMILIES as ROWS
+from tests.test_full import CONV, DELTA, MAMBA
 
 W, G, S = 16, 3, 70  # n_local, n_global, tokens: below, at and well past n_local
 SMALL = {
@@ -52,6 +53,7 @@ MOE = {  # four experts, two a token, by all the names that families have for it
     "shared_intermediate_size": 16,
     "shared_expert_intermediate_size": 16,
 }
+DEEP = {"num_hidden_layers": 4}
 GPTJ = {"rotary_dim": 4, "n_inner": 48, "max_position_embeddings": 128}
 VISION = {
     "hidden_size": 16,
@@ -173,6 +175,22 @@ FAMILIES = {
     "laguna": SLIDING | MOE | WIDE,
     "mellum": SLIDING | MOE | WIDE,
     "solar_open": MOE | WIDE,
+    "bamba": MAMBA | {"attn_layer_indices": [1, 3]} | DEEP,
+    "falcon_h1": MAMBA | {"mamba_d_ssm": 64, "head_dim": 8},
+    "granitemoehybrid": MAMBA | MOE | DEEP | {"layer_types": DELTA["layer_types"]},
+    "granitemoehybrid rope": MAMBA
+    | MOE
+    | DEEP
+    | {"layer_types": DELTA["layer_types"], "position_embedding_type": "rope"},
+    "lfm2": CONV | DEEP,
+    "lfm2_moe": CONV | MOE | DEEP | {"num_dense_layers": 1},
+    "lfm3": CONV | DEEP,
+    "nemotron_h": MAMBA | MOE | DEEP | {"hybrid_override_pattern": "M*M*", "head_dim": 8},
+    "olmo_hybrid": DELTA | DEEP,
+    "qwen3_next": DELTA | MOE | DEEP,
+    "qwen3_5_text": DELTA | DEEP,
+    "qwen3_5_moe_text": DELTA | MOE | DEEP,
+    "zaya": MOE | DEEP | {"num_experts_per_tok": 1, "head_dim": 8},
     "gptj": GPTJ,
     "codegen": GPTJ,
     "mpt": {},
@@ -369,7 +387,8 @@ def test_bfloat16_stays_near_it(family):
     """The median token's logits within 3 % (in norm), and nine in ten within 6 % where no expert is chosen by a hair.
 
     The single worst token is left to chance: with other random weights it ranged from 6 % to 21 % in Gemma 4, by one
-    order of rounding in the rotation as by another, where the median stayed at 2 %.
+    order of rounding in the rotation as by another, where the median stayed at 2 %. A gated delta rule in bfloat16 is
+    3 to 7 % from itself in float64, in the model's own forward as in ours (three seeds): it is allowed twice as much.
     """
     name, model, ids = family
     if name == "dbrx":
@@ -380,9 +399,10 @@ def test_bfloat16_stays_near_it(family):
     found = run(patched, ids, [20, *range(60, S)])
     patched.restore()
     errors = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
-    assert errors.median() < 0.03
+    allowed = 2 if "linear_num_value_heads" in FAMILIES[name] else 1
+    assert errors.median() < 0.03 * allowed
     if not FAMILIES[name].keys() & MOE.keys():
-        assert errors.quantile(0.9) < 0.06
+        assert errors.quantile(0.9) < 0.06 * allowed
 
 
 def test_the_table_names_what_is_tested_here():

@@ -7,9 +7,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+from transformers import DynamicCache
 
+from lminf_eval.cache.full_cache import mapped
 from lminf_eval.cache.layer_cache import LayerCache
 from lminf_eval.cache.offloaded_keys import OffloadedKeys
+from lminf_eval.cache.recurrent_states import copied, state_tensors
 
 
 @dataclass
@@ -27,6 +30,7 @@ class AttentionState:
     offloaded: dict[int, list[OffloadedKeys]] = field(default_factory=dict)  # per layer and row, if keys are retrieved
     answers_from: list[int] | None = None  # per row, the position from which tokens see more than the method's branches
     on_device: frozenset[int] = frozenset()  # layers whose hidden keys stay on their device; others' are on the host
+    states: DynamicCache | None = None  # of recurrent and convolutional layers, if the model has any
 
     @classmethod
     def empty(cls, batch: int, capacity: int) -> AttentionState:
@@ -43,7 +47,7 @@ class AttentionState:
 
     def expand(self, n: int) -> AttentionState:
         """Return n times the one row of this state, all reading its storage; only for a pass that updates nothing."""
-        return self._pick([0] * n, lambda x: x.expand(n, -1, -1, -1))
+        return self._pick([0] * n, lambda x: x.expand(n, *x.shape[1:]))
 
     def _pick(self, index: list[int], function: Callable[[torch.Tensor], torch.Tensor]) -> AttentionState:
         return AttentionState(
@@ -54,12 +58,13 @@ class AttentionState:
             {i: [rows[row] for row in index] for i, rows in self.offloaded.items()},
             None if self.answers_from is None else [self.answers_from[i] for i in index],
             self.on_device,
+            None if self.states is None else mapped(lambda name, x: function(x), self.states),
         )
 
     @classmethod
     def stack(cls, states: list[AttentionState]) -> AttentionState:
         """Return one state whose rows are those of `states`, which must have one capacity."""
-        first = states[0]
+        first, recurrent = states[0], [state.states for state in states if state.states is not None]
         return cls(
             first.capacity,
             [n for state in states for n in state.lengths],
@@ -68,6 +73,7 @@ class AttentionState:
             {i: [keys for state in states for keys in state.offloaded[i]] for i in first.offloaded},
             None if first.answers_from is None else [n for state in states for n in state.answers_from or []],
             first.on_device,
+            None if first.states is None else mapped(lambda name, *x: torch.cat(x), *recurrent),
         )
 
     @contextmanager
@@ -76,13 +82,13 @@ class AttentionState:
 
         The failed pass may leave values in slots beyond the sequence's length. The next pass overwrites them.
         """
-        offloaded = dict(self.offloaded)
+        offloaded, states = dict(self.offloaded), copied(self.states)
         for layer in self.layers.values():
             layer.undo_log = []
         try:
             yield
         except BaseException:
-            self.offloaded = offloaded
+            self.offloaded, self.states = offloaded, states
             for layer in self.layers.values():
                 layer.rollback()
             raise
@@ -92,8 +98,9 @@ class AttentionState:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held in keys and values on the model's devices, over all layers; hidden keys aside."""
+        """Bytes held in keys, values and states on the model's devices, over all layers; hidden keys aside."""
         tensors = [x for layer in self.layers.values() for x in layer.tensors()]
+        tensors += state_tensors(self.states).values()
         return sum(x.numel() * x.element_size() for x in tensors)
 
     @property

@@ -43,7 +43,7 @@ class FullCache:
     @torch.inference_mode()
     def rows(self, index: list[int]) -> FullCache:
         """Return a copy with these rows alone."""
-        layers = _mapped(lambda name, x: x[index], self.layers)
+        layers = mapped(lambda name, x: x[index], self.layers)
         mask = None if self.mask is None else self.mask[index]
         return FullCache(self.capacity, layers, [self.lengths[i] for i in index], mask)
 
@@ -68,7 +68,7 @@ class FullCache:
             padded = [pad(part, (0, 0, longest - n, 0)) for part, n in zip(parts, lengths, strict=True)]
             return torch.cat(padded)
 
-        layers = _mapped(joined, *(cache.layers for cache in caches))
+        layers = mapped(joined, *(cache.layers for cache in caches))
         mask = torch.arange(longest)[None] >= longest - torch.tensor(lengths)[:, None]
         return cls(max(cache.capacity for cache in caches), layers, lengths, None if mask.all() else mask)
 
@@ -100,11 +100,11 @@ class FullCache:
             sizes.append(x.numel() * x.element_size())
             return x
 
-        _mapped(measured, self.layers)
+        mapped(measured, self.layers)
         return sum(sizes)
 
 
-def _mapped(function: Callable[..., torch.Tensor], first: DynamicCache, *others: DynamicCache) -> DynamicCache:
+def mapped(function: Callable[..., torch.Tensor], first: DynamicCache, *others: DynamicCache) -> DynamicCache:
     """Return a cache like `first`, each tensor `function(its name, first's, *others')`."""
     made = copy.copy(first)
     made.layers = [

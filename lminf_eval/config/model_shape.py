@@ -7,7 +7,7 @@ from typing import Any
 
 from lminf_eval.errors import UsageError
 
-_STATES = {"linear_attention", "conv", "mamba", "moe", "mlp", "recurrent"}  # kinds of layers without keys and values
+WITHOUT_KEYS = frozenset({"linear_attention", "conv", "mamba", "moe", "mlp", "recurrent"})  # what configs call layers
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def _layer(text: Any, kind: str) -> LayerShape:
         kv_heads *= 2
     value_dim = getattr(text, "v_head_dim", None) or key_dim
     window = getattr(text, "sliding_window", None) if slides else None
-    return LayerShape(heads, 0 if kind in _STATES else kv_heads, key_dim, value_dim, window)
+    return LayerShape(heads, 0 if kind in WITHOUT_KEYS else kv_heads, key_dim, value_dim, window)
 
 
 def _kv_heads(text: Any, heads: int) -> int:

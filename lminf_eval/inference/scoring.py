@@ -20,7 +20,7 @@ from lminf_eval.inference.scoring_targets import (
     scoring_targets,
     separate_branch_scores,
 )
-from lminf_eval.models.modules import device_of
+from lminf_eval.models.modules import devices_of_layers
 from lminf_eval.models.patching import PatchedModel
 from lminf_eval.models.runner import State
 from lminf_eval.resume.checkpoint import EVERY, Checkpoints
@@ -147,9 +147,7 @@ class Scorer:
     ) -> int:
         """Return the position that an earlier process came to in this document; fill in its `state` and `found`."""
         checkpoints.begin(tokens, wanted, state.capacity)
-        layers = self.model.layers if isinstance(self.model, PatchedModel) else []
-        devices = {layer.layer_idx: device_of(layer) for layer in layers}
-        position, earlier = checkpoints.load(state, devices)
+        position, earlier = checkpoints.load(state, devices_of_layers(self.model.model))
         for values, those in zip(found, earlier, strict=False):
             values[:] = those
         self.chunks.reused += position

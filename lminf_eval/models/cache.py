@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache as TransformersCache
 
 from lminf_eval.cache.attention_state import AttentionState
+from lminf_eval.cache.recurrent_states import copied
 from lminf_eval.errors import UsageError
 from lminf_eval.methods.branches import UNBOUNDED
 from lminf_eval.models.attention_module import patched_by
+
+if TYPE_CHECKING:
+    from lminf_eval.models.patching import PatchedModel
 
 
 class Cache(TransformersCache):
@@ -29,9 +33,11 @@ class Cache(TransformersCache):
     """
 
     def __init__(self, model: PreTrainedModel):
-        if patched_by(model.modules()) is None:
+        patched = patched_by(model.modules())
+        if patched is None:
             raise UsageError("lminf.Cache: the model is not patched; make it inside `with lminf.patch(model):`")
         self._begin(None, update_cache=True)
+        self._new_state = cast("PatchedModel", patched).new_cache
 
     @classmethod
     def around(cls, state: AttentionState, update_cache: bool) -> Cache:
@@ -51,14 +57,16 @@ class Cache(TransformersCache):
             UsageError: if the batch has another number of rows than before.
         """
         if self.state is None:
-            self.state = AttentionState.empty(rows, UNBOUNDED)
+            self.state = self._new_state(rows, UNBOUNDED)
         if len(self.state.lengths) != rows:
             raise UsageError(f"lminf.Cache: it holds {len(self.state.lengths)} rows, and the batch has {rows}")
+        states = self.state.states if self.update_cache else copied(self.state.states)
+        self.layers = [] if states is None else states.layers  # which recurrent layers read and write
         return self.state
 
     @property
     def nbytes(self) -> int:
-        """Bytes held in keys and values."""
+        """Bytes held in keys, values and states."""
         return 0 if self.state is None else self.state.nbytes + self.state.hidden_nbytes
 
     # ------------------------------------------------------------------ what transformers asks of a cache

@@ -168,7 +168,7 @@ def own_logits(model: PreTrainedModel, method: AttentionMethod | None) -> torch.
             moved = model(input_ids=ids, position_ids=at_1L, use_cache=False).logits[0]
             why = "its logits depend on absolute positions: the same tokens further on differ by"
             # In half precision cosines are rounded by position too, and an expert may change with them.
-            _require(model, moved, logits, why, None if logits.dtype in _LOGITS else _HALF_SHIFT)
+            _require(model, moved, logits, why, None if _precise(model) else _HALF_SHIFT)
     return logits
 
 
@@ -255,6 +255,7 @@ def _compare_layers(patched: PatchedModel, recorded: dict, ids: torch.Tensor) ->
 
     with patched.observed(compare), torch.inference_mode():
         patched.decoder(input_ids=ids, use_cache=False)
+    _require_no_positions(patched, recorded, ids)
     if seen != {layer.layer_idx for layer in patched.layers}:
         raise UsageError(
             unsupported(
@@ -262,6 +263,24 @@ def _compare_layers(patched: PatchedModel, recorded: dict, ids: torch.Tensor) ->
             )
         )
     return windows
+
+
+def _require_no_positions(patched: PatchedModel, recorded: dict, ids: torch.Tensor) -> None:
+    """Refuse the family if queries or keys that we do not rotate change with the positions of the tokens."""
+    if all(patched.rotated.values()) or takes(patched.decoder, "position_ids") is None:
+        return
+
+    def compare(attend, module, q, k, v, scale, options):
+        expected_q, expected_k, out = recorded[module.layer_idx]
+        moved = max(relative_error(q, expected_q), relative_error(k, expected_k))
+        if not patched.rotated[module.layer_idx] and not moved < _ROTATION.get(q.dtype, _HALF_ROTATION):
+            why = f"layer {module.layer_idx} rotates queries or keys by no module that was found"
+            raise UsageError(unsupported(patched.model.config, why, patched.method.name))
+        return out
+
+    at_1L = torch.arange(_SHIFT, _SHIFT + ids.shape[1], device=ids.device)[None]
+    with patched.observed(compare), torch.inference_mode():
+        patched.decoder(input_ids=ids, position_ids=at_1L, use_cache=False)
 
 
 def _compare_logits(patched: PatchedModel, expected: torch.Tensor, ids: torch.Tensor) -> None:
@@ -335,8 +354,8 @@ def _require(
 ) -> None:
     """Refuse the model if logits lie further apart than rounding explains."""
     quantised = _quantisation(model)
-    limit = limit or (_HALF_LOGITS if quantised else _LOGITS.get(expected.dtype, _HALF_LOGITS))
-    error = _logits_error(found, expected, model.config.get_text_config())
+    limit = limit or (_LOGITS[expected.dtype] if _precise(model) and not quantised else _HALF_LOGITS)
+    error = _logits_error(found, expected, model)
     if not error < limit:  # NaN must not pass
         note = f" ({quantised} weights may differ by {limit:.0%})" if quantised else ""
         raise UsageError(unsupported(model.config, f"{why} {error:.1%}{note}", attention))
@@ -355,14 +374,20 @@ def _quantisation(model: PreTrainedModel) -> str:
     return ", ".join(sorted(kinds - {"Tensor", "Parameter"}))
 
 
-def _logits_error(found: torch.Tensor, expected: torch.Tensor, text: PretrainedConfig) -> float:
+def _precise(model: PreTrainedModel) -> bool:
+    """Whether a model computes in float32 or float64; some make float32 logits of bfloat16 hidden states."""
+    return model.dtype in _LOGITS
+
+
+def _logits_error(found: torch.Tensor, expected: torch.Tensor, model: PreTrainedModel) -> float:
     """`relative_error`; of experts in half precision, the least that three tokens in four stay below.
 
     There another rounding may choose another expert for a token, whose logits are then other ones altogether.
     """
+    text = model.config.get_text_config()
     parts = text, getattr(text, "ffn_config", None)  # DBRX's
     experts = any(getattr(part, name, None) not in (None, 0, 1) for part in parts for name in _EXPERTS)
-    if not experts or expected.dtype in _LOGITS:
+    if not experts or _precise(model):
         return relative_error(found, expected)
     errors = [relative_error(one, other) for one, other in zip(found, expected, strict=True)]
     return float(torch.tensor(errors).quantile(0.75))  # NaN where any is

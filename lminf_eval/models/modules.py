@@ -27,6 +27,7 @@ from lminf_eval.models.families.table import adapter_of
 from lminf_eval.models.rope import set_forward
 
 CACHE_NAMES = ("cache", "past_key_values")  # of a decoder's argument and output: transformers 5.24 renamed it
+_PLUGGABLE = "ALL_ATTENTION_FUNCTIONS"  # a modeling file that imports it lets its attention function be replaced
 _WINDOWS = ("sliding_window", "attention_chunk_size")  # what configs and attention modules call a layer's own window
 
 
@@ -70,40 +71,43 @@ def attention_layers(model: PreTrainedModel, attention: str = DEFAULT) -> list[A
     """Return the model's attention modules, in order.
 
     Raises:
-        UsageError: if there are none whose queries and keys can be read before rotation.
+        UsageError: if there are none whose attention function can be replaced.
     """
     own = adapter_of(model.config.model_type) is not None
-    found = [
+    named = [
         cast(AttentionModule, module)
         for module in decoder_of(model).modules()
-        if hasattr(module, "layer_idx")
-        and "Attention" in type(module).__name__
-        and (own or hasattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb"))
+        if hasattr(module, "layer_idx") and "Attention" in type(module).__name__
     ]
+    found = [module for module in named if own or hasattr(sys.modules[type(module).__module__], _PLUGGABLE)]
     # DBRX wraps its attention in a block of a like name; only the innermost computes attention.
     layers = [module for module in found if not any(part in found for part in list(module.modules())[1:])]
     if not layers:
-        raise UsageError(unsupported(model.config, "its attention has no apply_rotary_pos_emb to take over", attention))
+        why = "transformers does not make its attention pluggable" if named else "none of its layers has attention"
+        raise UsageError(unsupported(model.config, why, attention))
     return layers
 
 
 def find_rotary(model: PreTrainedModel) -> list[nn.Module]:
     """Return the decoder's modules that turn positions into (cos, sin)."""
-    named = decoder_of(model).named_modules()
-    return [module for name, module in named if name.rpartition(".")[2].startswith("rotary_emb")]
+    return [
+        module
+        for name, module in decoder_of(model).named_modules()
+        if name.rpartition(".")[2].startswith("rotary_emb") or "RotaryEmbedding" in type(module).__name__
+    ]
 
 
-def rotary_module(model: PreTrainedModel, attention: str = DEFAULT) -> nn.Module:
-    """Return the one module that turns positions into (cos, sin).
+def rotary_module(model: PreTrainedModel, attention: str = DEFAULT) -> nn.Module | None:
+    """Return the one module that turns positions into (cos, sin), or None if the model rotates nothing.
 
     Raises:
-        UsageError: if there is none, or more than one.
+        UsageError: if there are several.
     """
     found = find_rotary(model)
-    if len(found) != 1:
+    if len(found) > 1:
         why = f"it has {len(found)} rotary_emb modules where one is expected"
         raise UsageError(unsupported(model.config, why, attention))
-    return found[0]
+    return next(iter(found), None)
 
 
 def layer_type(module: AttentionModule, config: Any) -> str | None:
@@ -122,6 +126,12 @@ def device_of(module: nn.Module) -> torch.device:
         if device is not None:
             return torch.device(device)
     return next(module.parameters()).device
+
+
+def devices_of_layers(model: PreTrainedModel) -> dict[int, torch.device]:
+    """Return where each layer that keeps something of the tokens before computes, by its number."""
+    numbered = [(getattr(part, "layer_idx", None), part) for part in decoder_of(model).modules()]
+    return {i: device_of(part) for i, part in numbered if isinstance(i, int) and any(True for _ in part.parameters())}
 
 
 class DecoderTap:

@@ -27,6 +27,7 @@ from lminf_eval.attention.prefill import prefill_attention
 from lminf_eval.attention.retrieved import add_retrieved
 from lminf_eval.cache.attention_state import AttentionState
 from lminf_eval.cache.layer_cache import LayerCache
+from lminf_eval.cache.recurrent_states import new_states
 from lminf_eval.errors import UsageError, first_line, out_of_memory
 from lminf_eval.methods.base import LayerRule, WindowedMethod
 from lminf_eval.methods.branches import UNBOUNDED
@@ -89,6 +90,7 @@ class PatchedModel:
         self.rotated: dict[int, bool] = {}  # which layers rotate queries and keys by their positions
         self.family = adapter_of(model.config.model_type)
         self.slopes = None if self.family is None else self.family.slopes(model)
+        self.recurrent = new_states(model.config) is not None
         self._scaled_by_position = self.family is None and takes(self.decoder, "position_ids") is not None
         self.active = False
         self.apply()
@@ -103,9 +105,9 @@ class PatchedModel:
         self._implementation = model.config._attn_implementation
         self._forwards = [vars(layer).get("forward") for layer in self.layers]
         if self.family is None:
-            home = sys.modules[type(self.layers[0]).__module__]
-            rotary = Rotary(rotary_module(model), home, self.method.n_local)
-            self.rotary, self._skipping = rotary, rotary.skipped
+            home, found = sys.modules[type(self.layers[0]).__module__], rotary_module(model)
+            rotary = None if found is None else Rotary(found, home, self.method.n_local)
+            self.rotary, self._skipping = rotary, nullcontext if rotary is None else rotary.skipped
             model.set_attn_implementation(IMPLEMENTATION)
         else:
             self.rotary, self._skipping = self.family.rotary(model, self.method.n_local), nullcontext
@@ -149,6 +151,7 @@ class PatchedModel:
     def new_cache(self, batch: int, capacity: int) -> AttentionState:
         """Return the state of `batch` sequences of at most `capacity` tokens."""
         state, method = AttentionState.empty(batch, capacity), self.method
+        state.states = new_states(self.model.config) if self.recurrent else None
         if isinstance(method, HidesKeys) and method.retrieves:
             size = self.model.dtype.itemsize
             state.on_device = layers_on_device(self.layers, self.model.config, method, batch * capacity, size)
@@ -175,12 +178,15 @@ class PatchedModel:
             update_cache: add the tokens to `state`; without it, these are the last tokens that anyone asks for.
             skipped: tokens between `state` and these, which another rank has.
         """
-        options: dict[str, Any] = {}
+        cache = Cache.around(state, update_cache)
+        options: dict[str, Any] = {"use_cache": False}
+        if self.recurrent and self._cache_name is not None:
+            options = {self._cache_name: cache, "use_cache": True}
         if self._scaled_by_position:
             at_BL = torch.tensor(state.lengths)[:, None] + skipped + torch.arange(ids_BL.shape[1])
             options["position_ids"] = at_BL.to(ids_BL.device)
-        with self._tap.handing(Cache.around(state, update_cache)):
-            return self.decoder(input_ids=ids_BL, use_cache=False, return_dict=True, **options)
+        with self._tap.handing(cache):
+            return self.decoder(input_ids=ids_BL, return_dict=True, **options)
 
     @torch.inference_mode()
     def logits(self, output, hidden_TC: torch.Tensor) -> torch.Tensor:

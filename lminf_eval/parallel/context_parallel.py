@@ -24,6 +24,7 @@ from lminf_eval.attention.call import AttentionCall
 from lminf_eval.attention.prefill import prefill_attention
 from lminf_eval.cache.attention_state import AttentionState
 from lminf_eval.cache.layer_cache import LayerCache
+from lminf_eval.cache.recurrent_states import new_states
 from lminf_eval.errors import UsageError
 from lminf_eval.inference.chunks import ChunkRunner
 from lminf_eval.inference.engine import Engine
@@ -167,7 +168,10 @@ class ContextParallel(ParallelStrategy):
         return asked if chosen else CHUNK * self.topology.group_size
 
     def check(self, config: PretrainedConfig, method: AttentionMethod) -> None:
-        """Refuse a method that needs keys from anywhere."""
+        """Refuse a method that needs keys from anywhere, and a model whose layers keep a state of all tokens before."""
+        if new_states(config) is not None:
+            why = f"no rank has the states in which the recurrent layers of {config.model_type!r} begin"
+            raise UsageError(f"parallel=context: {why}; use parallel=layers or zero3")
         if not method.needs_old_keys:
             return
         possible = [name for name, one in METHODS.items() if not MethodArgs(one, {}).at(UNBOUNDED).needs_old_keys]

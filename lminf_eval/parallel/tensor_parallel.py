@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from lminf_eval.cache.recurrent_states import new_states
 from lminf_eval.config.model_shape import ModelShape
 from lminf_eval.errors import UsageError, first_line
 from lminf_eval.methods.base import AttentionMethod, WindowedMethod
@@ -50,6 +51,9 @@ class TensorParallel(ParallelStrategy):
         self._method, self._expected = method, None
         _check_heads(ModelShape.of(config), self.topology.group_size)
         text, family = config.get_text_config(), config.model_type
+        if new_states(config) is not None:
+            line = f"DeepSpeed can't shard the recurrent layers of {family!r}; use parallel=layers or zero3"
+            raise UsageError(f"parallel=deepspeed: {line}")
         if not family_row(family).sharded:
             raise UsageError(f"parallel=deepspeed: DeepSpeed can't shard the family {family!r}; {_OTHERS}")
         if isinstance(method, HidesKeys) and method.retrieves and method.top_k_choice == "layer":

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from lminf_eval.cache.attention_state import AttentionState
 from lminf_eval.cache.layer_cache import LayerCache
+from lminf_eval.cache.recurrent_states import fill, state_entries, state_tensors
 from lminf_eval.errors import UsageError
 from lminf_eval.utils.atomic_write import atomic_path
 
@@ -23,6 +24,7 @@ logger = logging.getLogger(f"lm_eval.{__name__}")  # lm-eval shows the loggers b
 
 EVERY = 2**17  # tokens of one document between two checkpoints
 
+_STATES = "states."  # before the names of a recurrent layer's tensors
 _TENSORS = ("sink_keys", "keys", "values")  # a state with older keys is not small, and not kept
 
 
@@ -61,6 +63,9 @@ class Checkpoints:
         for i, window in numbers["windows"].items():
             parts = (tensors[f"{i}.{name}"].to(devices[int(i)]) for name in _TENSORS)
             cache.layers[int(i)] = LayerCache(window, *parts)
+        if cache.states is not None:
+            states = {name[len(_STATES) :]: x for name, x in tensors.items() if name.startswith(_STATES)}
+            fill(cache.states, numbers["states"] | states, devices)
         logger.info("Going on at token %d of a document", numbers["position"])
         return numbers["position"], [tensors["log_probs"].numpy(), tensors["greedy"].numpy()]
 
@@ -76,7 +81,11 @@ class Checkpoints:
             "origins": cache.origins,
             "windows": {i: layer.window for i, layer in cache.layers.items()},
         }
+        states = state_tensors(cache.states)
+        if cache.states is not None:
+            numbers["states"] = {place: entry for place, entry in state_entries(cache.states) if place not in states}
         tensors = {f"{i}.{name}": getattr(layer, name) for i, layer in cache.layers.items() for name in _TENSORS}
+        tensors |= {_STATES + place: x for place, x in states.items()}
         tensors |= {"log_probs": torch.from_numpy(found[0]), "greedy": torch.from_numpy(found[1])}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

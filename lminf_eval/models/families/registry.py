@@ -20,13 +20,16 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
+from lminf_eval.config.model_shape import WITHOUT_KEYS
 from lminf_eval.errors import UsageError
 from lminf_eval.methods.base import AttentionMethod
 from lminf_eval.methods.full import Full
-from lminf_eval.models.families.table import STATES, family_row
+from lminf_eval.models.families.table import family_row
 
 _ENCODER_DECODER = "it is an encoder-decoder"
 _NO_CAUSAL_LM = "transformers has no causal language model of this type"
+_ABSOLUTE = r"nn\.Embedding\([^)]*pos|wpe|PositionalEmbedding|self\.pos_encoding"  # in a modeling file
+_READ = WITHOUT_KEYS | {"full_attention", "sliding_attention", "hybrid"}  # kinds of layers
 
 
 @dataclass(frozen=True)
@@ -117,15 +120,12 @@ def _obstacle(config: Any) -> str | None:
     source = _source(config)
     if "kv_a_proj" in source:
         return "its multi-head latent attention keeps no keys that could be rotated anew"
-    kinds = set(getattr(config.get_text_config(), "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if kinds & {"linear_attention", "conv", "hybrid"} or re.search(r"class \w*(Rwkv|xLSTM|ShortConv)\w*\(", source):
-        return STATES
-    if kinds:
-        return f"its layers of the kind {', '.join(sorted(kinds))} are neither full nor sliding attention"
-    if "apply_rotary_pos_emb(" not in source or "self.rotary_emb" not in source:
-        if re.search(r"nn\.Embedding\([^)]*pos|wpe|PositionalEmbedding|self\.pos_encoding", source):
-            return "its positions are absolute: none exist beyond the length it was trained at"
-        return "it has no rotary_emb that could be taken over"
+    text = config.get_text_config()
+    kinds = {*(getattr(text, "layer_types", None) or ()), *(getattr(text, "layers_block_type", None) or ())}
+    if kinds - _READ:
+        return f"its layers of the kind {', '.join(sorted(kinds - _READ))} are neither full nor sliding attention"
+    if "rotary_emb" not in source and re.search(_ABSOLUTE, source):
+        return "its positions are absolute: none exist beyond the length it was trained at"
     if "ALL_ATTENTION_FUNCTIONS" not in source:
         return "transformers does not make its attention pluggable"
     return None

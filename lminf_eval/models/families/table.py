@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from lminf_eval.models.families import bloom, falcon, gptj, mpt
 from lminf_eval.models.families.adapter import FamilyAdapter
 
-STATES = "it is a state-space, convolutional or recurrent model, in part or whole: its state is not keys and values"
 _ABSOLUTE_AFTER_ALL = "it normalises queries and keys after rotating them, so its logits depend on absolute positions"
 _SEVERAL_PASSES = "its layers pass over each token several times"
 _ROTARY_PER_LAYER = "it has a rotary embedding per layer"
@@ -15,6 +14,8 @@ _ONE_TOKEN = "its layers go on from their state for single tokens only, so that 
 _IN_LAYERS = "its state is part of its layers, so that requests can't be kept apart"
 _OWN_STATE = "it has a state of its own, which can't be copied for requests that begin alike"
 _TWICE = "its layers attend twice, with one set of keys and two of values"
+_NO_ATTENTION = "it has no attention"
+_RELATIVE_BIAS = "it adds a learned bias for each distance, which ends where its training did"
 _OWN_CACHE = "it has a cache of its own, which can't be copied for requests that begin alike"
 
 
@@ -47,6 +48,7 @@ ROWS = [
     FamilyRow("apertus1p5_text"),
     FamilyRow("arcee"),
     FamilyRow("aria_text"),
+    FamilyRow("bamba", sharded=False),
     FamilyRow("bitnet", sharded=False),
     FamilyRow("bloom", adapter=bloom.ADAPTER, positions="ALiBi"),
     FamilyRow("codegen", adapter=gptj.ADAPTER, sharded=False),
@@ -62,6 +64,7 @@ ROWS = [
     FamilyRow("exaone4"),
     FamilyRow("exaone_moe"),
     FamilyRow("falcon", adapter=falcon.ADAPTER),
+    FamilyRow("falcon_h1", sharded=False),
     FamilyRow("flex_olmo", sharded=False),
     FamilyRow("flint", sharded=False),
     FamilyRow("gemma"),
@@ -78,6 +81,7 @@ ROWS = [
     FamilyRow("gptj", adapter=gptj.ADAPTER),
     FamilyRow("granite"),
     FamilyRow("granitemoe"),
+    FamilyRow("granitemoehybrid", sharded=False),
     FamilyRow("granitemoeshared", sharded=False),
     FamilyRow("helium"),
     FamilyRow("hy_v3"),
@@ -86,6 +90,9 @@ ROWS = [
     FamilyRow("jetmoe", sharded=False),
     FamilyRow("kolibri1"),
     FamilyRow("laguna"),
+    FamilyRow("lfm2", sharded=False),
+    FamilyRow("lfm2_moe", sharded=False),
+    FamilyRow("lfm3", sharded=False),
     FamilyRow("llama"),
     FamilyRow("mellum"),
     FamilyRow("mimo_v2_flash"),
@@ -98,9 +105,11 @@ ROWS = [
     FamilyRow("mpt", adapter=mpt.ADAPTER, positions="ALiBi"),
     FamilyRow("nanochat", sharded=False),
     FamilyRow("nemotron"),
+    FamilyRow("nemotron_h", sharded=False),
     FamilyRow("olmo"),
     FamilyRow("olmo2", sharded=False),
     FamilyRow("olmo3", sharded=False),
+    FamilyRow("olmo_hybrid", sharded=False),
     FamilyRow("olmoe", sharded=False),
     FamilyRow("persimmon", sharded=False),
     FamilyRow("phi"),
@@ -109,7 +118,10 @@ ROWS = [
     FamilyRow("qwen2"),
     FamilyRow("qwen2_moe"),
     FamilyRow("qwen3"),
+    FamilyRow("qwen3_5_moe_text", sharded=False),
+    FamilyRow("qwen3_5_text", sharded=False),
     FamilyRow("qwen3_moe"),
+    FamilyRow("qwen3_next", sharded=False),
     FamilyRow("sarvam_moe"),
     FamilyRow("seed_oss"),
     FamilyRow("smollm3"),
@@ -117,6 +129,7 @@ ROWS = [
     FamilyRow("stablelm"),
     FamilyRow("starcoder2"),
     FamilyRow("vaultgemma"),
+    FamilyRow("zaya", sharded=False),
     FamilyRow("beam", tested=False, refused="it scales queries by their absolute position"),
     FamilyRow(
         "diffllama",
@@ -126,30 +139,36 @@ ROWS = [
     ),
     FamilyRow("doge", tested=False, refused="its attention hides keys by their values"),
     FamilyRow("dory", tested=False, refused=_SEVERAL_PASSES),
-    FamilyRow("falcon_mamba", tested=False, refused_full=_ONE_TOKEN),
+    FamilyRow("falcon_mamba", tested=False, refused=_NO_ATTENTION, refused_full=_ONE_TOKEN),
     FamilyRow("granite_swa", tested=False, refused=_ROTARY_PER_LAYER),
     FamilyRow("granitemoe_swa", tested=False, refused=_ROTARY_PER_LAYER),
     FamilyRow("hrm_text", tested=False, refused=_SEVERAL_PASSES),
     FamilyRow("hunyuan_v1_dense", tested=False, refused=_ABSOLUTE_AFTER_ALL),
     FamilyRow("hunyuan_v1_moe", tested=False, refused=_ABSOLUTE_AFTER_ALL),
-    FamilyRow("jamba", tested=False, refused_full=_ONE_TOKEN),
-    FamilyRow("mamba", tested=False, refused_full=_ONE_TOKEN),
-    FamilyRow("minimax", tested=False, refused_full=_OWN_CACHE),
+    FamilyRow("inkling_text", tested=False, refused=_RELATIVE_BIAS),
+    FamilyRow("inkling2_text", tested=False, refused=_RELATIVE_BIAS),
+    FamilyRow("inkling2_loop_text", tested=False, refused=_RELATIVE_BIAS),
+    FamilyRow("jamba", tested=False, refused=_ONE_TOKEN, refused_full=_ONE_TOKEN),
+    FamilyRow("mamba", tested=False, refused=_NO_ATTENTION, refused_full=_ONE_TOKEN),
+    FamilyRow("mamba2", tested=False, refused=_NO_ATTENTION),
+    FamilyRow("minimax", tested=False, refused=_OWN_CACHE, refused_full=_OWN_CACHE),
     FamilyRow("mllama", tested=False, refused="some of its layers attend to an image"),
     FamilyRow(
         "recurrent_gemma",
         tested=False,
         sharded=False,
-        refused=STATES,
-        refused_full="its state is part of its layers, so that requests can't be kept apart",
+        refused=_IN_LAYERS,
+        refused_full=_IN_LAYERS,
     ),
+    FamilyRow("rwkv", tested=False, refused=_NO_ATTENTION),
     FamilyRow(
         "xlstm",
         tested=False,
         sharded=False,
+        refused=_NO_ATTENTION,
         refused_full=_OWN_STATE,
     ),
-    FamilyRow("zamba", tested=False, refused_full=_ONE_TOKEN),
+    FamilyRow("zamba", tested=False, refused=_ONE_TOKEN, refused_full=_ONE_TOKEN),
 ]
 FAMILIES = {row.name: row for row in ROWS}
 

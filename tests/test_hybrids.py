@@ -1,0 +1,121 @@
+"""Models whose layers keep a recurrent or convolutional state besides keys and values, through the whole engine.
+
+tests/test_families.py holds each family to the definition; here one of each kind of state is scored, decoded, stopped
+and resumed, and must say what the definition says.
+"""
+
+import numpy as np
+import pytest
+import torch
+
+import lminf_eval as lminf
+from lminf_eval.errors import UsageError
+from lminf_eval.inference.engine import Engine
+from lminf_eval.inference.requests import GenerateRequest, ScoreRequest
+from lminf_eval.methods.registry import make
+from lminf_eval.models.equivalence_check import patched_model
+from lminf_eval.models.modules import devices_of_layers
+from lminf_eval.parallel.context_parallel import ContextParallel
+from lminf_eval.parallel.tensor_parallel import TensorParallel
+from lminf_eval.parallel.topology import Topology
+from lminf_eval.resume.checkpoint import Checkpoints
+from tests.test_families import G, W, build, oracle
+
+KINDS = ["lfm2", "qwen3_next", "falcon_h1", "nemotron_h"]  # convolution; delta rule; both in a layer; no positions
+
+
+@pytest.fixture(params=KINDS)
+def hybrid(request, randomise):
+    return build(randomise, request.param)
+
+
+@pytest.fixture
+def method():
+    return make(n_local=W, n_global=G)
+
+
+def continuation(model, method, ids, n):
+    new = []
+    for _ in range(n):
+        new.append(int(oracle(model, method, torch.tensor([[*ids, *new]]))[-1].argmax()))
+    return new
+
+
+def test_scores_and_answers_are_those_of_the_definition(hybrid, method):
+    """In chunks of 13, requests that begin alike, batches of unequal length."""
+    text = torch.randint(3, 97, (80,)).tolist()
+    texts = [text, [*text[:60], 5, 6, 7, 8], text[:41], text[50:60]]
+    expected = [oracle(hybrid, method, torch.tensor([one])).log_softmax(-1) for one in texts]
+    continued = [continuation(hybrid, method, one, 4) for one in texts]
+    engine = Engine(patched_model(hybrid, method), 13, batch_size=4)
+    for i, score in engine.score([ScoreRequest(one, 1) for one in texts]):
+        own = expected[i][:-1].gather(1, torch.tensor(texts[i][1:])[:, None])[:, 0].double()
+        torch.testing.assert_close(torch.from_numpy(score.log_probs), own, rtol=0, atol=2e-4)
+    found = dict(engine.generate([GenerateRequest(one, 4) for one in texts]))
+    assert [found[i] for i in range(len(texts))] == continued
+
+
+def test_retrieval_finds_in_chunks_what_it_finds_at_once(hybrid):
+    method = make(n_local=W, n_global=G, top_k=3, top_k_queries=7, top_k_from_layer=0)
+    text = torch.randint(3, 97, (80,)).tolist()
+    texts = [text, [*text[:60], 5, 6, 7, 8], text[:41]]
+    patched, found = patched_model(hybrid, method), []
+    for chunk, batch in ((100, 1), (9, 3)):
+        found.append(dict(Engine(patched, chunk, batch_size=batch).generate([GenerateRequest(t, 5) for t in texts])))
+    assert found[0] == found[1]
+
+
+def test_a_stopped_document_goes_on_where_it_was(hybrid, method, tmp_path):
+    text = torch.randint(3, 97, (80,)).tolist()
+    patched = patched_model(hybrid, method)
+    (_, whole), *_ = Engine(patched, 80).score([ScoreRequest(text, 1)])
+    state, kept = patched.new_cache(1, 80), Checkpoints(tmp_path, b"")
+    tokens, wanted = np.array(text[:-1]), np.zeros((0, 2), dtype=np.int64)
+    patched.hidden(torch.tensor([text[:50]]), state)
+    kept.begin(tokens, wanted, 80)
+    kept.save(50, state, [np.zeros(0), np.zeros(0, dtype=bool)])
+    resumed = patched.new_cache(1, 80)
+    position, _ = kept.load(resumed, devices_of_layers(hybrid))
+    assert position == 50
+    output = patched.hidden(torch.tensor([text[50:79]]), resumed)
+    found = patched.logits(output, output.last_hidden_state[0]).log_softmax(-1)
+    own = found.gather(1, torch.tensor(text[51:])[:, None])[:, 0].double()
+    torch.testing.assert_close(own, torch.from_numpy(whole.log_probs)[50:].double(), rtol=0, atol=2e-4)
+
+
+def test_a_failed_pass_leaves_states_as_they_were(hybrid, method, monkeypatch):
+    ids, patched = torch.randint(3, 97, (1, 40)), patched_model(hybrid, method)
+    expected = patched.hidden(ids, patched.new_cache(1, 40)).last_hidden_state[:, 20:]
+    state = patched.new_cache(1, 40)
+    patched.hidden(ids[:, :20], state)
+    last = patched.layers[-1]
+
+    def fail(attend, module, *args):
+        if module is last:
+            raise RuntimeError("out of memory")
+        return attend(module, *args)
+
+    with patched.observed(fail), pytest.raises(RuntimeError):
+        patched.hidden(ids[:, 20:], state)
+    torch.testing.assert_close(patched.hidden(ids[:, 20:], state).last_hidden_state, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_user_generates_what_the_definition_says(hybrid, method):
+    """Padded rows too, and with transformers' own cache."""
+    rows = [torch.randint(3, 97, (n,)).tolist() for n in (40, 23)]
+    expected = [continuation(hybrid, method, row, 4) for row in rows]
+    ids = torch.tensor([[0] * (40 - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (40 - len(row)) + [1] * len(row) for row in rows])
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    with torch.no_grad(), lminf.patch(hybrid, n_local=W, n_global=G):
+        for cache in ({"past_key_values": lminf.Cache(hybrid)}, {}):
+            assert hybrid.generate(ids[:1], **cache, **options)[0, 40:].tolist() == expected[0]
+        for cache in ({"past_key_values": lminf.Cache(hybrid)}, {}):
+            found = hybrid.generate(ids, attention_mask=mask, **cache, **options)
+            assert [row[40:] for row in found.tolist()] == expected
+
+
+def test_parallel_ways_that_divide_a_sequence_or_its_heads_are_refused(hybrid, method):
+    for strategy in (ContextParallel, TensorParallel):
+        with pytest.raises(UsageError, match=r"recurrent layers of .*; use parallel=layers or zero3"):
+            strategy(Topology(group_size=2)).check(hybrid.config, method)
