@@ -13,7 +13,7 @@ from unittest.mock import patch as replaced
 
 import pytest
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -21,6 +21,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from lminf_eval.methods.registry import make
 from lminf_eval.models.equivalence_check import patched_model
 from lminf_eval.models.families.table import FAMILIES as ROWS
+from lminf_eval.models.loading import auto_class
 from tests.test_full import CONV, DELTA, MAMBA
 
 W, G, S = 16, 3, 70  # n_local, n_global, tokens: below, at and well past n_local
@@ -84,6 +85,16 @@ DBRX = {
     "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
     "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
 }
+
+
+def seeing(text_type, vision_type, text=None, vision=None, **more):
+    """A model that reads images: its text part, and what makes the least of its vision part."""
+    vision = {"model_type": vision_type, **VISION, "patch_size": 14, **(vision or {})}
+    return {"text_config": {"model_type": text_type, **SMALL, **(text or {})}, "vision_config": vision, **more}
+
+
+QWEN_VISION = {"depth": 1, "num_heads": 2, "out_hidden_size": 32, "embed_dim": 16, "fullatt_block_indexes": [0]}
+MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 LONGROPE = {"short_factor": [1.0, 1.1, 1.3, 1.6], "long_factor": [1.5, 2.0, 3.0, 4.0]}
 
@@ -191,6 +202,18 @@ FAMILIES = {
     "qwen3_5_text": DELTA | DEEP,
     "qwen3_5_moe_text": DELTA | MOE | DEEP,
     "zaya": MOE | DEEP | {"num_experts_per_tok": 1, "head_dim": 8},
+    "llava": seeing("llama", "clip_vision_model", vision={"projection_dim": 16}),
+    "internvl": seeing("qwen2", "internvl_vision", vision={"image_size": [28, 28], "patch_size": [14, 14]}),
+    "mistral3": seeing("mistral", "pixtral", {"sliding_window": None}),
+    "aya_vision": seeing("cohere2", "siglip_vision_model", SLIDING),
+    "idefics3": seeing("llama", "idefics3_vision"),
+    "smolvlm": seeing("llama", "smolvlm_vision"),
+    "lfm2_vl": seeing("lfm2", "siglip2_vision_model", CONV | DEEP, {"num_patches": 4}),
+    "qwen2_vl": seeing("qwen2_vl_text", "qwen2_vl", MROPE, QWEN_VISION | {"hidden_size": 32}),
+    "qwen2_5_vl": seeing("qwen2_5_vl_text", "qwen2_5_vl", MROPE, QWEN_VISION),
+    "qwen3_vl": seeing("qwen3_vl_text", "qwen3_vl", MROPE | {"head_dim": 8}, QWEN_VISION),
+    "qwen3_vl_moe": seeing("qwen3_vl_moe_text", "qwen3_vl_moe", MROPE | MOE | {"head_dim": 8}, QWEN_VISION),
+    "glm4v": seeing("glm4v_text", "glm4v_vision", MROPE, QWEN_VISION),
     "gptj": GPTJ,
     "codegen": GPTJ,
     "mpt": {},
@@ -337,7 +360,7 @@ def build(randomise, name, **more):
     if name.split()[0] not in CONFIG_MAPPING:
         pytest.skip(f"this transformers has no {name}")
     config = CONFIG_MAPPING[name.split()[0]](**SMALL | FAMILIES.get(name, {}) | more)
-    return randomise(AutoModelForCausalLM.from_config(config)).eval()
+    return randomise(auto_class(config).from_config(config)).eval()
 
 
 def run(patched, ids_1S, cuts):

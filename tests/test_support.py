@@ -7,7 +7,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from lminf_eval.errors import UsageError
 from lminf_eval.methods.registry import METHODS
 from lminf_eval.models.families.registry import check, families_table, support
-from lminf_eval.models.families.table import FAMILIES
+from lminf_eval.models.families.table import FAMILIES, family_row
 
 REFUSED = {
     "deepseek_v3": "multi-head latent attention",
@@ -34,6 +34,8 @@ REFUSED = {
     "gpt_neox_japanese": "pluggable",
     "clip": "no causal language model",
     "vit": "no causal language model",
+    "kosmos-2": "without an image",
+    "paligemma": "see those after them",
 }
 
 
@@ -42,7 +44,9 @@ def test_a_family_out_of_reach_is_refused_by_name_and_reason(family):
     with pytest.raises(UsageError, match=f"'{family}': .*{REFUSED[family]}") as refusal:
         check(CONFIG_MAPPING[family](), METHODS["lambda"])
     assert "\n" not in str(refusal.value)
-    runs_at_all = REFUSED[family] not in ("encoder-decoder", "no causal language model")
+    runs_at_all = not (
+        REFUSED[family] in ("encoder-decoder", "no causal language model") or family_row(family).refused_full
+    )
     assert ("attention=full" in str(refusal.value)) == runs_at_all
 
 

@@ -13,7 +13,6 @@ from lm_eval.models.huggingface import HFLM
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import (
-    AutoModelForCausalLM,
     LlamaConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -27,7 +26,7 @@ from lminf_eval.errors import UsageError
 from lminf_eval.harness.lm import LMInfinite
 from lminf_eval.methods.registry import DEFAULT, METHODS
 from lminf_eval.models.families import registry
-from lminf_eval.models.loading import read_config, read_weights
+from lminf_eval.models.loading import auto_class, read_config, read_weights
 from lminf_eval.utils.formatting import format_bytes
 
 Request = tuple[None, list[int], list[int]]
@@ -53,7 +52,7 @@ class BenchmarkModel:
         )
         registry.check(self.config, METHODS[DEFAULT])
         with torch.device("meta"):
-            self.size = Size.of(AutoModelForCausalLM.from_config(self.config, dtype=_dtype(options, self.config)))
+            self.size = Size.of(auto_class(self.config).from_config(self.config, dtype=_dtype(options, self.config)))
         needed = self.size.parameters * self.size.itemsize
         if shortage := self.memory_shortage(needed):
             raise UsageError(f"the weights: {shortage}")
@@ -71,9 +70,9 @@ class BenchmarkModel:
         if not options.pretrained:
             torch.manual_seed(0)  # processes that share a text must have the same weights
             with self.device:
-                model: PreTrainedModel = AutoModelForCausalLM.from_config(self.config, dtype=dtype)
+                model: PreTrainedModel = auto_class(self.config).from_config(self.config, dtype=dtype)
         else:
-            model = read_weights(AutoModelForCausalLM, options.pretrained, dtype=dtype)
+            model = read_weights(auto_class(self.config), options.pretrained, dtype=dtype)
             module: nn.Module = model  # transformers' own annotation of `to` takes no device
             module.to(self.device)
         return model.eval().requires_grad_(False)

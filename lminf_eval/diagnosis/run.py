@@ -8,7 +8,7 @@ from pydoc_data.topics import topics
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lminf_eval.diagnosis.figures import draw_figures
 from lminf_eval.diagnosis.measure import Measures, measure, methods_compared
@@ -18,7 +18,7 @@ from lminf_eval.harness import model_args
 from lminf_eval.methods.lambda_ import Lambda
 from lminf_eval.methods.registry import MethodArgs
 from lminf_eval.models.families import registry
-from lminf_eval.models.loading import read_config, read_weights
+from lminf_eval.models.loading import auto_class, read_config, read_weights
 from lminf_eval.report.escape import plain, shorten
 from lminf_eval.tasks.tokenizer import load_tokenizer
 
@@ -67,7 +67,7 @@ def diagnose(
     except OSError as error:
         raise UsageError(f"output {output}: {error.strerror}") from None
 
-    model = read_weights(AutoModelForCausalLM, pretrained, dtype=dtype).eval()
+    model = read_weights(auto_class(config), pretrained, dtype=dtype).eval()
     module: torch.nn.Module = model  # transformers' own annotation of `to` takes no device
     module.to(device)
     measures = _measure_methods(model, ours, window, ids_N, chosen)

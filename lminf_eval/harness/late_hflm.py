@@ -30,7 +30,7 @@ from lminf_eval.inference.sampling import Decoding
 from lminf_eval.methods.base import AttentionMethod
 from lminf_eval.methods.full import Full
 from lminf_eval.models.families import registry
-from lminf_eval.models.loading import CheckedAuto
+from lminf_eval.models.loading import CheckedAuto, auto_class
 from lminf_eval.models.modules import check_structure, device_of
 from lminf_eval.models.peft_adapters import base_of, check_adapter
 from lminf_eval.parallel.ranks import Ranks
@@ -299,6 +299,12 @@ class LateHFLM(HFLM):
         wanted = self._unread["dtype"]
         wanted = getattr(torch, wanted, None) if isinstance(wanted, str) else wanted  # torch has no "auto"
         return wanted or self.config.dtype or self.config.get_text_config().dtype or torch.float32
+
+    def _get_backend(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        """HFLM's, with the class that transformers has for a model that reads images or sound too."""
+        if self.AUTO_MODEL_CLASS is None:
+            self.AUTO_MODEL_CLASS = auto_class(config)
+        super()._get_backend(config, *args, **kwargs)
 
     def _get_accelerate_args(self, *args: Any, **kwargs: Any) -> dict:
         """HFLM's, and where ranks share a node, each has its own of the CUDA devices that layers are spread over."""

@@ -211,15 +211,15 @@ class _Recorder:
 
 
 def _record(model: PreTrainedModel, ids: torch.Tensor) -> dict:
-    implementation, recorder = model.config._attn_implementation, _Recorder()
-    layers = attention_layers(model)
+    decoder, recorder = decoder_of(model), _Recorder()
+    implementation, layers = decoder.config._attn_implementation, attention_layers(model)
     for layer in layers:
         layer.lminf = recorder
-    model.set_attn_implementation(IMPLEMENTATION)
+    decoder.set_attn_implementation(IMPLEMENTATION)
     try:
-        decoder_of(model)(input_ids=ids, use_cache=False)
+        decoder(input_ids=ids, use_cache=False)
     finally:
-        model.set_attn_implementation(implementation)
+        decoder.set_attn_implementation(implementation)
         for layer in layers:
             del layer.lminf
     return recorder.layers

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, PretrainedConfig, PreTrainedModel
 
 from lminf_eval.errors import UsageError, first_line
+from lminf_eval.models.families.registry import is_multimodal
 
 _WHERE = ("revision", "subfolder", "cache_dir", "gguf_file", "token", "trust_remote_code")  # what finds a config
 
@@ -24,6 +25,11 @@ def read_config(pretrained: str, args: Mapping[str, Any]) -> PretrainedConfig:
         return AutoConfig.from_pretrained(pretrained, **options)
     except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise UsageError(f"pretrained={pretrained}: its config can't be read: {first_line(error)}") from error
+
+
+def auto_class(config: PretrainedConfig) -> Any:
+    """Return the class of transformers that builds and loads the model of a config."""
+    return AutoModelForMultimodalLM if is_multimodal(config) else AutoModelForCausalLM
 
 
 def read_weights(auto: Any, pretrained: str, **options: Any) -> PreTrainedModel:

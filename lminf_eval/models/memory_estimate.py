@@ -6,12 +6,12 @@ import copy
 from typing import Any
 
 import torch
-import transformers
 
 from lminf_eval.config.model_shape import ModelShape
 from lminf_eval.errors import BUILDING, UsageError, first_line
 from lminf_eval.methods.base import AttentionMethod, LayerRule, window_of
 from lminf_eval.methods.branches import sliding
+from lminf_eval.models.loading import auto_class
 
 LOGITS_AT_ONCE = 2**26  # numbers of a block of logits: 256 MiB in float32
 TILE = 2**22  # numbers of it that become log-probabilities at once; a CPU keeps them in its cache meanwhile
@@ -71,7 +71,7 @@ def parameters(config: Any) -> int:
     """How many numbers the model of a config has, tied ones counted once."""
     try:
         with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config))
+            model = auto_class(config).from_config(copy.deepcopy(config))
     except BUILDING as error:
         line = f"its parameters can't be counted: {first_line(error)}"
         raise UsageError(f"the family {config.model_type!r}: {line}") from error

@@ -16,22 +16,24 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from lminf_eval.errors import BUILDING, UsageError
 from lminf_eval.methods.base import AttentionMethod
 from lminf_eval.methods.registry import DEFAULT
 from lminf_eval.models.attention_module import AttentionModule
-from lminf_eval.models.families.registry import unsupported
+from lminf_eval.models.families.registry import NEEDS, unsupported
 from lminf_eval.models.families.table import adapter_of
+from lminf_eval.models.loading import auto_class
 from lminf_eval.models.rope import set_forward
 
 CACHE_NAMES = ("cache", "past_key_values")  # of a decoder's argument and output: transformers 5.24 renamed it
 _PLUGGABLE = "ALL_ATTENTION_FUNCTIONS"  # a modeling file that imports it lets its attention function be replaced
+_TEXT_ARGS = ("self", "input_ids", "args", "kwargs")  # of a forward that text alone suffices for
 _WINDOWS = ("sliding_window", "attention_chunk_size")  # what configs and attention modules call a layer's own window
 
 
-def decoder_of(model: PreTrainedModel) -> nn.Module:
+def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
     """Return the module between the embeddings and the head.
 
     It is not always `base_model`: OPT's head reads `model.decoder`, and a model for images and text has a text part.
@@ -49,9 +51,14 @@ def check_structure(config: PretrainedConfig, method: type[AttentionMethod], tru
     """
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
+            model = auto_class(config).from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
     except BUILDING:
         return  # some can be built only with their weights; what is wrong is said when these are read
+    needed = [
+        name for name, one in inspect.signature(type(model).forward).parameters.items() if one.default is one.empty
+    ]
+    if more := [name for name in needed if name not in _TEXT_ARGS]:
+        raise UsageError(unsupported(config, f"{NEEDS} {' and '.join(more)}", method.name))
     if not method.patched:
         if takes(decoder_of(model), *CACHE_NAMES) is None:
             raise UsageError(unsupported(config, "its state is not a cache that chunks could go on from", method.name))

@@ -102,13 +102,13 @@ class PatchedModel:
         model, self.active = self.model, True
         self.rotary: RotaryEmbedding | None
         self._skipping: Callable[[], AbstractContextManager[None]]
-        self._implementation = model.config._attn_implementation
+        self._implementation = self.decoder.config._attn_implementation
         self._forwards = [vars(layer).get("forward") for layer in self.layers]
         if self.family is None:
             home, found = sys.modules[type(self.layers[0]).__module__], rotary_module(model)
             rotary = None if found is None else Rotary(found, home, self.method.n_local)
             self.rotary, self._skipping = rotary, nullcontext if rotary is None else rotary.skipped
-            model.set_attn_implementation(IMPLEMENTATION)
+            self.decoder.set_attn_implementation(IMPLEMENTATION)  # what reads images keeps its own
         else:
             self.rotary, self._skipping = self.family.rotary(model, self.method.n_local), nullcontext
             for layer in self.layers:
@@ -128,7 +128,7 @@ class PatchedModel:
         self._linears.restore()
         self._tap.restore()
         if self.family is None:
-            self.model.set_attn_implementation(self._implementation)
+            self.decoder.set_attn_implementation(self._implementation)
         for layer, forward in zip(self.layers, self._forwards, strict=True):
             del layer.lminf
             if self.family is not None:

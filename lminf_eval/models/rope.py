@@ -234,7 +234,7 @@ class Rotary:
     @torch.no_grad()
     def identity(self, x: torch.Tensor, position_ids: torch.Tensor, *args, **kwargs) -> Angles:
         """What the model is given in place of its own (cos, sin): a rotation that changes nothing."""
-        cos, sin = self._frequencies.angles(x, position_ids[:, -1:], *args, **kwargs)
+        cos, sin = self._frequencies.angles(x, position_ids[..., -1:], *args, **kwargs)
         return torch.ones_like(cos), torch.zeros_like(sin)
 
 

@@ -17,7 +17,10 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 from transformers.utils import logging
 
 from lminf_eval.config.model_shape import WITHOUT_KEYS
@@ -28,6 +31,7 @@ from lminf_eval.models.families.table import family_row
 
 _ENCODER_DECODER = "it is an encoder-decoder"
 _NO_CAUSAL_LM = "transformers has no causal language model of this type"
+NEEDS = "it reads no text without"  # how a reason begins if a model cannot be evaluated on text at all
 _ABSOLUTE = r"nn\.Embedding\([^)]*pos|wpe|PositionalEmbedding|self\.pos_encoding"  # in a modeling file
 _READ = WITHOUT_KEYS | {"full_attention", "sliding_attention", "hybrid"}  # kinds of layers
 
@@ -75,10 +79,10 @@ def support(config: Any) -> Support:
 
 
 def families_table() -> list[Support]:
-    """One row for each causal LM family of the installed transformers, supported ones first, by name."""
+    """One row for each family of the installed transformers that writes text, supported ones first, by name."""
     rows = set()
     with _quiet():  # default configs warn about themselves
-        for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        for name in {**MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, **MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES}:
             with suppress(ValueError, KeyError, StrictDataclassError):  # a family without a default config
                 rows.add(support(CONFIG_MAPPING[name]()))
     return sorted(rows, key=lambda row: (row.kind == "none", row.family))
@@ -86,13 +90,12 @@ def families_table() -> list[Support]:
 
 def unsupported(config: Any, why: str, attention: str) -> str:
     """Return the line that refuses a family by name."""
+    line = f"attention={attention} can't run the family {config.model_type!r}: {why}"
     if attention == Full.name:
-        return f"attention={attention} can't run the family {config.model_type!r}: {why}; --model hf runs it"
-    instead = "" if why in (_ENCODER_DECODER, _NO_CAUSAL_LM) else f"attention={Full.name} runs it as it is, and "
-    return (
-        f"attention={attention} can't run the family {config.model_type!r}: {why}; "
-        f"{instead}`lminf doctor --families` lists what is supported"
-    )
+        return line if why.startswith(NEEDS) else f"{line}; --model hf runs it"
+    nor_full = family_row(config.model_type).refused_full or why in (_ENCODER_DECODER, _NO_CAUSAL_LM)
+    instead = "" if nor_full or why.startswith(NEEDS) else f"attention={Full.name} runs it as it is, and "
+    return f"{line}; {instead}`lminf doctor --families` lists what is supported"
 
 
 @contextmanager
@@ -105,6 +108,12 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
+def is_multimodal(config: Any) -> bool:
+    """Whether transformers has the model only with what reads images or sound; its text part is evaluated."""
+    family = config.model_type
+    return family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and family in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+
+
 def _custom_code(config: Any) -> bool:
     """Whether a model's own code, which its user trusts, has its causal LM: the check at load judges it then."""
     own = config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -115,6 +124,8 @@ def _obstacle(config: Any) -> str | None:
     """Why the general mechanism can't reach a family, as far as its config and its modeling file tell."""
     if config.is_encoder_decoder:
         return _ENCODER_DECODER
+    if is_multimodal(config):
+        return family_row(config.get_text_config().model_type).refused or None  # the check at load says the rest
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return _NO_CAUSAL_LM
     source = _source(config)

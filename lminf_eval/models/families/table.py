@@ -16,6 +16,9 @@ _OWN_STATE = "it has a state of its own, which can't be copied for requests that
 _TWICE = "its layers attend twice, with one set of keys and two of values"
 _NO_ATTENTION = "it has no attention"
 _RELATIVE_BIAS = "it adds a learned bias for each distance, which ends where its training did"
+_WITHOUT_IMAGE = "it reads no text without an image"
+_WITHOUT_SOUND = "it reads no text without sound"
+_BOTH_WAYS = "the tokens of its prompt see those after them"
 _OWN_CACHE = "it has a cache of its own, which can't be copied for requests that begin alike"
 
 
@@ -48,6 +51,7 @@ ROWS = [
     FamilyRow("apertus1p5_text"),
     FamilyRow("arcee"),
     FamilyRow("aria_text"),
+    FamilyRow("aya_vision", sharded=False),
     FamilyRow("bamba", sharded=False),
     FamilyRow("bitnet", sharded=False),
     FamilyRow("bloom", adapter=bloom.ADAPTER, positions="ALiBi"),
@@ -76,6 +80,7 @@ ROWS = [
     FamilyRow("glm"),
     FamilyRow("glm4"),
     FamilyRow("glm4_moe"),
+    FamilyRow("glm4v", sharded=False),
     FamilyRow("gpt_neox"),
     FamilyRow("gpt_oss"),
     FamilyRow("gptj", adapter=gptj.ADAPTER),
@@ -86,20 +91,25 @@ ROWS = [
     FamilyRow("helium"),
     FamilyRow("hy_v3"),
     FamilyRow("hyperclovax"),
+    FamilyRow("idefics3", sharded=False),
+    FamilyRow("internvl", sharded=False),
     FamilyRow("jais2"),
     FamilyRow("jetmoe", sharded=False),
     FamilyRow("kolibri1"),
     FamilyRow("laguna"),
     FamilyRow("lfm2", sharded=False),
     FamilyRow("lfm2_moe", sharded=False),
+    FamilyRow("lfm2_vl", sharded=False),
     FamilyRow("lfm3", sharded=False),
     FamilyRow("llama"),
+    FamilyRow("llava", sharded=False),
     FamilyRow("mellum"),
     FamilyRow("mimo_v2_flash"),
     FamilyRow("minimax_m2", sharded=False),
     FamilyRow("ministral"),
     FamilyRow("ministral3"),
     FamilyRow("mistral"),
+    FamilyRow("mistral3", sharded=False),
     FamilyRow("mixtral"),
     FamilyRow("modernbert-decoder", sharded=False),
     FamilyRow("mpt", adapter=mpt.ADAPTER, positions="ALiBi"),
@@ -116,15 +126,20 @@ ROWS = [
     FamilyRow("phi3"),
     FamilyRow("phimoe", sharded=False),
     FamilyRow("qwen2"),
+    FamilyRow("qwen2_5_vl", sharded=False),
     FamilyRow("qwen2_moe"),
+    FamilyRow("qwen2_vl", sharded=False),
     FamilyRow("qwen3"),
     FamilyRow("qwen3_5_moe_text", sharded=False),
     FamilyRow("qwen3_5_text", sharded=False),
     FamilyRow("qwen3_moe"),
     FamilyRow("qwen3_next", sharded=False),
+    FamilyRow("qwen3_vl", sharded=False),
+    FamilyRow("qwen3_vl_moe", sharded=False),
     FamilyRow("sarvam_moe"),
     FamilyRow("seed_oss"),
     FamilyRow("smollm3"),
+    FamilyRow("smolvlm", sharded=False),
     FamilyRow("solar_open"),
     FamilyRow("stablelm"),
     FamilyRow("starcoder2"),
@@ -169,6 +184,10 @@ ROWS = [
         refused_full=_OWN_STATE,
     ),
     FamilyRow("zamba", tested=False, refused=_ONE_TOKEN, refused_full=_ONE_TOKEN),
+    FamilyRow("idefics", tested=False, refused=_WITHOUT_IMAGE, refused_full=_WITHOUT_IMAGE),
+    FamilyRow("kosmos-2", tested=False, refused=_WITHOUT_IMAGE, refused_full=_WITHOUT_IMAGE),
+    FamilyRow("paligemma", tested=False, refused=_BOTH_WAYS, refused_full=_BOTH_WAYS),
+    FamilyRow("voxtral_realtime", tested=False, refused=_WITHOUT_SOUND, refused_full=_WITHOUT_SOUND),
 ]
 FAMILIES = {row.name: row for row in ROWS}
 
