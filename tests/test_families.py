@@ -22,7 +22,7 @@ from lminf_eval.methods.registry import make
 from lminf_eval.models.equivalence_check import patched_model
 from lminf_eval.models.families.table import FAMILIES as ROWS
 from lminf_eval.models.loading import auto_class
-from tests.test_full import CONV, DELTA, MAMBA
+from tests.test_full import CONV, DELTA, KDA, LATENT, MAMBA, ZAMBA2
 
 W, G, S = 16, 3, 70  # n_local, n_global, tokens: below, at and well past n_local
 SMALL = {
@@ -202,6 +202,22 @@ FAMILIES = {
     "qwen3_5_text": DELTA | DEEP,
     "qwen3_5_moe_text": DELTA | MOE | DEEP,
     "zaya": MOE | DEEP | {"num_experts_per_tok": 1, "head_dim": 8},
+    "deepseek_v2": LATENT | MOE | {"first_k_dense_replace": 1},  # rotates by complex numbers
+    "deepseek_v3": LATENT | MOE | {"first_k_dense_replace": 1},  # neighbours
+    "deepseek_v3 halves": LATENT | MOE | {"rope_interleave": False},
+    "minicpm3": LATENT,
+    "glm4_moe_lite": LATENT | MOE,
+    "youtu": LATENT,
+    "axk1": LATENT | MOE,
+    "longcat_flash": LATENT | MOE | {"num_layers": 2, "ffn_hidden_size": 48, "expert_ffn_hidden_size": 16},
+    "kimi_linear": LATENT | MOE | DEEP | {"linear_attn_config": KDA},  # no positions at all
+    "bailing_hybrid": LATENT | MOE | DEEP | {"layer_types": DELTA["layer_types"], "mlp_layer_types": ["dense"] * 4},
+    "kimi_k25": seeing("deepseek_v3", "kimi_k25_vision", LATENT | MOE | {"first_k_dense_replace": 1}),
+    "zamba2": ZAMBA2,  # layers share one attention module
+    "diffllama": {},  # each layer attends twice
+    "hrm_text": {},  # several passes over its layers
+    "granite_swa": SLIDING | {"layer_rope_theta": [1e4, 0, 5e5]},  # a rotary module for each theta; 0: no positions
+    "granitemoe_swa": SLIDING | MOE | {"layer_rope_theta": [1e4, 0, 5e5]},
     "llava": seeing("llama", "clip_vision_model", vision={"projection_dim": 16}),
     "internvl": seeing("qwen2", "internvl_vision", vision={"image_size": [28, 28], "patch_size": [14, 14]}),
     "mistral3": seeing("mistral", "pixtral", {"sliding_window": None}),
@@ -411,7 +427,8 @@ def test_bfloat16_stays_near_it(family):
 
     The single worst token is left to chance: with other random weights it ranged from 6 % to 21 % in Gemma 4, by one
     order of rounding in the rotation as by another, where the median stayed at 2 %. A gated delta rule in bfloat16 is
-    3 to 7 % from itself in float64, in the model's own forward as in ours (three seeds): it is allowed twice as much.
+    3 to 7 % from itself in float64, in the model's own forward as in ours (three seeds), and Zamba 2 is 3 to 4 %: they
+    are allowed twice as much.
     """
     name, model, ids = family
     if name == "dbrx":
@@ -422,7 +439,7 @@ def test_bfloat16_stays_near_it(family):
     found = run(patched, ids, [20, *range(60, S)])
     patched.restore()
     errors = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
-    allowed = 2 if "linear_num_value_heads" in FAMILIES[name] else 1
+    allowed = 2 if name == "zamba2" or "linear_num_value_heads" in FAMILIES[name] else 1
     assert errors.median() < 0.03 * allowed
     if not FAMILIES[name].keys() & MOE.keys():
         assert errors.quantile(0.9) < 0.06 * allowed

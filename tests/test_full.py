@@ -198,12 +198,6 @@ def test_a_model_without_a_cache_of_keys_is_refused_before_its_weights(name):
         check_structure(CONFIG_MAPPING[name](num_hidden_layers=1, vocab_size=97), METHODS["full"])
 
 
-@pytest.mark.parametrize(("name", "why"), [("blt", "rotary_emb modules"), ("moshi", "rotary_emb modules")])
-def test_a_model_without_one_rotary_module_is_refused_before_its_weights(name, why):
-    with pytest.raises(UsageError, match=f"can't run the family '{name}': .*{why}"):
-        check_structure(CONFIG_MAPPING[name](), METHODS["lambda"])
-
-
 def test_the_check_is_of_the_models_own_forward(randomise, monkeypatch):
     """OPT's `base_model` holds its decoder once more; run by mistake, it would be a model of two decoders."""
     model = build(randomise, "opt")

@@ -83,9 +83,7 @@ def test_the_engine_keeps_lengths_apart(randomise):
     texts = [prefix + torch.randint(97, (n,)).tolist() for n in (20, 20, 40, 5)]
     expected = []
     for text in texts:
-        with frozen_length(
-            model.model.rotary_emb, len(text) - 1
-        ):  # the model itself stays at the longest text it has seen
+        with frozen_length([model.model.rotary_emb], len(text) - 1):  # else it stays at the longest text it has seen
             log_probs = model(torch.tensor([text[:-1]])).logits[0].log_softmax(-1)
         expected.append(log_probs[torch.arange(49, len(text) - 1), text[50:]].numpy())
     engine = Engine(FullModel(model), 16)
@@ -97,7 +95,7 @@ def test_the_engine_keeps_lengths_apart(randomise):
     found = dict(engine.generate([GenerateRequest(text, 4) for text in texts]))
     for i, text in enumerate(texts):
         for token in found[i]:
-            with frozen_length(model.model.rotary_emb, len(texts[i]) + 4):  # those of the longest it may come to
+            with frozen_length([model.model.rotary_emb], len(texts[i]) + 4):  # those of the longest it may come to
                 assert model(torch.tensor([text])).logits[0, -1].argmax().item() == token
             text = [*text, token]
 

@@ -13,6 +13,7 @@ from lminf_eval.errors import UsageError
 from lminf_eval.harness.lm import LMInfinite
 from lminf_eval.methods.registry import make
 from lminf_eval.models.equivalence_check import _logits_error, patched_model, relative_error
+from lminf_eval.models.layer_rotations import Rotation
 from lminf_eval.models.rope import Rotary
 
 SPEC = make(n_local=16, n_global=4)
@@ -80,13 +81,13 @@ def test_models_with_layer_norm_pass(randomise, kind):
     model = build(randomise, kind, **small)
     patched = patched_model(model, SPEC)
     assert patched.model is model
-    assert set(patched.rotated.values()) == {True}
+    assert set(patched.rotations.by_layer.values()) == {Rotation()}
     patched.restore()
 
 
 def test_a_layer_without_positions_is_found(randomise):
     patched = patched_model(build(randomise, "smollm3", **SMALL, no_rope_layers=[1, 0]), SPEC)
-    assert patched.rotated == {0: True, 1: False}
+    assert [*patched.rotations.by_layer.values()] == [Rotation(), None]
     patched.restore()
 
 
@@ -100,8 +101,8 @@ def test_not_a_number_does_not_pass(tiny_model, where):
 
 def test_a_wrong_convention_is_caught(tiny_model, monkeypatch):
     """We rotate by twice the angle that the model does."""
-    own = Rotary.rotate
-    monkeypatch.setattr(Rotary, "rotate", lambda self, x, angles: own(self, own(self, x, angles), angles))
+    own = Rotary.angles
+    monkeypatch.setattr(Rotary, "angles", lambda self, at, like, kind=None: own(self, 2 * at, like, kind))
     assert_refused_and_untouched(tiny_model(), "after rotating")
 
 

@@ -10,8 +10,8 @@ from lminf_eval.models.families.registry import check, families_table, support
 from lminf_eval.models.families.table import FAMILIES, family_row
 
 REFUSED = {
-    "deepseek_v3": "multi-head latent attention",
-    "minicpm3": "multi-head latent attention",
+    "deepseek_v32": "an indexer chooses",
+    "glm_moe_dsa": "an indexer chooses",
     "mamba": "no attention",
     "mamba2": "no attention",
     "rwkv": "no attention",
@@ -28,7 +28,6 @@ REFUSED = {
     "xglm": "positions are absolute",
     "hunyuan_v1_dense": "normalises queries and keys after rotating",
     "hunyuan_v1_moe": "normalises queries and keys after rotating",
-    "diffllama": "attend twice",
     "mllama": "attend to an image",
     "llama4_text": "chunked_attention",
     "gpt_neox_japanese": "pluggable",

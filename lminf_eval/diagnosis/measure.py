@@ -22,7 +22,6 @@ from lminf_eval.methods.base import WindowedMethod
 from lminf_eval.methods.window import Window
 from lminf_eval.models.attention_module import AttentionModule
 from lminf_eval.models.equivalence_check import patched_model
-from lminf_eval.models.modules import layer_type
 from lminf_eval.models.patching import Observer, PatchedModel
 
 _LOGITS_AT_ONCE = 2**24
@@ -136,14 +135,11 @@ class _Recorder:
         start, self._start = self._start, self._start + L
         self._keys_KND[:, start : self._start] = k_BKLD[0]
         branches = self._patched.layer_rule(module, options).branches
-        patched, kind = self._patched, layer_type(module, self._patched.model.config.get_text_config())
+        rotations = self._patched.rotations
 
         def rotate(x_HSD: torch.Tensor, positions_S: torch.Tensor) -> torch.Tensor:
-            rotary = patched.rotary
-            if rotary is None or not patched.rotated[self._layer]:
-                return x_HSD
-            angles = rotary.angles(positions_S[None], x_HSD, kind)
-            return rotary.rotate(x_HSD[None], angles)[0]
+            angles = rotations.angles(module, positions_S[None], x_HSD)
+            return rotations.turn(module, x_HSD[None], angles)[0]
 
         here = self._positions[(self._positions >= start) & (self._positions < self._start)].to(q_HLD.device)
         for positions_S in here.split(max(1, _LOGITS_AT_ONCE // (H * self._start))):
@@ -151,7 +147,7 @@ class _Recorder:
             logits_HSM, distance_SM = visible_logits(
                 *(q_HLD[:, positions_S - start], keys_KND, positions_S, branches, rotate, scale),
                 softcap=options.get("softcap"),
-                slopes_H=patched.slopes,
+                slopes_H=self._patched.slopes,
             )
             self._statistics.add(logits_HSM, distance_SM, positions_S)
             self._entropy.append(entropy(logits_HSM).mean(0).cpu())

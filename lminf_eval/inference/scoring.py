@@ -20,7 +20,6 @@ from lminf_eval.inference.scoring_targets import (
     scoring_targets,
     separate_branch_scores,
 )
-from lminf_eval.models.modules import devices_of_layers
 from lminf_eval.models.patching import PatchedModel
 from lminf_eval.models.runner import State
 from lminf_eval.resume.checkpoint import EVERY, Checkpoints
@@ -147,7 +146,8 @@ class Scorer:
     ) -> int:
         """Return the position that an earlier process came to in this document; fill in its `state` and `found`."""
         checkpoints.begin(tokens, wanted, state.capacity)
-        position, earlier = checkpoints.load(state, devices_of_layers(self.model.model))
+        assert isinstance(self.model, PatchedModel)  # no other model's state is kept
+        position, earlier = checkpoints.load(state, self.model.devices())
         for values, those in zip(found, earlier, strict=False):
             values[:] = those
         self.chunks.reused += position

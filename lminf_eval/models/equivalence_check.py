@@ -18,38 +18,32 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from lminf_eval.attention.kernels import attend
 from lminf_eval.errors import UsageError, first_line, out_of_memory
-from lminf_eval.methods.base import AttentionMethod, WindowedMethod, window_of
+from lminf_eval.methods.base import AttentionMethod, WindowedMethod
 from lminf_eval.methods.full import Full
 from lminf_eval.methods.registry import DEFAULT
-from lminf_eval.models.attention_interface import IMPLEMENTATION
-from lminf_eval.models.attention_module import AttentionModule, patched_by
+from lminf_eval.models.attention_module import patched_by
 from lminf_eval.models.families.registry import unsupported
 from lminf_eval.models.families.table import adapter_of
-from lminf_eval.models.forward_context import ForwardContext
 from lminf_eval.models.full_model import FullModel
 from lminf_eval.models.modules import (
     attention_layers,
-    decoder_of,
     device_of,
     find_rotary,
-    rotary_module,
     short_windows,
     takes,
 )
 from lminf_eval.models.patching import PatchedModel
 from lminf_eval.models.rope import frozen_length
+from lminf_eval.models.rotation_check import SHIFT, compare_layers, record, relative_error
 from lminf_eval.models.runner import ModelRunner
 
 logger = logging.getLogger(f"lm_eval.{__name__}")  # lm-eval shows the loggers below its own name
 
-# Relative error allowed: of a rotation done by the same function on the same numbers, and of whole-model logits that
-# another attention kernel computed. A wrong convention is off by tenths.
-_ROTATION = {torch.float64: 1e-5, torch.float32: 1e-4}
+# Relative error allowed of logits that another attention kernel computed. A wrong convention is off by tenths.
 _LOGITS = {torch.float64: 1e-4, torch.float32: 1e-3}
-_HALF_ROTATION, _HALF_LOGITS, _HALF_SHIFT = 2e-2, 1e-1, 2.5e-1
-_TOKENS, _SHIFT = 64, 64  # tokens of the check; how far the same tokens are moved on
+_HALF_LOGITS, _HALF_SHIFT = 1e-1, 2.5e-1
+_TOKENS = 64  # of the check
 _PLAIN = 2**15  # of the vocabulary, from which they are drawn
 _LOCAL, _OWN = 20, 8  # n_local during the check, and each layer's own window, at most
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # as configs call their number
@@ -92,14 +86,15 @@ def patched_model(
         raise UsageError("the model is patched already; restore it first (leave its `with lminf.patch(model):` block)")
     with _refusing(model.config, method.name):
         own = adapter_of(model.config.model_type) is not None
-        rotary = next(iter(find_rotary(model)), None) if own else rotary_module(model)
         expected = own_logits(model, method) if expected is None else expected.to(model.device)
         ids = _ids(model)
-        with torch.inference_mode(), frozen_length(rotary, method.n_local):
-            recorded = None if own else _record(model, ids)
+        with torch.inference_mode(), frozen_length(find_rotary(model), method.n_local):
+            recorded = None if own else record(model, ids)
         patched = make(model, method)
+        if recorded is not None:
+            patched.follow([module for module, *_ in recorded])
         try:
-            windows = {method.n_local} if recorded is None else _compare_layers(patched, recorded, ids)
+            windows = {method.n_local} if recorded is None else compare_layers(patched, recorded, ids)
             _compare_logits(patched, expected, ids)
         except BaseException:
             patched.restore()
@@ -158,13 +153,13 @@ def own_logits(model: PreTrainedModel, method: AttentionMethod | None) -> torch.
     length, shifted = ids.shape[1], False
     if isinstance(method, WindowedMethod):
         length, shifted = method.n_local, _takes_positions(model)
-    with frozen_length(next(iter(find_rotary(model)), None), length), short_windows(model, _OWN):
+    with frozen_length(find_rotary(model), length), short_windows(model, _OWN):
         logits = model(input_ids=ids, use_cache=False).logits[0]
         if not logits.isfinite().all():
             line = "the model's own logits are not finite numbers; check its weights and dtype"
             raise UsageError(f"{model.config.model_type!r}: {line}")
         if shifted:
-            at_1L = torch.arange(_SHIFT, _SHIFT + ids.shape[1], device=ids.device)[None]
+            at_1L = torch.arange(SHIFT, SHIFT + ids.shape[1], device=ids.device)[None]
             moved = model(input_ids=ids, position_ids=at_1L, use_cache=False).logits[0]
             why = "its logits depend on absolute positions: the same tokens further on differ by"
             # In half precision cosines are rounded by position too, and an expert may change with them.
@@ -186,101 +181,6 @@ def _ids(model: PreTrainedModel) -> torch.Tensor:
     plain = torch.tensor([token for token in range(min(text.vocab_size, _PLAIN)) if token not in special])
     ids = plain[torch.randint(len(plain), (1, length), generator=generator)]
     return ids.to(device_of(model.get_input_embeddings()))
-
-
-class _Recorder:
-    """Stands in for a `PatchedModel`: keeps each layer's rotated queries and keys, and what it answered."""
-
-    def __init__(self) -> None:
-        self.layers: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
-
-    def attend(
-        self,
-        module: AttentionModule,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        scale: float,
-        options: dict[str, Any],
-        /,
-    ) -> torch.Tensor:
-        """Keep what the layer hands over, and compute its attention as it is."""
-        out, _ = attend(q, k, v, scale, causal=True)
-        self.layers[module.layer_idx] = q, k, out
-        return out
-
-
-def _record(model: PreTrainedModel, ids: torch.Tensor) -> dict:
-    decoder, recorder = decoder_of(model), _Recorder()
-    implementation, layers = decoder.config._attn_implementation, attention_layers(model)
-    for layer in layers:
-        layer.lminf = recorder
-    decoder.set_attn_implementation(IMPLEMENTATION)
-    try:
-        decoder(input_ids=ids, use_cache=False)
-    finally:
-        decoder.set_attn_implementation(implementation)
-        for layer in layers:
-            del layer.lminf
-    return recorder.layers
-
-
-def _compare_layers(patched: PatchedModel, recorded: dict, ids: torch.Tensor) -> set[int]:
-    """Find which layers rotate, and refuse the family if some layer does neither what we do nor nothing.
-
-    Returns:
-        The windows that the model's layers have.
-    """
-    positions = torch.arange(ids.shape[1])[None]
-    seen, windows = set(), set()
-
-    def compare(attend, module, q, k, v, scale, options):
-        context = ForwardContext(None)
-        expected_q, expected_k, out = recorded[module.layer_idx]
-        limit = _ROTATION.get(q.dtype, _HALF_ROTATION)
-        seen.add(module.layer_idx)
-        windows.add(window_of(patched.layer_rule(module, options).branches) or patched.method.n_local)  # 0: chunks
-        for rotated in (patched.rotated[module.layer_idx], False):
-            patched.rotated[module.layer_idx] = rotated
-            found = [patched.rotate(module, context, x, positions, "local") for x in (q, k)]
-            if max(relative_error(found[0], expected_q), relative_error(found[1], expected_k)) < limit:
-                return out
-        raise UsageError(
-            unsupported(
-                patched.model.config,
-                f"layer {module.layer_idx} changes queries or keys after rotating them",
-                patched.method.name,
-            )
-        )
-
-    with patched.observed(compare), torch.inference_mode():
-        patched.decoder(input_ids=ids, use_cache=False)
-    _require_no_positions(patched, recorded, ids)
-    if seen != {layer.layer_idx for layer in patched.layers}:
-        raise UsageError(
-            unsupported(
-                patched.model.config, "some of its attention layers can't be reached from outside", patched.method.name
-            )
-        )
-    return windows
-
-
-def _require_no_positions(patched: PatchedModel, recorded: dict, ids: torch.Tensor) -> None:
-    """Refuse the family if queries or keys that we do not rotate change with the positions of the tokens."""
-    if all(patched.rotated.values()) or takes(patched.decoder, "position_ids") is None:
-        return
-
-    def compare(attend, module, q, k, v, scale, options):
-        expected_q, expected_k, out = recorded[module.layer_idx]
-        moved = max(relative_error(q, expected_q), relative_error(k, expected_k))
-        if not patched.rotated[module.layer_idx] and not moved < _ROTATION.get(q.dtype, _HALF_ROTATION):
-            why = f"layer {module.layer_idx} rotates queries or keys by no module that was found"
-            raise UsageError(unsupported(patched.model.config, why, patched.method.name))
-        return out
-
-    at_1L = torch.arange(_SHIFT, _SHIFT + ids.shape[1], device=ids.device)[None]
-    with patched.observed(compare), torch.inference_mode():
-        patched.decoder(input_ids=ids, position_ids=at_1L, use_cache=False)
 
 
 def _compare_logits(patched: PatchedModel, expected: torch.Tensor, ids: torch.Tensor) -> None:
@@ -391,9 +291,3 @@ def _logits_error(found: torch.Tensor, expected: torch.Tensor, model: PreTrained
         return relative_error(found, expected)
     errors = [relative_error(one, other) for one, other in zip(found, expected, strict=True)]
     return float(torch.tensor(errors).quantile(0.75))  # NaN where any is
-
-
-def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """In the Frobenius norm; NaN where either has one."""
-    found, expected = found.double(), expected.double()
-    return float((found - expected).norm() / expected.norm().clamp(min=1e-30))

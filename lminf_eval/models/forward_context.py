@@ -25,6 +25,7 @@ class ForwardContext:
             state they are counted from the first of all tokens, else from the first new one.
         width: columns of the mask that `spans` were read from.
         outside: transformers' own cache, of a user's pass.
+        calls: attention modules that have been called so far, if a pass calls one more than once.
     """
 
     state: AttentionState | None
@@ -33,6 +34,7 @@ class ForwardContext:
     spans: list[Span] | None = None
     width: int = 0
     outside: Any = None
+    calls: int = 0
 
     def read_mask(self, mask: Any, new: int | None) -> None:
         """Take padding from a user's `attention_mask`; see `spans_of`."""

@@ -17,7 +17,7 @@ _SHARE = 0.5  # of a device's free memory: the rest is for chunks, and for the s
 
 
 def layers_on_device(
-    layers: Iterable[AttentionModule],
+    layers: Iterable[tuple[int, AttentionModule]],
     config: PreTrainedConfig,
     method: HidesKeys,
     tokens: int,
@@ -26,15 +26,15 @@ def layers_on_device(
     """Return the layers whose hidden keys and values fit on their CUDA device.
 
     Args:
-        layers: the model's attention layers.
+        layers: the model's attention layers and their numbers.
         tokens: of all sequences of a batch together, at most.
         itemsize: bytes of a number.
     """
     shapes = ModelShape.of(config).layers
     by_device: dict[torch.device, list[int]] = defaultdict(list)
-    for layer in layers:
-        if layer.layer_idx >= method.top_k_from_layer and shapes[layer.layer_idx].window is None:
-            by_device[device_of(layer)].append(layer.layer_idx)
+    for number, layer in layers:
+        if method.top_k_from_layer <= number < len(shapes) and shapes[number].window is None:
+            by_device[device_of(layer)].append(number)
     fitting: list[int] = []
     for device, indices in by_device.items():
         needed = itemsize * tokens * sum(shapes[index].kv_numbers for index in indices)

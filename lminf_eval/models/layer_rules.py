@@ -28,13 +28,14 @@ _READ = {"sliding_window", "softcap", "s_aux"}
 
 
 def layer_rule(
-    module: AttentionModule, config: PreTrainedConfig, method: AttentionMethod, options: dict[str, Any]
+    module: AttentionModule, config: PreTrainedConfig, method: AttentionMethod, options: dict[str, Any], number: int
 ) -> LayerRule:
     """Return a layer's rule: the method's, or its own window if the layer slides as trained.
 
     Args:
         config: the model's.
         options: what the family passes to its attention function.
+        number: the layer's.
 
     Raises:
         UsageError: if the family's attention does what we know nothing of.
@@ -54,4 +55,4 @@ def layer_rule(
         own = None
     elif kind is not None and "attention" in kind:
         raise refuse(f"it has layers of the kind {kind!r}")
-    return LayerRule(sliding(own)) if own else method.rule(module.layer_idx)
+    return LayerRule(sliding(own)) if own else method.rule(number)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,7 +27,7 @@ from lminf_eval.models.loading import auto_class
 from lminf_eval.models.rope import set_forward
 
 CACHE_NAMES = ("cache", "past_key_values")  # of a decoder's argument and output: transformers 5.24 renamed it
-_PLUGGABLE = "ALL_ATTENTION_FUNCTIONS"  # a modeling file that imports it lets its attention function be replaced
+_PLUGGABLE = "ALL_ATTENTION_FUNCTIONS"  # where a pluggable attention layer finds its attention function
 _TEXT_ARGS = ("self", "input_ids", "args", "kwargs")  # of a forward that text alone suffices for
 _WINDOWS = ("sliding_window", "attention_chunk_size")  # what configs and attention modules call a layer's own window
 
@@ -64,8 +63,6 @@ def check_structure(config: PretrainedConfig, method: type[AttentionMethod], tru
             raise UsageError(unsupported(config, "its state is not a cache that chunks could go on from", method.name))
     else:
         attention_layers(model, method.name)
-        if adapter_of(config.model_type) is None:
-            rotary_module(model, method.name)
 
 
 def takes(module: nn.Module, *names: str) -> str | None:
@@ -81,12 +78,9 @@ def attention_layers(model: PreTrainedModel, attention: str = DEFAULT) -> list[A
         UsageError: if there are none whose attention function can be replaced.
     """
     own = adapter_of(model.config.model_type) is not None
-    named = [
-        cast(AttentionModule, module)
-        for module in decoder_of(model).modules()
-        if hasattr(module, "layer_idx") and "Attention" in type(module).__name__
-    ]
-    found = [module for module in named if own or hasattr(sys.modules[type(module).__module__], _PLUGGABLE)]
+    numbered = [cast(AttentionModule, part) for part in decoder_of(model).modules() if hasattr(part, "layer_idx")]
+    named = [module for module in numbered if "Attention" in type(module).__name__]
+    found = named if own else [module for module in numbered if _is_pluggable(type(module))]
     # DBRX wraps its attention in a block of a like name; only the innermost computes attention.
     layers = [module for module in found if not any(part in found for part in list(module.modules())[1:])]
     if not layers:
@@ -95,26 +89,19 @@ def attention_layers(model: PreTrainedModel, attention: str = DEFAULT) -> list[A
     return layers
 
 
+def _is_pluggable(kind: type[nn.Module]) -> bool:
+    """Whether a class looks its attention function up where ours is registered; a delta rule, say, does not."""
+    forwards = [inspect.unwrap(vars(one)["forward"]) for one in kind.__mro__ if "forward" in vars(one)]
+    return any(_PLUGGABLE in one.__code__.co_names for one in forwards if inspect.isfunction(one))
+
+
 def find_rotary(model: PreTrainedModel) -> list[nn.Module]:
     """Return the decoder's modules that turn positions into (cos, sin)."""
     return [
         module
         for name, module in decoder_of(model).named_modules()
-        if name.rpartition(".")[2].startswith("rotary_emb") or "RotaryEmbedding" in type(module).__name__
+        if (name.rpartition(".")[2] == "rotary_emb" or "RotaryEmbedding" in type(module).__name__)
     ]
-
-
-def rotary_module(model: PreTrainedModel, attention: str = DEFAULT) -> nn.Module | None:
-    """Return the one module that turns positions into (cos, sin), or None if the model rotates nothing.
-
-    Raises:
-        UsageError: if there are several.
-    """
-    found = find_rotary(model)
-    if len(found) > 1:
-        why = f"it has {len(found)} rotary_emb modules where one is expected"
-        raise UsageError(unsupported(model.config, why, attention))
-    return next(iter(found), None)
 
 
 def layer_type(module: AttentionModule, config: Any) -> str | None:

@@ -9,9 +9,8 @@ Shapes: B batch, H query heads, K key-value heads, L new tokens, S all tokens, D
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from operator import ge
@@ -28,6 +27,7 @@ from lminf_eval.attention.retrieved import add_retrieved
 from lminf_eval.cache.attention_state import AttentionState
 from lminf_eval.cache.layer_cache import LayerCache
 from lminf_eval.cache.recurrent_states import new_states
+from lminf_eval.config.model_shape import ModelShape
 from lminf_eval.errors import UsageError, first_line, out_of_memory
 from lminf_eval.methods.base import LayerRule, WindowedMethod
 from lminf_eval.methods.branches import UNBOUNDED
@@ -38,20 +38,21 @@ from lminf_eval.models.cache import Cache
 from lminf_eval.models.families.table import adapter_of
 from lminf_eval.models.forward_context import ForwardContext
 from lminf_eval.models.hidden_keys import layers_on_device
+from lminf_eval.models.layer_rotations import LayerRotations, Rotation
 from lminf_eval.models.layer_rules import layer_rule
 from lminf_eval.models.modules import (
     CACHE_NAMES,
     DecoderTap,
     attention_layers,
     decoder_of,
+    device_of,
+    devices_of_layers,
     head_logits,
-    layer_type,
-    rotary_module,
     takes,
 )
 from lminf_eval.models.onednn_linear import OneDNNLinearPatch
 from lminf_eval.models.padded_rows import attend_all_keys, attend_rows
-from lminf_eval.models.rope import Rotary, RotaryEmbedding, backwards, set_forward
+from lminf_eval.models.rope import set_forward
 
 _CACHES = ("layer_past", *CACHE_NAMES)  # what attention modules call transformers' own cache
 Attend = Callable[[AttentionModule, torch.Tensor, torch.Tensor, torch.Tensor, float, dict], torch.Tensor]
@@ -69,7 +70,8 @@ class PatchedModel:
         method: the method.
 
     Attributes:
-        rotary: rotates queries and keys, or None (ALiBi).
+        rotations: how each layer rotates queries and keys.
+        order: what one pass calls, in order: an attention module and its place in a state.
         slopes: ALiBi's slopes [H], or None.
         observer: called in place of each layer's attention; see `observed`.
 
@@ -87,7 +89,9 @@ class PatchedModel:
         self._cache_name = takes(self.decoder, *CACHE_NAMES)
         self.observer: Observer | None = None
         self.layers = attention_layers(model)
-        self.rotated: dict[int, bool] = {}  # which layers rotate queries and keys by their positions
+        self._several = False  # whether a pass calls an attention module more than once, or modules share a number
+        self.order = [(layer.layer_idx, layer) for layer in self.layers]
+        self._rotations: dict[AttentionModule, Rotation | None] = {}  # of before `restore`, as checked at load
         self.family = adapter_of(model.config.model_type)
         self.slopes = None if self.family is None else self.family.slopes(model)
         self.recurrent = new_states(model.config) is not None
@@ -100,23 +104,16 @@ class PatchedModel:
         if self.active:
             return
         model, self.active = self.model, True
-        self.rotary: RotaryEmbedding | None
-        self._skipping: Callable[[], AbstractContextManager[None]]
         self._implementation = self.decoder.config._attn_implementation
         self._forwards = [vars(layer).get("forward") for layer in self.layers]
+        self.rotations = LayerRotations(model, self.layers, self.method.n_local)
+        self.rotations.by_layer |= self._rotations
         if self.family is None:
-            home, found = sys.modules[type(self.layers[0]).__module__], rotary_module(model)
-            rotary = None if found is None else Rotary(found, home, self.method.n_local)
-            self.rotary, self._skipping = rotary, nullcontext if rotary is None else rotary.skipped
             self.decoder.set_attn_implementation(IMPLEMENTATION)  # what reads images keeps its own
-        else:
-            self.rotary, self._skipping = self.family.rotary(model, self.method.n_local), nullcontext
-            for layer in self.layers:
-                layer.forward = partial(self._family_forward, self.family.forward, layer)
         for layer in self.layers:
             layer.lminf = self
-            known = self.rotary is not None and self.rotary.knows(layer_type(layer, self._config))
-            self.rotated.setdefault(layer.layer_idx, known)
+            if self.family is not None:
+                layer.forward = partial(self._family_forward, self.family.forward, layer)
         self._tap = DecoderTap(self.decoder, self._forward)
         self._linears = OneDNNLinearPatch(model)
 
@@ -133,8 +130,8 @@ class PatchedModel:
             del layer.lminf
             if self.family is not None:
                 set_forward(layer, forward)
-        if self.rotary is not None:
-            self.rotary.restore()
+        self.rotations.restore()
+        self._rotations = self.rotations.by_layer
         return self.model
 
     @contextmanager
@@ -154,7 +151,7 @@ class PatchedModel:
         state.states = new_states(self.model.config) if self.recurrent else None
         if isinstance(method, HidesKeys) and method.retrieves:
             size = self.model.dtype.itemsize
-            state.on_device = layers_on_device(self.layers, self.model.config, method, batch * capacity, size)
+            state.on_device = layers_on_device(self.order, self.model.config, method, batch * capacity, size)
         return state
 
     stack = staticmethod(AttentionState.stack)
@@ -163,6 +160,10 @@ class PatchedModel:
     def attention_span(self) -> int:
         """The most keys that a token sees, retrieved ones aside."""
         return self.method.attention_span
+
+    def devices(self) -> dict[int, torch.device]:
+        """Return where each layer that keeps something of the tokens before computes, by its place in a state."""
+        return devices_of_layers(self.model) | {number: device_of(layer) for number, layer in self.order}
 
     def answers_from(self, prompt: int) -> int:
         """Return the first position that sees more than the method's branches; see `HidesKeys.answers_from`."""
@@ -223,7 +224,7 @@ class PatchedModel:
         with (
             nullcontext() if guarded is None else guarded.rollback_on_error(),
             self._tap.context(context),
-            self._skipping(),
+            self.rotations.skipped(),
             torch.no_grad(),
         ):
             output = forward(*args, **options)
@@ -264,7 +265,8 @@ class PatchedModel:
         dtype, context = q_BHLD.dtype, self._tap.current
         if self.slopes is not None:  # biases are larger than half precision can tell apart
             q_BHLD, k_BKLD, v_BKLD = (x.to(torch.promote_types(dtype, torch.float32)) for x in (q_BHLD, k_BKLD, v_BKLD))
-        rule = self.layer_rule(module, options)
+        number = self._next_number(module, context)
+        rule = self.layer_rule(module, options, number)
         rotate = partial(self.rotate, module, context)
         call = AttentionCall(rule.branches, rotate, scale, options.get("softcap"), self.slopes)
         state = context.state
@@ -276,12 +278,11 @@ class PatchedModel:
                 k_BKLD, v_BKLD = context.outside.update(k_BKLD, v_BKLD, module.layer_idx)
             out, lse = attend_all_keys(q_BHLD, k_BKLD, v_BKLD, call, context)
         else:
-            out, lse = self._attend_state(module, q_BHLD, k_BKLD, v_BKLD, call, context, state, rule)
+            out, lse = self._attend_state(q_BHLD, k_BKLD, v_BKLD, call, context, state, rule, number)
         return _with_sink_logits(out, lse, options).to(dtype)
 
     def _attend_state(
         self,
-        module: AttentionModule,
         q_BHLD: torch.Tensor,
         k_BKLD: torch.Tensor,
         v_BKLD: torch.Tensor,
@@ -289,9 +290,10 @@ class PatchedModel:
         context: ForwardContext,
         state: AttentionState,
         rule: LayerRule,
+        index: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute the attention of tokens that follow a state."""
-        index, update, method = module.layer_idx, context.update_cache, self.method
+        """Compute the attention of tokens that follow a state; `index` is the layer's place in it."""
+        update, method = context.update_cache, self.method
         layer, starts, L = state.layers.get(index), state.lengths, q_BHLD.shape[2]
         answers_from = state.answers_from or [UNBOUNDED] * len(starts)
         if layer is None and update:
@@ -315,9 +317,30 @@ class PatchedModel:
 
     _prefill = staticmethod(prefill_attention)  # context parallel has its own
 
-    def layer_rule(self, module: AttentionModule, options: dict) -> LayerRule:
+    def layer_rule(self, module: AttentionModule, options: dict, number: int | None = None) -> LayerRule:
         """Return what a layer's queries see; see `layer_rules`."""
-        return layer_rule(module, self.model.config, self.method, options)
+        return layer_rule(
+            module, self.model.config, self.method, options, module.layer_idx if number is None else number
+        )
+
+    def _next_number(self, module: AttentionModule, context: ForwardContext) -> int:
+        if not self._several:
+            return module.layer_idx
+        context.calls += 1
+        return self.order[context.calls - 1][0]
+
+    def follow(self, modules: list[AttentionModule]) -> None:
+        """Take the order in which one pass calls its attention modules: each call needs a place of its own in a state.
+
+        Most often each module is called once and knows its number. Zamba 2 shares modules between layers, HRM passes
+        over its layers several times, and DiffLlama attends twice in each.
+        """
+        numbers = [module.layer_idx for module in modules]
+        self._several = min(numbers) < 0 or len(set(numbers)) < len(numbers)
+        if self._several:
+            with_keys = [i for i, layer in enumerate(ModelShape.of(self.model.config).layers) if layer.kv_heads]
+            numbers = with_keys if len(with_keys) == len(modules) else list(range(len(modules)))
+        self.order = list(zip(numbers, modules, strict=True))
 
     def _step(
         self, layer: LayerCache, call: AttentionCall, context: ForwardContext, state: AttentionState
@@ -337,14 +360,7 @@ class PatchedModel:
         name: str,
     ) -> torch.Tensor:
         """Return x rotated to positions; the angles of one `name` are computed once per forward pass."""
-        rotary = self.rotary
-        if rotary is None or not self.rotated[module.layer_idx]:
-            return x_BHSD
-        kind = layer_type(module, self._config)
-        key = name, kind, x_BHSD.device
-        if key not in context.shared:
-            context.shared[key] = rotary.angles(positions_BS, x_BHSD, kind)
-        return rotary.rotate(x_BHSD, context.shared[key])
+        return self.rotations.rotate(module, context.shared, x_BHSD, positions_BS, name)
 
     def _rebase_rope(self, state: AttentionState, new: int) -> None:
         """Let the origins follow the sequence, so that angles stay below window + max(window, new tokens).
@@ -352,20 +368,17 @@ class PatchedModel:
         Raises:
             UsageError: if memory runs out on the way; some layers are rotated then, and others not.
         """
-        rotary, widest = self.rotary, max((layer.window for layer in state.layers.values()), default=0)
+        widest = max((layer.window for layer in state.layers.values()), default=0)
         behind = max(n - o for n, o in zip(state.lengths, state.origins, strict=True))
         if not widest or behind + new <= widest + max(widest, new):
             return
         steps = [max(0, n - widest - o) for n, o in zip(state.lengths, state.origins, strict=True)]
         back_B1 = torch.tensor(steps)[:, None]
         try:
-            for module in self.layers:
-                layer = state.layers.get(module.layer_idx)
-                if rotary is not None and layer is not None and self.rotated[module.layer_idx]:
-                    ring = layer.keys[:, :, layer.sinks :]
-                    wide = ring.to(torch.promote_types(ring.dtype, torch.float32))
-                    angles = rotary.angles(back_B1, wide, layer_type(module, self._config))
-                    ring.copy_(rotary.rotate(wide, backwards(angles)))
+            for number, module in self.order:
+                layer = state.layers.get(number)
+                if layer is not None:
+                    self.rotations.move_back(module, layer.keys[:, :, layer.sinks :], back_B1)
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise

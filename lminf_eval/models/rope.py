@@ -13,14 +13,32 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from types import ModuleType
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import nn
 
 Angles = tuple[torch.Tensor, torch.Tensor]
+
+
+class Columns(NamedTuple):
+    """Where in a head the rotated dimensions are, and which of them make a pair.
+
+    For families that rotate by another function than `apply_rotary_pos_emb`, or only a part of a head that is not its
+    first.
+
+    Attributes:
+        last: they are the head's last dimensions, not its first.
+        neighbours: a pair is two neighbours, not one dimension of each half.
+    """
+
+    last: bool
+    neighbours: bool
+
+
+COLUMNS = [Columns(last, neighbours) for last in (True, False) for neighbours in (False, True)]
 _FUNCTION = "apply_rotary_pos_emb"
 
 
@@ -93,16 +111,14 @@ def depends_on_length(module: nn.Module) -> bool:
 
 
 @contextmanager
-def frozen_length(module: nn.Module | None, length: int) -> Iterator[None]:
-    """Within it, the module's frequencies are those of `length` tokens; None is a model without such a module."""
-    if module is None or not depends_on_length(module):
-        yield
-        return
-    frequencies = FrozenFrequencies(module, length)
+def frozen_length(modules: list[nn.Module], length: int) -> Iterator[None]:
+    """Within it, the frequencies of rotary modules are those of `length` tokens."""
+    frozen = [FrozenFrequencies(module, length) for module in modules if depends_on_length(module)]
     try:
         yield
     finally:
-        frequencies.restore()
+        for frequencies in frozen:
+            frequencies.restore()
 
 
 class RotationSwitch:
@@ -164,8 +180,10 @@ class Rotary:
 
     def __init__(self, module: nn.Module, home: ModuleType, n_local: int):
         self.module = module
-        self._switch = RotationSwitch.install(home)
-        self._apply = self._switch.rotate if self._switch.takes_pairs else _alone(self._switch.rotate)
+        self._switch = RotationSwitch.install(home) if hasattr(home, _FUNCTION) else None
+        self._function: Callable = _no_function
+        if self._switch is not None:
+            self._function = self._switch.rotate if self._switch.takes_pairs else _alone(self._switch.rotate)
         self._takes_whole_heads: bool | None = None  # found out at the first rotation
         self._in_halves: bool | None = None  # likewise
         self._frequencies = FrozenFrequencies(module, n_local)
@@ -174,20 +192,29 @@ class Rotary:
     def restore(self) -> None:
         """Give the model its rotation back."""
         self._frequencies.restore()
-        self._switch.remove()
+        if self._switch is not None:
+            self._switch.remove()
 
     @torch.no_grad()
     def angles(self, positions_BS: torch.Tensor, like: torch.Tensor, layer_type: str | None = None) -> Angles:
         """The module's (cos, sin) [B, S, r] at integer positions, in the dtype and on the device of `like`."""
         extra = [layer_type] if self._frequencies.by_type else []
-        return self._frequencies.angles(like[:0], positions_BS.to(like.device), *extra)
+        found = self._frequencies.angles(like[:0], positions_BS.to(like.device), *extra)
+        if isinstance(found, torch.Tensor):  # DeepSeek V2 gives cos + i sin
+            return found.real.to(like.dtype), found.imag.to(like.dtype)
+        return found
+
+    @property
+    def has_function(self) -> bool:
+        """Whether the family's file has an `apply_rotary_pos_emb`."""
+        return self._switch is not None
 
     def knows(self, layer_type: str | None) -> bool:
         """Whether layers of this type are rotated at all, as far as the module tells."""
         return not self._frequencies.by_type or hasattr(self.module, f"{layer_type}_inv_freq")
 
     def rotate(self, x_BHSD: torch.Tensor, angles: Angles) -> torch.Tensor:
-        """Return x rotated by `angles`; if the family rotates part of a head, the rest passes through."""
+        """Return x rotated by `angles` with the family's own function; what it leaves of a head passes through."""
         if self._in_halves is None:
             self._in_halves = self._multiplies_halves(angles)
         if self._in_halves and x_BHSD.shape[-1] == angles[0].shape[-1]:
@@ -195,9 +222,9 @@ class Rotary:
         if self._takes_whole_heads is None:
             self._takes_whole_heads = self._accepts(x_BHSD, angles)
         if self._takes_whole_heads:
-            return self._apply(x_BHSD, x_BHSD[:, :0], *angles)[0]
+            return self._function(x_BHSD, x_BHSD[:, :0], *angles)[0]
         r = angles[0].shape[-1]
-        rotated = self._apply(x_BHSD[..., :r], x_BHSD[:, :0, :, :r], *angles)[0]
+        rotated = self._function(x_BHSD[..., :r], x_BHSD[:, :0, :, :r], *angles)[0]
         return torch.cat([rotated, x_BHSD[..., r:]], -1)
 
     def _multiplies_halves(self, angles: Angles) -> bool:
@@ -206,7 +233,7 @@ class Rotary:
         draw, r = torch.Generator().manual_seed(0), cos.shape[-1]
         x, cos, sin = (torch.randn(1, *shape, generator=draw).to(cos) for shape in ((1, 1, r), (1, r), (1, r)))
         try:
-            expected = self._apply(x, x[:, :0], cos, sin)[0]
+            expected = self._function(x, x[:, :0], cos, sin)[0]
         except (RuntimeError, IndexError):  # shapes that it doesn't know
             return False
         found = _rotate_halves(x, (cos, sin)) if cos.shape[-1] % 2 == 0 else None
@@ -216,7 +243,7 @@ class Rotary:
     def _accepts(self, x_BHSD: torch.Tensor, angles: Angles) -> bool:
         """Whether the family's function takes whole heads, or expects its caller to cut out the rotated part."""
         try:
-            self._apply(x_BHSD[:1, :1, :1], x_BHSD[:1, :0, :1], *(part[:1, :1] for part in angles))
+            self._function(x_BHSD[:1, :1, :1], x_BHSD[:1, :0, :1], *(part[:1, :1] for part in angles))
         except RuntimeError:  # shapes that don't broadcast
             return False
         return True
@@ -228,14 +255,38 @@ class Rotary:
         Those are four products and three copies of queries and keys a layer. A file that calls its function by another
         name goes on multiplying by one.
         """
-        with self._switch.off():
+        with nullcontext() if self._switch is None else self._switch.off():
             yield
 
     @torch.no_grad()
-    def identity(self, x: torch.Tensor, position_ids: torch.Tensor, *args, **kwargs) -> Angles:
+    def identity(self, x: torch.Tensor, position_ids: torch.Tensor, *args, **kwargs) -> Angles | torch.Tensor:
         """What the model is given in place of its own (cos, sin): a rotation that changes nothing."""
-        cos, sin = self._frequencies.angles(x, position_ids[..., -1:], *args, **kwargs)
-        return torch.ones_like(cos), torch.zeros_like(sin)
+        found = self._frequencies.angles(x, position_ids[..., -1:], *args, **kwargs)
+        if isinstance(found, torch.Tensor):
+            return torch.ones_like(found).expand(*position_ids.shape, -1)
+        return torch.ones_like(found[0]), torch.zeros_like(found[1])
+
+
+def rotate_columns(x_BHSD: torch.Tensor, angles: Angles, columns: Columns) -> torch.Tensor:
+    """Return x, some columns of each head rotated by `angles`."""
+    cos, sin = (_once(part)[:, None] for part in angles)
+    r = 2 * cos.shape[-1]
+    low = x_BHSD.shape[-1] - r if columns.last else 0
+    part = x_BHSD[..., low : low + r]
+    a, b = (part[..., ::2], part[..., 1::2]) if columns.neighbours else part.chunk(2, -1)
+    turned = a * cos - b * sin, b * cos + a * sin
+    part = torch.stack(turned, -1).flatten(-2) if columns.neighbours else torch.cat(turned, -1)
+    return torch.cat([x_BHSD[..., :low], part.to(x_BHSD.dtype), x_BHSD[..., low + r :]], -1)
+
+
+def _once(angles: torch.Tensor) -> torch.Tensor:
+    """Return each angle once, if a module repeats it for both dimensions of a pair."""
+    half = angles.shape[-1] // 2
+    if angles.shape[-1] % 2 == 0 and torch.equal(angles[..., :half], angles[..., half:]):
+        return angles[..., :half]
+    if angles.shape[-1] % 2 == 0 and torch.equal(angles[..., ::2], angles[..., 1::2]):
+        return angles[..., ::2]
+    return angles
 
 
 def _rotate_halves(x_BHSD: torch.Tensor, angles: Angles) -> torch.Tensor:
@@ -246,6 +297,11 @@ def _rotate_halves(x_BHSD: torch.Tensor, angles: Angles) -> torch.Tensor:
     rotated[..., :half].addcmul_(x_BHSD[..., half:], sin[..., :half], value=-1)
     rotated[..., half:].addcmul_(x_BHSD[..., :half], sin[..., half:])
     return rotated.to(x_BHSD.dtype)  # angles may be wider
+
+
+def _no_function(*args: Any) -> Any:
+    """Stand in for `apply_rotary_pos_emb` in a file that has none; `Rotary.has_function` says so."""
+    raise AssertionError("a layer is rotated by a function that its file does not have")
 
 
 def _alone(apply: Callable) -> Callable:

@@ -129,9 +129,9 @@ def _obstacle(config: Any) -> str | None:
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return _NO_CAUSAL_LM
     source = _source(config)
-    if "kv_a_proj" in source:
-        return "its multi-head latent attention keeps no keys that could be rotated anew"
     text = config.get_text_config()
+    if getattr(text, "index_topk", None):
+        return "an indexer chooses the keys that its layers see"
     kinds = {*(getattr(text, "layer_types", None) or ()), *(getattr(text, "layers_block_type", None) or ())}
     if kinds - _READ:
         return f"its layers of the kind {', '.join(sorted(kinds - _READ))} are neither full nor sliding attention"

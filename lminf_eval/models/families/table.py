@@ -8,12 +8,9 @@ from lminf_eval.models.families import bloom, falcon, gptj, mpt
 from lminf_eval.models.families.adapter import FamilyAdapter
 
 _ABSOLUTE_AFTER_ALL = "it normalises queries and keys after rotating them, so its logits depend on absolute positions"
-_SEVERAL_PASSES = "its layers pass over each token several times"
-_ROTARY_PER_LAYER = "it has a rotary embedding per layer"
 _ONE_TOKEN = "its layers go on from their state for single tokens only, so that chunks would each begin again"
 _IN_LAYERS = "its state is part of its layers, so that requests can't be kept apart"
 _OWN_STATE = "it has a state of its own, which can't be copied for requests that begin alike"
-_TWICE = "its layers attend twice, with one set of keys and two of values"
 _NO_ATTENTION = "it has no attention"
 _RELATIVE_BIAS = "it adds a learned bias for each distance, which ends where its training did"
 _WITHOUT_IMAGE = "it reads no text without an image"
@@ -51,7 +48,9 @@ ROWS = [
     FamilyRow("apertus1p5_text"),
     FamilyRow("arcee"),
     FamilyRow("aria_text"),
+    FamilyRow("axk1", sharded=False),
     FamilyRow("aya_vision", sharded=False),
+    FamilyRow("bailing_hybrid", sharded=False),
     FamilyRow("bamba", sharded=False),
     FamilyRow("bitnet", sharded=False),
     FamilyRow("bloom", adapter=bloom.ADAPTER, positions="ALiBi"),
@@ -61,6 +60,9 @@ ROWS = [
     FamilyRow("cohere2_moe"),
     FamilyRow("cwm"),
     FamilyRow("dbrx", sharded=False),
+    FamilyRow("deepseek_v2", sharded=False),
+    FamilyRow("deepseek_v3", sharded=False),
+    FamilyRow("diffllama", sharded=False),
     FamilyRow("dots1"),
     FamilyRow("ernie4_5"),
     FamilyRow("ernie4_5_moe"),
@@ -80,21 +82,27 @@ ROWS = [
     FamilyRow("glm"),
     FamilyRow("glm4"),
     FamilyRow("glm4_moe"),
+    FamilyRow("glm4_moe_lite", sharded=False),
     FamilyRow("glm4v", sharded=False),
     FamilyRow("gpt_neox"),
     FamilyRow("gpt_oss"),
     FamilyRow("gptj", adapter=gptj.ADAPTER),
     FamilyRow("granite"),
+    FamilyRow("granite_swa", sharded=False),
     FamilyRow("granitemoe"),
+    FamilyRow("granitemoe_swa", sharded=False),
     FamilyRow("granitemoehybrid", sharded=False),
     FamilyRow("granitemoeshared", sharded=False),
     FamilyRow("helium"),
+    FamilyRow("hrm_text", sharded=False),
     FamilyRow("hy_v3"),
     FamilyRow("hyperclovax"),
     FamilyRow("idefics3", sharded=False),
     FamilyRow("internvl", sharded=False),
     FamilyRow("jais2"),
     FamilyRow("jetmoe", sharded=False),
+    FamilyRow("kimi_k25", sharded=False),
+    FamilyRow("kimi_linear", sharded=False),
     FamilyRow("kolibri1"),
     FamilyRow("laguna"),
     FamilyRow("lfm2", sharded=False),
@@ -103,8 +111,10 @@ ROWS = [
     FamilyRow("lfm3", sharded=False),
     FamilyRow("llama"),
     FamilyRow("llava", sharded=False),
+    FamilyRow("longcat_flash", sharded=False),
     FamilyRow("mellum"),
     FamilyRow("mimo_v2_flash"),
+    FamilyRow("minicpm3", sharded=False),
     FamilyRow("minimax_m2", sharded=False),
     FamilyRow("ministral"),
     FamilyRow("ministral3"),
@@ -144,20 +154,12 @@ ROWS = [
     FamilyRow("stablelm"),
     FamilyRow("starcoder2"),
     FamilyRow("vaultgemma"),
+    FamilyRow("youtu", sharded=False),
+    FamilyRow("zamba2", sharded=False),
     FamilyRow("zaya", sharded=False),
     FamilyRow("beam", tested=False, refused="it scales queries by their absolute position"),
-    FamilyRow(
-        "diffllama",
-        tested=False,
-        sharded=False,
-        refused=_TWICE,
-    ),
     FamilyRow("doge", tested=False, refused="its attention hides keys by their values"),
-    FamilyRow("dory", tested=False, refused=_SEVERAL_PASSES),
     FamilyRow("falcon_mamba", tested=False, refused=_NO_ATTENTION, refused_full=_ONE_TOKEN),
-    FamilyRow("granite_swa", tested=False, refused=_ROTARY_PER_LAYER),
-    FamilyRow("granitemoe_swa", tested=False, refused=_ROTARY_PER_LAYER),
-    FamilyRow("hrm_text", tested=False, refused=_SEVERAL_PASSES),
     FamilyRow("hunyuan_v1_dense", tested=False, refused=_ABSOLUTE_AFTER_ALL),
     FamilyRow("hunyuan_v1_moe", tested=False, refused=_ABSOLUTE_AFTER_ALL),
     FamilyRow("inkling_text", tested=False, refused=_RELATIVE_BIAS),
