@@ -142,7 +142,13 @@ def test_files_that_are_no_sweep(tmp_path, content, message):
 
 def test_the_sweeps_that_ship():
     sizes = {file.stem: len(read_sweep(file)) for file in CONFIGS.glob("*.yaml") if "models:" in file.read_text()}
-    ablations = {"ablation_retrieval": 19, "ablation_n_global": 7, "ablation_parts": 5, "retrieval_limits": 36}
+    ablations = {
+        "ablation_retrieval": 19,
+        "ablation_n_global": 7,
+        "ablation_parts": 5,
+        "retrieval_limits": 36,
+        "methods": 68,
+    }
     assert sizes == {"demo": 16, "paper_table": 80, "passkey_grid": 16, "modern": 72, **ablations}
 
 
