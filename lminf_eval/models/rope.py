@@ -186,6 +186,9 @@ class Rotary:
             self._function = self._switch.rotate if self._switch.takes_pairs else _alone(self._switch.rotate)
         self._takes_whole_heads: bool | None = None  # found out at the first rotation
         self._in_halves: bool | None = None  # likewise
+        self._axes = (
+            torch.Size()
+        )  # of what the model calls a position, before [B, S]: Qwen-VL's has time, height, width
         self._frequencies = FrozenFrequencies(module, n_local)
         module.forward = self.identity
 
@@ -199,10 +202,12 @@ class Rotary:
     def angles(self, positions_BS: torch.Tensor, like: torch.Tensor, layer_type: str | None = None) -> Angles:
         """The module's (cos, sin) [B, S, r] at integer positions, in the dtype and on the device of `like`."""
         extra = [layer_type] if self._frequencies.by_type else []
-        found = self._frequencies.angles(like[:0], positions_BS.to(like.device), *extra)
+        positions = positions_BS.to(like.device).expand(*self._axes, *positions_BS.shape)
+        found = self._frequencies.angles(like[:0], positions, *extra)
         if isinstance(found, torch.Tensor):  # DeepSeek V2 gives cos + i sin
             return found.real.to(like.dtype), found.imag.to(like.dtype)
-        return found
+        cos, sin = found
+        return (cos[0], sin[0]) if cos.dim() > 3 else (cos, sin)  # text has one position in time, height and width
 
     @property
     def has_function(self) -> bool:
@@ -261,6 +266,7 @@ class Rotary:
     @torch.no_grad()
     def identity(self, x: torch.Tensor, position_ids: torch.Tensor, *args, **kwargs) -> Angles | torch.Tensor:
         """What the model is given in place of its own (cos, sin): a rotation that changes nothing."""
+        self._axes = position_ids.shape[:-2]
         found = self._frequencies.angles(x, position_ids[..., -1:], *args, **kwargs)
         if isinstance(found, torch.Tensor):
             return torch.ones_like(found).expand(*position_ids.shape, -1)
