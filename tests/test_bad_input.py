@@ -132,7 +132,7 @@ def test_a_tokenizer_that_encodes_text_to_nothing(tiny_llama):
         (transformers.GPT2Config(), "positions are absolute"),
         (transformers.OPTConfig(), "positions are absolute"),
         (transformers.T5Config(), "encoder-decoder"),
-        (transformers.MambaConfig(), "state-space"),
+        (transformers.MambaConfig(), "no attention"),
         (transformers.HunYuanDenseV1Config(), "normalises queries and keys after rotating"),
     ],
     ids=lambda value: getattr(value, "model_type", ""),

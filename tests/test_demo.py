@@ -19,7 +19,11 @@ from lminf_eval.errors import UsageError
 
 DOCUMENTS = {PERPLEXITY: (0,), **dict.fromkeys(PASSKEYS, (1,))}
 SMALL = Plan(DOCUMENTS, dict.fromkeys(DOCUMENTS, 170), inside=128, metadata={"length": 256})
-TWO = (Method("full", "attention=full", 1.0), Method("lambda, n_local=32", "attention=lambda,n_local=32", 1.0))
+EACH = (PERPLEXITY, *PASSKEYS)
+TWO = (
+    Method("full", "attention=full", 1.0, EACH),
+    Method("lambda, n_local=32", "attention=lambda,n_local=32", 1.0, EACH),
+)
 
 
 @pytest.fixture

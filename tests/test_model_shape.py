@@ -8,7 +8,7 @@ from lminf_eval.config.model_shape import ModelShape
 from lminf_eval.errors import UsageError
 from lminf_eval.methods.base import window_of
 from lminf_eval.methods.registry import make
-from lminf_eval.models.patching import PatchedModel
+from lminf_eval.models.equivalence_check import patched_model
 from tests.test_families import FAMILIES, build
 
 
@@ -17,12 +17,13 @@ def test_heads_and_dimensions_are_those_of_the_real_layers(name, randomise):
     model = build(randomise, name)
     if "num_key_value_heads" not in CONFIG_MAPPING[name.split()[0]]().get_text_config().to_dict():
         del model.config.num_key_value_heads  # of the tests' own: this family knows no such number
-    patched = PatchedModel(model, make(n_local=16, n_global=3))
+    patched = patched_model(model, make(n_local=16, n_global=3))
+    numbers = iter([number for number, _ in patched.order])
     seen = {}
 
     def look(attend, module, q, k, v, scale, options):
         window = window_of(patched.layer_rule(module, options).branches)
-        seen[module.layer_idx] = q.shape[1], k.shape[1], k.shape[3], v.shape[3], None if window == 16 else window
+        seen[next(numbers)] = q.shape[1], k.shape[1], k.shape[3], v.shape[3], None if window == 16 else window
         return attend(module, q, k, v, scale, options)
 
     with patched.observed(look):
@@ -30,7 +31,8 @@ def test_heads_and_dimensions_are_those_of_the_real_layers(name, randomise):
     patched.restore()
     layers = ModelShape.of(model.config).layers
     found = {i: (one.heads, one.kv_heads, one.key_dim, one.value_dim, one.window) for i, one in enumerate(layers)}
-    assert {i: found[i] for i in seen} == seen
+    one_layer = found[0]  # of HRM and DiffLlama, which call more than one attention for a layer, all alike
+    assert {i: found.get(i, one_layer) for i in seen} == seen
 
 
 def test_falcon_7b_has_one_key_value_head():

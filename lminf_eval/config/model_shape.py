@@ -84,7 +84,7 @@ def _own(text: Any, index: int) -> Any:
 
 def _layer(text: Any, kind: str) -> LayerShape:
     heads, slides = text.num_attention_heads, kind == "sliding_attention"
-    key_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    key_dim = getattr(text, "head_dim", None) or getattr(text, "attention_head_dim", None) or text.hidden_size // heads
     kv_heads = _kv_heads(text, heads)
     if getattr(text, "kv_lora_rank", None):  # multi-head latent attention, its keys and values expanded
         key_dim, kv_heads = text.qk_nope_head_dim + text.qk_rope_head_dim, heads

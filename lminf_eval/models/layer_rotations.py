@@ -47,9 +47,7 @@ class LayerRotations:
             self._modules += [Rotary(module, home, n_local) for module in find_rotary(model)]
         elif (own := family.rotary(model, n_local)) is not None:
             self._modules.append(own)
-        for layer in layers:
-            known = bool(self._modules) and self._modules[0].knows(layer_type(layer, self._config))
-            self.by_layer[layer] = Rotation() if known else None
+        self.by_layer |= {layer: self.candidates(layer)[0] for layer in layers}
 
     def restore(self) -> None:
         """Give the model its rotations back."""
@@ -69,9 +67,10 @@ class LayerRotations:
         """Return how a layer may rotate, the likeliest first."""
         found: list[Rotation | None] = []
         for number, module in enumerate(self._modules):
-            if isinstance(module, Rotary) and module.knows(layer_type(layer, self._config)):
-                own = [None] if module.has_function else []
-                found += [Rotation(number, columns) for columns in [*own, *COLUMNS]]
+            if module.knows(layer_type(layer, self._config)):
+                general = isinstance(module, Rotary)
+                own = [] if isinstance(module, Rotary) and not module.has_function else [None]
+                found += [Rotation(number, columns) for columns in [*own, *(COLUMNS if general else [])]]
         return [*found, None]
 
     def angles(self, layer: AttentionModule, positions_BS: torch.Tensor, like: torch.Tensor) -> Angles | None:
