@@ -203,6 +203,10 @@ FAMILIES = {
     "qwen3_5_moe_text": DELTA | MOE | DEEP,
     "zaya": MOE | DEEP | {"num_experts_per_tok": 1, "head_dim": 8},
     "deepseek_v2": LATENT | MOE | {"first_k_dense_replace": 1},  # rotates by complex numbers
+    "deepseek_v2 yarn": LATENT
+    | MOE
+    | {"first_k_dense_replace": 1}
+    | scaled("yarn", original_max_position_embeddings=32, attention_factor=1.5),  # angles that scale, at any position
     "deepseek_v3": LATENT | MOE | {"first_k_dense_replace": 1},  # neighbours
     "deepseek_v3 halves": LATENT | MOE | {"rope_interleave": False},
     "minicpm3": LATENT,

@@ -40,14 +40,13 @@ class LayerRotations:
 
     def __init__(self, model: PreTrainedModel, layers: list[AttentionModule], n_local: int):
         self._config, family = model.config.get_text_config(), adapter_of(model.config.model_type)
-        self.by_layer: dict[AttentionModule, Rotation | None] = {}
         self._modules: list[RotaryEmbedding] = []
         if family is None:
             home = sys.modules[type(layers[0]).__module__]
             self._modules += [Rotary(module, home, n_local) for module in find_rotary(model)]
         elif (own := family.rotary(model, n_local)) is not None:
             self._modules.append(own)
-        self.by_layer |= {layer: self.candidates(layer)[0] for layer in layers}
+        self.by_layer = {layer: self.candidates(layer)[0] for layer in layers}
 
     def restore(self) -> None:
         """Give the model its rotations back."""
@@ -68,9 +67,10 @@ class LayerRotations:
         found: list[Rotation | None] = []
         for number, module in enumerate(self._modules):
             if module.knows(layer_type(layer, self._config)):
-                general = isinstance(module, Rotary)
-                own = [] if isinstance(module, Rotary) and not module.has_function else [None]
-                found += [Rotation(number, columns) for columns in [*own, *(COLUMNS if general else [])]]
+                if not isinstance(module, Rotary) or module.has_function:
+                    found.append(Rotation(number))
+                if isinstance(module, Rotary):
+                    found += [Rotation(number, columns) for columns in COLUMNS]
         return [*found, None]
 
     def angles(self, layer: AttentionModule, positions_BS: torch.Tensor, like: torch.Tensor) -> Angles | None:
@@ -78,7 +78,10 @@ class LayerRotations:
         rotation = self.by_layer[layer]
         if rotation is None:
             return None
-        return self._modules[rotation.module].angles(positions_BS, like, layer_type(layer, self._config))
+        module, kind = self._modules[rotation.module], layer_type(layer, self._config)
+        if rotation.columns is not None and isinstance(module, Rotary):
+            return module.single_angles(positions_BS, like, kind)
+        return module.angles(positions_BS, like, kind)
 
     def turn(self, layer: AttentionModule, x_BHSD: torch.Tensor, angles: Angles | None) -> torch.Tensor:
         """Return x, queries or keys of a layer, rotated by `angles` in the layer's way."""
@@ -101,7 +104,7 @@ class LayerRotations:
         rotation = self.by_layer[layer]
         if rotation is None:
             return x_BHSD
-        key = name, rotation.module, layer_type(layer, self._config), x_BHSD.device
+        key = name, rotation, layer_type(layer, self._config), x_BHSD.device
         if key not in shared:
             shared[key] = self.angles(layer, positions_BS, x_BHSD)
         return self.turn(layer, x_BHSD, shared[key])

@@ -186,9 +186,8 @@ class Rotary:
             self._function = self._switch.rotate if self._switch.takes_pairs else _alone(self._switch.rotate)
         self._takes_whole_heads: bool | None = None  # found out at the first rotation
         self._in_halves: bool | None = None  # likewise
-        self._axes = (
-            torch.Size()
-        )  # of what the model calls a position, before [B, S]: Qwen-VL's has time, height, width
+        self._axes = torch.Size()  # before [B, S] in the model's own positions: Qwen-VL has time, height and width
+        self._single: slice | None = None  # found out at the first rotation of columns
         self._frequencies = FrozenFrequencies(module, n_local)
         module.forward = self.identity
 
@@ -208,6 +207,15 @@ class Rotary:
             return found.real.to(like.dtype), found.imag.to(like.dtype)
         cos, sin = found
         return (cos[0], sin[0]) if cos.dim() > 3 else (cos, sin)  # text has one position in time, height and width
+
+    def single_angles(self, positions_BS: torch.Tensor, like: torch.Tensor, layer_type: str | None = None) -> Angles:
+        """Return `angles` without the repetitions that a module makes for both dimensions of a pair: [B, S, r / 2]."""
+        if self._single is None:  # at position 0 all sines are alike
+            self._single = _one_of_each_pair(
+                self.angles(torch.ones_like(positions_BS[:1, :1]), like, layer_type)[1][0, 0]
+            )
+        cos, sin = self.angles(positions_BS, like, layer_type)
+        return cos[..., self._single], sin[..., self._single]
 
     @property
     def has_function(self) -> bool:
@@ -274,8 +282,8 @@ class Rotary:
 
 
 def rotate_columns(x_BHSD: torch.Tensor, angles: Angles, columns: Columns) -> torch.Tensor:
-    """Return x, some columns of each head rotated by `angles`."""
-    cos, sin = (_once(part)[:, None] for part in angles)
+    """Return x, some columns of each head rotated by `angles`, which have each angle once: [B, S, r / 2]."""
+    cos, sin = (part[:, None] for part in angles)
     r = 2 * cos.shape[-1]
     low = x_BHSD.shape[-1] - r if columns.last else 0
     part = x_BHSD[..., low : low + r]
@@ -285,14 +293,14 @@ def rotate_columns(x_BHSD: torch.Tensor, angles: Angles, columns: Columns) -> to
     return torch.cat([x_BHSD[..., :low], part.to(x_BHSD.dtype), x_BHSD[..., low + r :]], -1)
 
 
-def _once(angles: torch.Tensor) -> torch.Tensor:
-    """Return each angle once, if a module repeats it for both dimensions of a pair."""
-    half = angles.shape[-1] // 2
-    if angles.shape[-1] % 2 == 0 and torch.equal(angles[..., :half], angles[..., half:]):
-        return angles[..., :half]
-    if angles.shape[-1] % 2 == 0 and torch.equal(angles[..., ::2], angles[..., 1::2]):
-        return angles[..., ::2]
-    return angles
+def _one_of_each_pair(sin_r: torch.Tensor) -> slice:
+    """Return where each angle is once, of a module's sines [r] at a position other than 0, where they all differ."""
+    half, rest = divmod(len(sin_r), 2)
+    if not rest and torch.equal(sin_r[:half], sin_r[half:]):
+        return slice(half)
+    if not rest and torch.equal(sin_r[::2], sin_r[1::2]):
+        return slice(None, None, 2)
+    return slice(None)
 
 
 def _rotate_halves(x_BHSD: torch.Tensor, angles: Angles) -> torch.Tensor:
