@@ -1,4 +1,4 @@
-"""Recurrent and convolutional states, which hybrid models have beside keys and values, in transformers' own cache."""
+"""Hybrid models keep recurrent and convolutional states besides keys and values; transformers' own cache holds them."""
 
 from __future__ import annotations
 
@@ -6,27 +6,26 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from transformers import DynamicCache, PretrainedConfig, cache_utils
+from transformers import DynamicCache, PretrainedConfig
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from lminf_eval.cache.full_cache import mapped
-
-_WITH_STATE = getattr(cache_utils, "LinearAttentionCacheLayerMixin", ())
 
 
 def new_states(config: PretrainedConfig) -> DynamicCache | None:
     """Return transformers' own cache of a model with recurrent layers, empty; None if it has no such layers.
 
-    Keys and values never come into it: `models.cache.Cache` lets them pass.
+    It never holds keys or values: `models.cache.Cache` hands those back to the attention layer.
     """
     try:
         states = DynamicCache(config=config)
     except (AttributeError, KeyError, TypeError, ValueError):  # a config of which transformers can read no layers
         return None
-    return states if any(isinstance(layer, _WITH_STATE) for layer in states.layers) else None
+    return states if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in states.layers) else None
 
 
 def state_entries(states: DynamicCache | None) -> Iterator[tuple[str, Any]]:
-    """Yield what the layers keep by number (states, and what transformers notes of each), by "layer.name.number"."""
+    """Yield each state, and what transformers notes of it, with its place: "layer.name.number"."""
     for i, layer in enumerate([] if states is None else states.layers):
         for name, value in vars(layer).items():
             for key, entry in value.items() if isinstance(value, dict) else []:

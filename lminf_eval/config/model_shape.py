@@ -7,7 +7,8 @@ from typing import Any
 
 from lminf_eval.errors import UsageError
 
-WITHOUT_KEYS = frozenset({"linear_attention", "conv", "mamba", "moe", "mlp", "recurrent"})  # what configs call layers
+# Kinds of layers that have no keys and values, as configs call them.
+WITHOUT_KEYS = frozenset({"linear_attention", "conv", "mamba", "moe", "mlp", "recurrent"})
 
 
 @dataclass(frozen=True)

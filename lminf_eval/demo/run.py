@@ -59,7 +59,7 @@ class Method:
         return self.name.replace(", ", "-")
 
 
-METHODS = (  # what they leave out of 32k would take as long as half of all else, and finds nothing
+METHODS = (  # only retrieval runs at 32k: with the others, the demo would not end within 15 minutes
     Method("full", "attention=full", 3.5, (PERPLEXITY, PASSKEY_INSIDE, PASSKEY_BEYOND)),
     Method("lambda, n_local=2048", "attention=lambda,n_local=2048", 1.0, (PERPLEXITY, PASSKEY_INSIDE, PASSKEY_BEYOND)),
     Method(  # rolling likelihoods do not use it

@@ -301,7 +301,7 @@ class LateHFLM(HFLM):
         return wanted or self.config.dtype or self.config.get_text_config().dtype or torch.float32
 
     def _get_backend(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        """HFLM's, with the class that transformers has for a model that reads images or sound too."""
+        """Choose the class that loads the model, which HFLM would not know if it reads images or sound."""
         if self.AUTO_MODEL_CLASS is None:
             self.AUTO_MODEL_CLASS = auto_class(config)
         super()._get_backend(config, *args, **kwargs)

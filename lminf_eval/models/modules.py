@@ -21,8 +21,8 @@ from lminf_eval.errors import BUILDING, UsageError
 from lminf_eval.methods.base import AttentionMethod
 from lminf_eval.methods.registry import DEFAULT
 from lminf_eval.models.attention_module import AttentionModule
-from lminf_eval.models.families.registry import NEEDS, unsupported
-from lminf_eval.models.families.table import adapter_of
+from lminf_eval.models.families.registry import unsupported
+from lminf_eval.models.families.table import NEEDS, adapter_of
 from lminf_eval.models.loading import auto_class
 from lminf_eval.models.rope import set_forward
 
@@ -90,7 +90,7 @@ def attention_layers(model: PreTrainedModel, attention: str = DEFAULT) -> list[A
 
 
 def _is_pluggable(kind: type[nn.Module]) -> bool:
-    """Whether a class looks its attention function up where ours is registered; a delta rule, say, does not."""
+    """Return whether a class takes its attention function from the table that ours is in; a delta rule does not."""
     forwards = [inspect.unwrap(vars(one)["forward"]) for one in kind.__mro__ if "forward" in vars(one)]
     return any(_PLUGGABLE in one.__code__.co_names for one in forwards if inspect.isfunction(one))
 
@@ -100,7 +100,7 @@ def find_rotary(model: PreTrainedModel) -> list[nn.Module]:
     return [
         module
         for name, module in decoder_of(model).named_modules()
-        if (name.rpartition(".")[2] == "rotary_emb" or "RotaryEmbedding" in type(module).__name__)
+        if name.rpartition(".")[2] == "rotary_emb" or "RotaryEmbedding" in type(module).__name__
     ]
 
 

@@ -319,9 +319,8 @@ class PatchedModel:
 
     def layer_rule(self, module: AttentionModule, options: dict, number: int | None = None) -> LayerRule:
         """Return what a layer's queries see; see `layer_rules`."""
-        return layer_rule(
-            module, self.model.config, self.method, options, module.layer_idx if number is None else number
-        )
+        number = module.layer_idx if number is None else number
+        return layer_rule(module, self.model.config, self.method, options, number)
 
     def _next_number(self, module: AttentionModule, context: ForwardContext) -> int:
         if not self._several:

@@ -1,4 +1,4 @@
-"""Finds how each layer rotates: its queries and keys as the model rotates them against those that we rotate for it."""
+"""Finds out how each layer rotates: compares the queries and keys that the model rotates with those that we rotate."""
 
 from __future__ import annotations
 
@@ -23,12 +23,14 @@ SHIFT = 64  # tokens by which the same tokens are moved on
 # Relative error allowed of a rotation done on the same numbers.
 _ROTATION, _HALF_ROTATION = {torch.float64: 1e-5, torch.float32: 1e-4}, 2e-2
 
+Calls = list[tuple[AttentionModule, torch.Tensor, torch.Tensor, torch.Tensor]]  # (layer, q, k, what it answered)
+
 
 class _Recorder:
     """Stands in for a `PatchedModel`: keeps, call by call, a layer's rotated queries and keys, and what it answered."""
 
     def __init__(self) -> None:
-        self.calls: list[tuple[AttentionModule, torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self.calls: Calls = []
 
     def attend(
         self,
@@ -44,9 +46,6 @@ class _Recorder:
         out, _ = attend(q, k, v, scale, causal=True)
         self.calls.append((module, q, k, out))
         return out
-
-
-Calls = list[tuple[AttentionModule, torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
 def record(model: PreTrainedModel, ids: torch.Tensor) -> Calls:
@@ -66,7 +65,7 @@ def record(model: PreTrainedModel, ids: torch.Tensor) -> Calls:
 
 
 def compare_layers(patched: PatchedModel, recorded: Calls, ids: torch.Tensor) -> set[int]:
-    """Find which layers rotate, and refuse the family if some layer does neither what we do nor nothing.
+    """Find how each layer rotates, and refuse the family if a layer rotates in no way that we know.
 
     Returns:
         The windows that the model's layers have.

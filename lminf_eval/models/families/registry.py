@@ -27,11 +27,10 @@ from lminf_eval.config.model_shape import WITHOUT_KEYS
 from lminf_eval.errors import UsageError
 from lminf_eval.methods.base import AttentionMethod
 from lminf_eval.methods.full import Full
-from lminf_eval.models.families.table import family_row
+from lminf_eval.models.families.table import NEEDS, family_row
 
 _ENCODER_DECODER = "it is an encoder-decoder"
 _NO_CAUSAL_LM = "transformers has no causal language model of this type"
-NEEDS = "it reads no text without"  # how a reason begins if a model cannot be evaluated on text at all
 _ABSOLUTE = r"nn\.Embedding\([^)]*pos|wpe|PositionalEmbedding|self\.pos_encoding"  # in a modeling file
 _READ = WITHOUT_KEYS | {"full_attention", "sliding_attention", "hybrid"}  # kinds of layers
 
@@ -109,7 +108,7 @@ def _quiet() -> Iterator[None]:
 
 
 def is_multimodal(config: Any) -> bool:
-    """Whether transformers has the model only with what reads images or sound; its text part is evaluated."""
+    """Return whether transformers loads the model only together with the part that reads images or sound."""
     family = config.model_type
     return family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and family in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 

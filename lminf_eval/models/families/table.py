@@ -13,8 +13,8 @@ _IN_LAYERS = "its state is part of its layers, so that requests can't be kept ap
 _OWN_STATE = "it has a state of its own, which can't be copied for requests that begin alike"
 _NO_ATTENTION = "it has no attention"
 _RELATIVE_BIAS = "it adds a learned bias for each distance, which ends where its training did"
-_WITHOUT_IMAGE = "it reads no text without an image"
-_WITHOUT_SOUND = "it reads no text without sound"
+NEEDS = "it reads no text without"  # how a reason begins if a model cannot be evaluated on text alone
+_WITHOUT_IMAGE, _WITHOUT_SOUND = f"{NEEDS} an image", f"{NEEDS} sound"
 _BOTH_WAYS = "the tokens of its prompt see those after them"
 _OWN_CACHE = "it has a cache of its own, which can't be copied for requests that begin alike"
 
