@@ -40,9 +40,10 @@ from lminf_eval.models.runner import ModelRunner
 
 logger = logging.getLogger(f"lm_eval.{__name__}")  # lm-eval shows the loggers below its own name
 
-# Relative error allowed of logits that another attention kernel computed. A wrong convention is off by tenths.
-_LOGITS = {torch.float64: 1e-4, torch.float32: 1e-3}
-_HALF_LOGITS, _HALF_SHIFT = 1e-1, 2.5e-1
+# Relative error allowed of logits that another attention kernel computed. A wrong convention is off by tenths. A model
+# in float64 may still compute its norms and softmax in float32.
+_PRECISE = torch.float32, torch.float64
+_LOGITS, _HALF_LOGITS, _HALF_SHIFT = 1e-3, 1e-1, 2.5e-1
 _TOKENS = 64  # of the check
 _PLAIN = 2**15  # of the vocabulary, from which they are drawn
 _LOCAL, _OWN = 20, 8  # n_local during the check, and each layer's own window, at most
@@ -254,11 +255,11 @@ def _require(
 ) -> None:
     """Refuse the model if logits lie further apart than rounding explains."""
     quantised = _quantisation(model)
-    limit = limit or (_LOGITS[expected.dtype] if _precise(model) and not quantised else _HALF_LOGITS)
+    limit = limit or (_LOGITS if _precise(model) and not quantised else _HALF_LOGITS)
     error = _logits_error(found, expected, model)
     if not error < limit:  # NaN must not pass
         note = f" ({quantised} weights may differ by {limit:.0%})" if quantised else ""
-        raise UsageError(unsupported(model.config, f"{why} {error:.1%}{note}", attention))
+        raise UsageError(unsupported(model.config, f"{why} {100 * error:.2g}%{note}", attention))
 
 
 def _quantisation(model: PreTrainedModel) -> str:
@@ -276,7 +277,7 @@ def _quantisation(model: PreTrainedModel) -> str:
 
 def _precise(model: PreTrainedModel) -> bool:
     """Whether a model computes in float32 or float64; some make float32 logits of bfloat16 hidden states."""
-    return model.dtype in _LOGITS
+    return model.dtype in _PRECISE
 
 
 def _logits_error(found: torch.Tensor, expected: torch.Tensor, model: PreTrainedModel) -> float:
