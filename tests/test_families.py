@@ -99,6 +99,30 @@ LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_positio
 LONGROPE = {"short_factor": [1.0, 1.1, 1.3, 1.6], "long_factor": [1.5, 2.0, 3.0, 4.0]}
 
 
+INDEXER = {  # sees all of the tests' tokens
+    "index_topk": 128,
+    "index_n_heads": 2,
+    "index_head_dim": 16,
+    "first_k_dense_replace": 1,
+    "layer_types": ["indexed_attention"] * 3,
+    "mlp_layer_types": ["dense", "sparse", "sparse"],
+}
+
+
+LLAMA4 = (
+    MOE
+    | DEEP
+    | {
+        "head_dim": 8,
+        "intermediate_size_mlp": 48,
+        "attention_chunk_size": 12,
+        "no_rope_layers": [1, 0, 1, 1],
+        "floor_scale": 5,  # the 5th token on is scaled
+        "attn_scale": 0.5,
+    }
+)
+
+
 def scaled(rope_type, **more):
     return {"rope_parameters": {"rope_type": rope_type, "rope_theta": 1e4, "factor": 4.0, **more}}
 
@@ -213,6 +237,15 @@ FAMILIES = {
     "glm4_moe_lite": LATENT | MOE,
     "youtu": LATENT,
     "axk1": LATENT | MOE,
+    "deepseek_v32": LATENT | MOE | INDEXER,
+    "axk2": LATENT | MOE | INDEXER,
+    "glm_moe_dsa": LATENT | MOE | INDEXER | {"indexer_types": ["full", "shared", "full"]},
+    "hy_v4": LATENT | MOE | INDEXER | {"indexer_types": ["full", "shared", "full"]},
+    "beam": MOE | SLIDING,
+    "llama4_text": LLAMA4,
+    "llama4": seeing(
+        "llama4_text", "llama4_vision_model", LLAMA4, {"vision_output_dim": 16, "pixel_shuffle_ratio": 1.0}
+    ),
     "longcat_flash": LATENT | MOE | {"num_layers": 2, "ffn_hidden_size": 48, "expert_ffn_hidden_size": 16},
     "kimi_linear": LATENT | MOE | DEEP | {"linear_attn_config": KDA},  # no positions at all
     "bailing_hybrid": LATENT | MOE | DEEP | {"layer_types": DELTA["layer_types"], "mlp_layer_types": ["dense"] * 4},
@@ -283,13 +316,12 @@ def dense(spec, q, k, v, scale, mask=None, softcap=None, sinks=None):
 
 
 def plug(spec, query_scale=1.0):
-    """The oracle as a transformers attention function; queries times `query_scale` [n, 1]."""
+    """The oracle as a transformers attention function; queries times `query_scale` [n, 1], or times that of a layer."""
 
     def attention(module, q, k, v, attention_mask, scaling=None, softcap=None, s_aux=None, **options):
         scale = q.shape[-1] ** -0.5 if scaling is None else scaling
-        return dense(spec, q * query_scale, k, v, scale, attention_mask, softcap, s_aux).transpose(
-            1, 2
-        ).contiguous(), None
+        more = query_scale.get(module, 1.0) if isinstance(query_scale, dict) else query_scale
+        return dense(spec, q * more, k, v, scale, attention_mask, softcap, s_aux).transpose(1, 2).contiguous(), None
 
     AttentionInterface.register("oracle", attention)
     AttentionMaskInterface.register("oracle", sdpa_mask)
@@ -319,10 +351,25 @@ def oracle(model, spec, ids_1S, query_scale=1.0):
             )
             stack.enter_context(swap)
         else:
-            plug(spec, query_scale)
+            if kind == "beam":
+                modeling = sys.modules[type(model).__module__]
+                own = modeling.compute_attention_scaling
+                capped = replaced.object(modeling, own.__name__, lambda at: own(at.clamp(max=spec.n_local - 1)))
+                stack.enter_context(capped)
+            plug(spec, temperatures(model, n, spec.n_local) or query_scale)
             model.set_attn_implementation("oracle")
             inputs["attention_mask"] = torch.ones(3, n, dtype=torch.long)  # positions that repeat are not packed texts
         return model(**inputs, use_cache=False).logits[0]
+
+
+def temperatures(model, n, n_local):
+    """Llama 4's own for its layers without positions, switched off there: the factors [n, 1] of their queries."""
+    found, at = {}, torch.arange(n, dtype=torch.float64).clamp(max=n_local - 1)
+    for module in model.modules():
+        if getattr(module, "attn_temperature_tuning", False) and not module.use_rope:
+            module.attn_temperature_tuning = False
+            found[module] = 1 + module.attn_scale * torch.log(1 + torch.floor((at + 1) / module.floor_scale))[:, None]
+    return found
 
 
 def alibi_oracle(model, spec, ids_1S):
@@ -445,7 +492,7 @@ def test_bfloat16_stays_near_it(family):
     errors = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
     allowed = 2 if name == "zamba2" or "linear_num_value_heads" in FAMILIES[name] else 1
     assert errors.median() < 0.03 * allowed
-    if not FAMILIES[name].keys() & MOE.keys():
+    if not (FAMILIES[name] | FAMILIES[name].get("text_config", {})).keys() & MOE.keys():
         assert errors.quantile(0.9) < 0.06 * allowed
 
 

@@ -21,8 +21,9 @@ from lminf_eval.resume.checkpoint import Checkpoints
 from tests.test_families import G, W, build, oracle
 
 # Convolution; delta rule; both in a layer; no positions; an attention module that layers share; no state, but each
-# module is called twice in a pass.
-KINDS = ["lfm2", "qwen3_next", "falcon_h1", "nemotron_h", "zamba2", "diffllama"]
+# module is called twice in a pass. The last three have no state: an indexer; chunks, and queries
+# scaled by position; the last thing again, in a family that does it itself.
+KINDS = ["lfm2", "qwen3_next", "falcon_h1", "nemotron_h", "zamba2", "diffllama", "deepseek_v32", "llama4_text", "beam"]
 
 
 @pytest.fixture(params=KINDS)
@@ -102,22 +103,41 @@ def test_a_failed_pass_leaves_states_as_they_were(hybrid, method, monkeypatch):
 
 
 def test_a_user_generates_what_the_definition_says(hybrid, method):
-    """Padded rows too, and with transformers' own cache."""
+    """Padded rows too, and with transformers' own cache, which has no keys of chunks for us."""
     rows = [torch.randint(3, 97, (n,)).tolist() for n in (40, 23)]
     expected = [continuation(hybrid, method, row, 4) for row in rows]
     ids = torch.tensor([[0] * (40 - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (40 - len(row)) + [1] * len(row) for row in rows])
     options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    own = [{}]
+    if hybrid.config.model_type == "llama4_text":
+        own = []
+        with (
+            lminf.patch(hybrid, n_local=W, n_global=G),
+            pytest.raises(UsageError, match=r"attention_chunk_size: .*need"),
+        ):
+            hybrid.generate(ids[:1], **options)
     with torch.no_grad(), lminf.patch(hybrid, n_local=W, n_global=G):
-        for cache in ({"past_key_values": lminf.Cache(hybrid)}, {}):
+        for cache in ({"past_key_values": lminf.Cache(hybrid)}, *own):
             assert hybrid.generate(ids[:1], **cache, **options)[0, 40:].tolist() == expected[0]
-        for cache in ({"past_key_values": lminf.Cache(hybrid)}, {}):
+        for cache in ({"past_key_values": lminf.Cache(hybrid)}, *own):
             found = hybrid.generate(ids, attention_mask=mask, **cache, **options)
             assert [row[40:] for row in found.tolist()] == expected
 
 
+def test_a_user_may_leave_positions_out(hybrid, method):
+    """Calls of the model in two parts are the definition too, without position_ids."""
+    ids = torch.randint(3, 97, (1, 40))
+    expected = oracle(hybrid, method, ids)
+    with torch.no_grad(), lminf.patch(hybrid, n_local=W, n_global=G):
+        cache = lminf.Cache(hybrid)
+        parts = [hybrid(part, past_key_values=cache).logits[0] for part in ids.split([33, 6, 1], 1)]
+        for found in (torch.cat(parts), hybrid(ids).logits[0]):
+            torch.testing.assert_close(found.double(), expected.double(), rtol=1e-4, atol=1e-4)
+
+
 def test_parallel_ways_that_divide_a_sequence_or_its_heads_are_refused(hybrid, method):
-    if hybrid.config.model_type == "diffllama":
+    if hybrid.config.model_type in ("diffllama", "deepseek_v32", "llama4_text", "beam"):
         pytest.skip("it has no states")
     for strategy in (ContextParallel, TensorParallel):
         with pytest.raises(UsageError, match=r"recurrent layers of .*; use parallel=layers or zero3"):

@@ -12,7 +12,7 @@ from lminf_eval.cache.layer_cache import LayerCache
 from lminf_eval.errors import UsageError
 from lminf_eval.harness.lm import LMInfinite
 from lminf_eval.methods.registry import make
-from lminf_eval.models.equivalence_check import _logits_error, patched_model, relative_error
+from lminf_eval.models.equivalence_check import _ids, _logits_error, patched_model, relative_error
 from lminf_eval.models.layer_rotations import Rotation
 from lminf_eval.models.rope import Rotary
 
@@ -68,6 +68,12 @@ def assert_refused_and_untouched(model, why):
 
 def test_keys_that_change_after_their_rotation(randomise):
     assert_refused_and_untouched(build(randomise, "hunyuan_v1_dense", **SMALL), "depend on absolute positions")
+
+
+def test_several_tokens_that_end_a_text_are_all_left_out_of_the_check(randomise):
+    model = build(randomise, "llama", **SMALL | {"eos_token_id": [2, 7, 9]})
+    patched_model(model, SPEC).restore()
+    assert not set(_ids(model)[0].tolist()) & {0, 1, 2, 7, 9}
 
 
 def test_learned_absolute_positions(randomise):

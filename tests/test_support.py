@@ -1,17 +1,18 @@
 """What a config alone tells of its family: how it is run, or the reason why it isn't."""
 
+from contextlib import suppress
+
 import pytest
 from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lminf_eval.errors import UsageError
-from lminf_eval.methods.registry import METHODS
-from lminf_eval.models.families.registry import check, families_table, support
-from lminf_eval.models.families.table import FAMILIES, family_row
+from lminf_eval.methods.registry import METHODS, MethodArgs
+from lminf_eval.models.families.registry import check, checked_method, families_table, support
+from lminf_eval.models.families.table import FAMILIES
 
 REFUSED = {
-    "deepseek_v32": "an indexer chooses",
-    "glm_moe_dsa": "an indexer chooses",
+    "deepseek_v4": "compressed entries",
     "mamba": "no attention",
     "mamba2": "no attention",
     "rwkv": "no attention",
@@ -29,10 +30,12 @@ REFUSED = {
     "hunyuan_v1_dense": "normalises queries and keys after rotating",
     "hunyuan_v1_moe": "normalises queries and keys after rotating",
     "mllama": "attend to an image",
-    "llama4_text": "chunked_attention",
     "gpt_neox_japanese": "pluggable",
     "clip": "no causal language model",
     "vit": "no causal language model",
+    "bert": "is_decoder=False",
+    "xlm-roberta": "is_decoder=False",
+    "roformer": "is_decoder=False",
     "kosmos-2": "without an image",
     "paligemma": "see those after them",
 }
@@ -43,10 +46,38 @@ def test_a_family_out_of_reach_is_refused_by_name_and_reason(family):
     with pytest.raises(UsageError, match=f"'{family}': .*{REFUSED[family]}") as refusal:
         check(CONFIG_MAPPING[family](), METHODS["lambda"])
     assert "\n" not in str(refusal.value)
-    runs_at_all = not (
-        REFUSED[family] in ("encoder-decoder", "no causal language model") or family_row(family).refused_full
-    )
-    assert ("attention=full" in str(refusal.value)) == runs_at_all
+    with suppress(UsageError):
+        check(CONFIG_MAPPING[family](), METHODS["full"])
+        assert "attention=full" in str(refusal.value)
+        return
+    assert "attention=full" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("family", ["t5", "bert", "clip", "minimax", "jamba", "paligemma"])
+def test_a_family_that_cannot_be_scored_token_by_token_is_refused_under_full_too(family):
+    reason = REFUSED[family]
+    with pytest.raises(UsageError, match=f"attention=full can't run the family '{family}': .*{reason}") as refusal:
+        check(CONFIG_MAPPING[family](), METHODS["full"])
+    assert ("--model hf" in str(refusal.value)) == (family not in ("bert", "clip"))
+
+
+def test_a_two_way_family_runs_as_a_decoder():
+    check(CONFIG_MAPPING["bert"](is_decoder=True), METHODS["full"])
+
+
+@pytest.mark.parametrize("family", ["deepseek_v32", "glm_moe_dsa", "axk2"])
+def test_a_window_wider_than_the_indexer_chooses_is_refused_with_the_one_that_is_not(family):
+    config = CONFIG_MAPPING[family](index_topk=64)
+    line = f"'{family}': its indexer .* index_topk=64, so n_local can be 60 at most"
+    with pytest.raises(UsageError, match=line):
+        checked_method(config, MethodArgs.parse({"n_local": 61, "n_global": 4}))
+    method, _ = checked_method(config, MethodArgs.parse({"n_local": 60, "n_global": 4}))
+    assert method.attention_span == 64
+    for parameters in ({"full_layers": "odd"}, {"full_decode": True}, {"attention": "rerope"}):
+        with pytest.raises(UsageError, match="index_topk=64;"):
+            checked_method(config, MethodArgs.parse({"n_local": 32, **parameters}))
+    with pytest.raises(UsageError, match="n_local can be 55 at most"):
+        checked_method(config, MethodArgs.parse({"n_local": 60, "n_global": 4, "top_k": 5}))
 
 
 @pytest.mark.parametrize(

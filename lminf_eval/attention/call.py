@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from lminf_eval.methods.base import chunks, first_keys, kept_whole, older_keys, window_of
-from lminf_eval.methods.branches import Branch, Chunks, FirstKeys, OlderKeys
+from lminf_eval.methods.branches import Branch, Chunks, FirstKeys, OlderKeys, OwnChunk
 
 # (x [B, heads, S, D], positions [B or 1, S], a name for the positions) -> x rotated by the model's own embedding. What
 # has the same name in one pass has the same positions.
@@ -44,6 +44,11 @@ class AttentionCall:
     def window(self) -> int:
         """Size of the sliding window in tokens; 0 if the branches are chunks."""
         return window_of(self.branches)
+
+    @property
+    def own_chunk(self) -> bool:
+        """Whether a query sees of its sliding window only the keys of its own chunk, which is as long."""
+        return any(isinstance(branch.keys, OwnChunk) for branch in self.branches)
 
     @property
     def first(self) -> Branch[FirstKeys] | None:

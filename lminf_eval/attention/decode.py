@@ -58,10 +58,11 @@ class DecodeMetadata:
             distance_BG = branch.distance(position_B1, torch.arange(G)[None])
         first, last = (0 if some_far else G), G + min(R, max(lengths) + 1)
         age_BR = (position_B1 - torch.arange(last - G)) % R
+        newest_B1 = position_B1 % window if call.own_chunk else position_B1  # slot in use; a chunk begins at slot 0
         visible_BM = torch.cat(
             [
                 torch.arange(first, G)[None] <= position_B1 - window,
-                torch.arange(last - G)[None] <= position_B1,  # a ring slot not written yet
+                torch.arange(last - G)[None] <= newest_B1,  # else a ring slot not written yet, or of another chunk
             ],
             1,
         )

@@ -137,6 +137,14 @@ def merge(out: torch.Tensor, lse: torch.Tensor, other_out: torch.Tensor, other_l
     lse.copy_(torch.logaddexp(lse, other_lse))
 
 
+def with_sink_logits(out: torch.Tensor, lse: torch.Tensor, sinks_H: torch.Tensor | None) -> torch.Tensor:
+    """Return what attention gives if a learned logit for each head joins the softmax, with no value (gpt-oss)."""
+    if sinks_H is None:
+        return out
+    share = lse - torch.logaddexp(lse, sinks_H.to(lse.dtype)[None, :, None])
+    return out * share.exp().unsqueeze(-1).to(out.dtype)
+
+
 def _math(q_BHLD, k_BKMD, v_BKMD, scale, causal, softcap):
     """Plain matrix products, a few rows at a time: any device, any dtype, soft-capped logits."""
     B, H, L, D = q_BHLD.shape

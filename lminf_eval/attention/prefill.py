@@ -12,7 +12,7 @@ from lminf_eval.attention.call import AttentionCall
 from lminf_eval.attention.chunks import chunk_attention
 from lminf_eval.attention.first_keys import add_first_keys
 from lminf_eval.attention.older_keys import add_older_keys, placed_keys
-from lminf_eval.attention.sliding_window import sliding_window_attention
+from lminf_eval.attention.sliding_window import own_chunk_attention, sliding_window_attention
 from lminf_eval.cache.layer_cache import LayerCache
 
 
@@ -41,7 +41,9 @@ def prefill_attention(
     if start and layer is not None:
         past_k, past_v = layer.past(start)
         k_all, v_all = torch.cat([past_k, k], 2), torch.cat([past_v, v_BKLD], 2)
-    if call.slopes_H is None:
+    if call.own_chunk:
+        out, lse = own_chunk_attention(q, k_all, v_all, start, call.window, call.scale, call.softcap)
+    elif call.slopes_H is None:
         out, lse = sliding_window_attention(q, k_all, v_all, call.window, call.scale, call.softcap)
     else:
         out, lse = alibi.sliding_window_attention(q, k_all, v_all, call.window, call.scale, call.slopes_H)

@@ -51,6 +51,31 @@ def sliding_window_attention(
     return out, lse
 
 
+def own_chunk_attention(
+    q_BHLD: torch.Tensor,
+    k_BKMD: torch.Tensor,
+    v_BKMD: torch.Tensor,
+    start: int,
+    size: int,
+    scale: float,
+    softcap: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Let query l, at position start + l and key M - L + l, see the keys up to its own in its chunk of `size` tokens.
+
+    Returns:
+        out [B, H, L, D of v] and lse [B, H, L].
+    """
+    L, past = q_BHLD.shape[2], k_BKMD.shape[2] - q_BHLD.shape[2]
+    cuts = [0, *range(size - start % size, L, size), L]
+    pieces = []
+    for first, stop in pairwise(cuts):
+        keys = slice(past + first - (start + first) % size, past + stop)
+        q, k, v = q_BHLD[:, :, first:stop], k_BKMD[:, :, keys], v_BKMD[:, :, keys]
+        pieces.append(_causal_and_anti_causal(q, k, v, size, scale, softcap))  # no key has left the window
+    outs, lses = zip(*pieces, strict=True)
+    return torch.cat(outs, 2), torch.cat(lses, 2)
+
+
 def _causal_and_anti_causal(q_BHLD, k_BKMD, v_BKMD, window, scale, softcap):
     """Compute at most W queries, all or none of which see a full window, over the keys that any of them sees."""
     L, past = q_BHLD.shape[2], k_BKMD.shape[2] - q_BHLD.shape[2]

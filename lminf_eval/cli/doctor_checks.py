@@ -56,7 +56,6 @@ def print_checks(pretrained: str | None, length: int, model_args: str, batch_siz
         return
     read = ModelArgs.parse(pretrained, {**args, "batch_size": batch_size})
     config = read_config(pretrained, args)
-    registry.check(config, read.method.method)
     dtype = _dtype(args.get("dtype", "auto"), config)
     method, rows = describe_model(config, read.method, dtype, device)
     _print(console, pretrained, rows)
@@ -115,7 +114,7 @@ def startup_hook() -> list[Row]:
 def describe_model(config: Any, args: MethodArgs, dtype: torch.dtype, device: str) -> tuple[AttentionMethod, list[Row]]:
     """Return the method for this model, and how the model will be run."""
     rows = [("family", config.model_type)]
-    method, why = args.resolve(config)
+    method, why = registry.checked_method(config, args)
     if not isinstance(method, WindowedMethod):
         return method, [*rows, ("attention", f"{method.name}: the model's own")]
     found = registry.support(config)

@@ -10,6 +10,9 @@ from lminf_eval.errors import UsageError
 # Kinds of layers that have no keys and values, as configs call them.
 WITHOUT_KEYS = frozenset({"linear_attention", "conv", "mamba", "moe", "mlp", "recurrent"})
 
+# What configs call the window of a kind of layers.
+_WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
+
 
 @dataclass(frozen=True)
 class LayerShape:
@@ -84,15 +87,14 @@ def _own(text: Any, index: int) -> Any:
 
 
 def _layer(text: Any, kind: str) -> LayerShape:
-    heads, slides = text.num_attention_heads, kind == "sliding_attention"
+    heads, window = text.num_attention_heads, getattr(text, _WINDOWS.get(kind, ""), None)
     key_dim = getattr(text, "head_dim", None) or getattr(text, "attention_head_dim", None) or text.hidden_size // heads
     kv_heads = _kv_heads(text, heads)
     if getattr(text, "kv_lora_rank", None):  # multi-head latent attention, its keys and values expanded
         key_dim, kv_heads = text.qk_nope_head_dim + text.qk_rope_head_dim, heads
-    if text.model_type == "mimo_v2_flash" and slides:
+    if text.model_type == "mimo_v2_flash" and window:
         kv_heads *= 2
     value_dim = getattr(text, "v_head_dim", None) or key_dim
-    window = getattr(text, "sliding_window", None) if slides else None
     return LayerShape(heads, 0 if kind in WITHOUT_KEYS else kv_heads, key_dim, value_dim, window)
 
 

@@ -49,8 +49,7 @@ def diagnose(
     device = model_args.find_device(device)
     config = read_config(pretrained, {})
     args = MethodArgs.parse({"attention": Lambda.name, "n_local": n_local})
-    registry.check(config, args.method)
-    ours, why = args.resolve(config)
+    ours, why = registry.checked_method(config, args)
     assert isinstance(ours, Lambda)
     window = ours.n_local
     assert window is not None  # `resolve` has settled it

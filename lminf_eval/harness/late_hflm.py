@@ -145,10 +145,7 @@ class LateHFLM(HFLM):
 
     def inspect(self, config: transformers.PretrainedConfig) -> None:
         """Refuse what can't be run, and resolve the method."""
-        if getattr(config, "is_encoder_decoder", False):
-            raise UsageError(f"the family {config.model_type!r} is an encoder-decoder; only causal LMs can be run")
-        registry.check(config, self.args.method.method)
-        self.method, self.n_local_from = self.args.method.resolve(config)
+        self.method, self.n_local_from = registry.checked_method(config, self.args.method)
         self.strategy.check(config, self.method)
         self.trained_length, _ = trained_length(config)
         self._apply_rope(config)

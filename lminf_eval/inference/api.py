@@ -54,8 +54,7 @@ def patch(model: PreTrainedModel, method: str = DEFAULT, **parameters: Any) -> I
         ...     model.generate(ids, past_key_values=lminf.Cache(model), max_new_tokens=20)
     """
     args = MethodArgs.parse({"attention": method, **parameters})
-    registry.check(model.config, args.method)
-    resolved, _ = args.resolve(model.config)
+    resolved, _ = registry.checked_method(model.config, args)
     runner = checked_runner(model, resolved)
     try:
         yield runner

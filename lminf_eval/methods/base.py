@@ -119,6 +119,11 @@ class AttentionMethod(BaseModel):
         return UNBOUNDED if self.keeps_all else self.kept(UNBOUNDED)
 
     @property
+    def most_seen(self) -> int:
+        """The most keys that a query sees, retrieved ones included."""
+        return self.attention_span
+
+    @property
     def retrieves(self) -> bool:
         """Whether queries retrieve keys that its branches hide."""
         return False

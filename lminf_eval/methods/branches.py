@@ -60,6 +60,24 @@ class SlidingWindow:
 
 
 @dataclass(frozen=True)
+class OwnChunk(SlidingWindow):
+    """Those keys of a sliding window that lie in the query's own chunk of `size` tokens: i // size == j // size."""
+
+    def visible(self, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
+        """See `KeySet`."""
+        return (i - j >= 0) & (i // self.size == j // self.size)
+
+    def seen(self, position: int) -> int:
+        """See `KeySet`."""
+        return position % self.size + 1
+
+    def pairs(self, tokens: int) -> int:
+        """See `KeySet`."""
+        whole, rest = divmod(tokens, self.size)
+        return whole * _triangle(self.size) + _triangle(rest)
+
+
+@dataclass(frozen=True)
 class FirstKeys:
     """Those of the `count` first keys that are at least `after` tokens away: j < count, i - j >= after."""
 
@@ -151,9 +169,9 @@ class Chunks:
 
     def pairs(self, tokens: int) -> int:
         """See `KeySet`."""
-        whole, rest = divmod(tokens, self.size)
         if self.back == 0:
-            return whole * _triangle(self.size) + _triangle(rest)
+            return OwnChunk(self.size).pairs(tokens)
+        whole, rest = divmod(tokens, self.size)
         chunks = max(0, whole - self.back)  # before the last whole chunk, seen by all queries of a whole one
         seen = _triangle(chunks) if self.back == 2 else chunks
         return seen * self.size**2 + rest * len(self.span(tokens))

@@ -119,6 +119,11 @@ class HidesKeys(WindowedMethod):
         return self.top_k > 0
 
     @property
+    def most_seen(self) -> int:
+        """See `AttentionMethod`."""
+        return self.attention_span + self.top_k * self.top_k_block
+
+    @property
     def keeps_all(self) -> bool:
         """See `AttentionMethod`."""
         return self.full_decode or bool(self.full_layers)

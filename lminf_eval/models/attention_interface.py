@@ -5,6 +5,8 @@ Shapes: B batch, H query heads, K key-value heads, L new tokens, D head dimensio
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -20,11 +22,18 @@ def _attention(module: AttentionModule, q, k, v, attention_mask=None, *, scaling
         options["sliding_window"] = int(attention_mask)
     elif attention_mask is not None:
         options["a mask of its own"] = attention_mask
+    if (chosen := options.get("indices")) is not None and not chosen.numel():  # of a silenced indexer
+        options["indices"] = None
     return module.lminf.attend(module, q, k, v, scale, options).transpose(1, 2).contiguous(), None
 
 
-def _mask(*args, local_size: int | None = None, **kwargs) -> torch.Tensor | None:
-    """Return no mask. But some families (phimoe) tell a layer's own window in its mask alone: [1, 1, 1, 1]."""
+def _mask(*args, local_size: int | None = None, config: Any = None, **kwargs) -> torch.Tensor | None:
+    """Return no mask, or [1, 1, 1, 1]: a layer's own window, which some families (phimoe) tell in its mask alone.
+
+    Layers with an indexer cut a mask to their tokens before they hand it on, so there must be one: a window of 0, none.
+    """
+    if local_size is None and getattr(config, "index_topk", None):
+        local_size = 0
     return None if local_size is None else torch.full((1, 1, 1, 1), local_size)
 
 

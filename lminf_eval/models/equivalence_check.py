@@ -23,7 +23,7 @@ from lminf_eval.methods.base import AttentionMethod, WindowedMethod
 from lminf_eval.methods.full import Full
 from lminf_eval.methods.registry import DEFAULT
 from lminf_eval.models.attention_module import patched_by
-from lminf_eval.models.families.registry import unsupported
+from lminf_eval.models.families.registry import scales_queries, unsupported
 from lminf_eval.models.families.table import adapter_of
 from lminf_eval.models.full_model import FullModel
 from lminf_eval.models.modules import (
@@ -48,7 +48,6 @@ _TOKENS = 64  # of the check
 _PLAIN = 2**15  # of the vocabulary, from which they are drawn
 _LOCAL, _OWN = 20, 8  # n_local during the check, and each layer's own window, at most
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # as configs call their number
-_SCALED = "llama_4_scaling_beta"  # of rope_parameters: queries are scaled by their position, on purpose
 
 Runner = PatchedModel | FullModel
 
@@ -169,16 +168,16 @@ def own_logits(model: PreTrainedModel, method: AttentionMethod | None) -> torch.
 
 
 def _takes_positions(model: PreTrainedModel) -> bool:
-    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     own = adapter_of(model.config.model_type) is not None
-    return not own and _SCALED not in rope and takes(model, "position_ids") is not None
+    return not own and not scales_queries(model.config) and takes(model, "position_ids") is not None
 
 
 def _ids(model: PreTrainedModel) -> torch.Tensor:
     """[1, T]: plain tokens; a model for images and text sees a placeholder for an image otherwise."""
     text, generator = model.config.get_text_config(), torch.Generator().manual_seed(0)
     length = min(_TOKENS, getattr(text, "max_position_embeddings", None) or _TOKENS)
-    special = {value for name, value in vars(model.config).items() if name.endswith(("_token_id", "_token_index"))}
+    named = [value for name, value in vars(model.config).items() if name.endswith(("_token_id", "_token_index"))]
+    special = {token for value in named for token in (value if isinstance(value, list) else [value])}
     plain = torch.tensor([token for token in range(min(text.vocab_size, _PLAIN)) if token not in special])
     ids = plain[torch.randint(len(plain), (1, length), generator=generator)]
     return ids.to(device_of(model.get_input_embeddings()))

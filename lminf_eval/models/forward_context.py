@@ -25,6 +25,7 @@ class ForwardContext:
             state they are counted from the first of all tokens, else from the first new one.
         width: columns of the mask that `spans` were read from.
         outside: transformers' own cache, of a user's pass.
+        positions: [B, L] of the new tokens, at most n_local - 1, if the family asks for them.
         calls: attention modules that have been called so far, if a pass calls one more than once.
     """
 
@@ -34,6 +35,7 @@ class ForwardContext:
     spans: list[Span] | None = None
     width: int = 0
     outside: Any = None
+    positions: torch.Tensor | None = None
     calls: int = 0
 
     def read_mask(self, mask: Any, new: int | None) -> None:
@@ -44,6 +46,15 @@ class ForwardContext:
     def new_tokens(self, rows: int, tokens: int) -> list[Span]:
         """Return where the new tokens of each row lie among `tokens` columns."""
         return [(0, tokens)] * rows if self.spans is None else self.spans
+
+    def positions_of(self, tokens_BL: torch.Tensor, cache: Any) -> torch.Tensor:
+        """Return the positions [B, L] of new tokens that follow `state`, or a cache of transformers' own."""
+        B, L = tokens_BL.shape[:2]
+        if self.state is None:
+            starts = [0 if cache is None else int(cache.get_seq_length())] * B
+        else:
+            starts = [n - low for n, (low, _) in zip(self.state.lengths, self.new_tokens(B, L), strict=True)]
+        return (torch.tensor(starts)[:, None] + torch.arange(L)).clamp(min=0).to(tokens_BL.device)
 
     def advance(self, tokens: int) -> None:
         """Say that the pass has succeeded, on `tokens` tokens of each row."""

@@ -8,9 +8,9 @@ from transformers import PreTrainedConfig
 
 from lminf_eval.errors import UsageError
 from lminf_eval.methods.base import AttentionMethod, LayerRule
-from lminf_eval.methods.branches import sliding
+from lminf_eval.methods.branches import Branch, OwnChunk, sliding
 from lminf_eval.models.attention_module import AttentionModule
-from lminf_eval.models.families.registry import unsupported
+from lminf_eval.models.families.registry import INDEXED, unsupported
 from lminf_eval.models.modules import layer_type
 
 _HARMLESS = {  # what families pass to their attention function besides what we read; it changes nothing at inference
@@ -51,8 +51,10 @@ def layer_rule(
         raise refuse(f"its attention takes {', '.join(strange)}")
     if kind == "sliding_attention":
         own = own or text.sliding_window
-    elif kind == "full_attention":
+    elif kind in ("full_attention", INDEXED):
         own = None
-    elif kind is not None and "attention" in kind:
+    elif kind is not None and "attention" in kind and kind != "chunked_attention":
         raise refuse(f"it has layers of the kind {kind!r}")
+    if kind == "chunked_attention":
+        return LayerRule((Branch(OwnChunk(text.attention_chunk_size)),))
     return LayerRule(sliding(own)) if own else method.rule(number)

@@ -22,6 +22,7 @@ from transformers import DynamicCache, PreTrainedModel
 from lminf_eval.attention.answers import attend_answers
 from lminf_eval.attention.call import AttentionCall
 from lminf_eval.attention.decode import DecodeMetadata, decode_attention
+from lminf_eval.attention.kernels import with_sink_logits
 from lminf_eval.attention.prefill import prefill_attention
 from lminf_eval.attention.retrieved import add_retrieved
 from lminf_eval.cache.attention_state import AttentionState
@@ -38,6 +39,7 @@ from lminf_eval.models.cache import Cache
 from lminf_eval.models.families.table import adapter_of
 from lminf_eval.models.forward_context import ForwardContext
 from lminf_eval.models.hidden_keys import layers_on_device
+from lminf_eval.models.indexers import SilencedIndexers
 from lminf_eval.models.layer_rotations import LayerRotations, Rotation
 from lminf_eval.models.layer_rules import layer_rule
 from lminf_eval.models.modules import (
@@ -52,6 +54,7 @@ from lminf_eval.models.modules import (
 )
 from lminf_eval.models.onednn_linear import OneDNNLinearPatch
 from lminf_eval.models.padded_rows import attend_all_keys, attend_rows
+from lminf_eval.models.query_scales import QueryScales
 from lminf_eval.models.rope import set_forward
 
 _CACHES = ("layer_past", *CACHE_NAMES)  # what attention modules call transformers' own cache
@@ -116,12 +119,15 @@ class PatchedModel:
                 layer.forward = partial(self._family_forward, self.family.forward, layer)
         self._tap = DecoderTap(self.decoder, self._forward)
         self._linears = OneDNNLinearPatch(model)
+        self._indexers, self._scales = SilencedIndexers(self.layers), QueryScales(self.layers)
 
     def restore(self) -> PreTrainedModel:
         """Give back the model as it was; its outputs are bit-identical to before."""
         if not self.active:
             return self.model
         self.active = False
+        self._scales.restore()
+        self._indexers.restore()
         self._linears.restore()
         self._tap.restore()
         if self.family is None:
@@ -211,9 +217,10 @@ class PatchedModel:
         state = None if ours is None else ours.state_for(B)
         context = ForwardContext(state, ours is not None and ours.update_cache)
         context.read_mask(options.get("attention_mask"), None if state is None else L)
-        if self._scaled_by_position and options.get("position_ids") is not None:
+        if self._scaled_by_position:
             # A position beyond the window counts as its last, as distances do: the model has met no other.
-            options["position_ids"] = options["position_ids"].clamp(max=self.method.n_local - 1)
+            at = context.positions_of(tokens, cache) if options.get("position_ids") is None else options["position_ids"]
+            context.positions = options["position_ids"] = at.clamp(max=self.method.n_local - 1)
         if state is not None and context.update_cache:
             self._rebase_rope(state, L)
             if handed is None and state.answers_from is None:  # a user's first pass: the prompt
@@ -257,6 +264,7 @@ class PatchedModel:
 
     def attend(self, module: AttentionModule, q_BHLD, k_BKLD, v_BKLD, scale: float, options: dict) -> torch.Tensor:
         """Compute one layer's attention over the state and the new tokens: [B, H, L, D of v]. Extends the state."""
+        q_BHLD = self._scales.scaled(module, q_BHLD, self._tap.current.positions)
         if self.observer is not None:
             return self.observer(self._attend, module, q_BHLD, k_BKLD, v_BKLD, scale, options)
         return self._attend(module, q_BHLD, k_BKLD, v_BKLD, scale, options)
@@ -272,6 +280,8 @@ class PatchedModel:
         state = context.state
         if state is None:
             name = "top_k" if rule.retrieves else "full_decode" if rule.answer else ""
+            if call.own_chunk and k_BKLD.shape[2] > q_BHLD.shape[2]:
+                name = "attention_chunk_size"
             if name:
                 raise UsageError(f"{name}: model(…) and generate() need past_key_values=lminf.Cache(model)")
             if context.outside is not None:
@@ -279,7 +289,7 @@ class PatchedModel:
             out, lse = attend_all_keys(q_BHLD, k_BKLD, v_BKLD, call, context)
         else:
             out, lse = self._attend_state(q_BHLD, k_BKLD, v_BKLD, call, context, state, rule, number)
-        return _with_sink_logits(out, lse, options).to(dtype)
+        return with_sink_logits(out, lse, options.get("s_aux")).to(dtype)
 
     def _attend_state(
         self,
@@ -345,7 +355,8 @@ class PatchedModel:
         self, layer: LayerCache, call: AttentionCall, context: ForwardContext, state: AttentionState
     ) -> DecodeMetadata:
         """Return what layers with the same branches have in common in this pass, made once."""
-        key = "step", call.older, call.first is None, layer.window, layer.sinks, layer.ring, layer.keys.device
+        kind = call.older, call.first is None, call.own_chunk
+        key = "step", *kind, layer.window, layer.sinks, layer.ring, layer.keys.device
         if key not in context.shared:
             context.shared[key] = DecodeMetadata.of(layer, state.lengths, state.origins, call)
         return context.shared[key]
@@ -385,11 +396,3 @@ class PatchedModel:
                 f"out of memory while moving a window on: {first_line(error)}; try a smaller n_local"
             ) from error
         state.origins = [o + step for o, step in zip(state.origins, steps, strict=True)]
-
-
-def _with_sink_logits(out: torch.Tensor, lse: torch.Tensor, options: dict) -> torch.Tensor:
-    """Let a learned logit for each head join the softmax, with no value (gpt-oss)."""
-    if options.get("s_aux") is None:
-        return out
-    share = lse - torch.logaddexp(lse, options["s_aux"].to(lse.dtype)[None, :, None])
-    return out * share.exp().unsqueeze(-1).to(out.dtype)

@@ -13,7 +13,7 @@ from lminf_eval.errors import UsageError
 from lminf_eval.methods.base import window_of
 from lminf_eval.models.attention_interface import IMPLEMENTATION
 from lminf_eval.models.attention_module import AttentionModule
-from lminf_eval.models.families.registry import unsupported
+from lminf_eval.models.families.registry import scales_queries, unsupported
 from lminf_eval.models.forward_context import ForwardContext
 from lminf_eval.models.layer_rotations import Rotation
 from lminf_eval.models.modules import attention_layers, decoder_of, takes
@@ -71,12 +71,14 @@ def compare_layers(patched: PatchedModel, recorded: Calls, ids: torch.Tensor) ->
         The windows that the model's layers have.
     """
     positions, windows = torch.arange(ids.shape[1])[None], set()
-    calls = iter(recorded)
+    calls, method = iter(recorded), patched.method
+    wide = method.shrunk(max(method.n_local, ids.shape[1]))  # in which every position counts as itself
 
     def compare(attend, module, q, k, v, scale, options):
         expected_module, *expected, out = next(calls)
         limit = _ROTATION.get(q.dtype, _HALF_ROTATION)
-        windows.add(window_of(patched.layer_rule(module, options).branches) or patched.method.n_local)  # 0: chunks
+        window = window_of(patched.layer_rule(module, options).branches)
+        windows.add(method.n_local if window in (0, wide.n_local) else window)  # 0: chunks
         best: dict[int, tuple[float, Rotation | None]] = {}  # of each rotary module, the first way that does
         for rotation in patched.rotations.candidates(module):
             number = -1 if rotation is None else rotation.module
@@ -95,8 +97,12 @@ def compare_layers(patched: PatchedModel, recorded: Calls, ids: torch.Tensor) ->
         why = f"layer {module.layer_idx} changes queries or keys after rotating them"
         raise UsageError(unsupported(patched.model.config, why, patched.method.name))
 
-    with patched.observed(compare), torch.inference_mode():
-        patched.decoder(input_ids=ids, use_cache=False)
+    patched.method = wide
+    try:
+        with patched.observed(compare), torch.inference_mode():
+            patched.decoder(input_ids=ids, use_cache=False)
+    finally:
+        patched.method = method
     if {module for module, *_ in recorded} != set(patched.layers):
         why = "some of its attention layers can't be reached from outside"
         raise UsageError(unsupported(patched.model.config, why, patched.method.name))
@@ -106,7 +112,8 @@ def compare_layers(patched: PatchedModel, recorded: Calls, ids: torch.Tensor) ->
 
 def _require_no_positions(patched: PatchedModel, recorded: Calls, ids: torch.Tensor) -> None:
     """Refuse the family if queries or keys that we do not rotate change with the positions of the tokens."""
-    if all(patched.rotations.by_layer.values()) or takes(patched.decoder, "position_ids") is None:
+    rotating = all(patched.rotations.by_layer.values())
+    if rotating or scales_queries(patched.model.config) or takes(patched.decoder, "position_ids") is None:
         return
 
     calls = iter(recorded)

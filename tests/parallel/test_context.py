@@ -21,6 +21,7 @@ from lminf_eval.models.rope import Rotary
 from lminf_eval.parallel import context_parallel
 from lminf_eval.parallel.topology import Topology
 from tests import small_model
+from tests.test_families import FAMILIES, oracle
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("context")]  # the processes are started once for all
 
@@ -33,6 +34,7 @@ MODELS = {  # what is particular about each
     "gpt_oss": {"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 12},  # learned sinks
     "smollm3": {"no_rope_layers": [1, 0]},  # a layer without positions
     "bloom": {"n_head": 4, "n_layer": 2},  # ALiBi
+    "llama4_text": FAMILIES["llama4_text"],  # layers that see their own chunk, queries scaled by position
 }
 METHODS = {
     "lambda": make(attention="lambda", n_local=16, n_global=5),
@@ -169,7 +171,10 @@ def logits(reference_logits, monkeypatch):
             loaded[case["model"]] = AutoModelForCausalLM.from_pretrained(
                 case["model"], dtype=torch.float64, experts_implementation="eager"
             ).eval()
-        return reference_logits(loaded[case["model"]], make(**case["spec"]), torch.tensor([tokens]))[0]
+        model, spec, ids_1S = loaded[case["model"]], make(**case["spec"]), torch.tensor([tokens])
+        if model.config.model_type == "llama4_text":
+            return oracle(model, spec, ids_1S)
+        return reference_logits(model, spec, ids_1S)[0]
 
     return compute
 

@@ -25,14 +25,19 @@ from transformers.utils import logging
 
 from lminf_eval.config.model_shape import WITHOUT_KEYS
 from lminf_eval.errors import UsageError
-from lminf_eval.methods.base import AttentionMethod
+from lminf_eval.methods.base import AttentionMethod, WindowedMethod
+from lminf_eval.methods.branches import UNBOUNDED
 from lminf_eval.methods.full import Full
+from lminf_eval.methods.registry import MethodArgs
 from lminf_eval.models.families.table import NEEDS, family_row
 
 _ENCODER_DECODER = "it is an encoder-decoder"
 _NO_CAUSAL_LM = "transformers has no causal language model of this type"
+_TWO_WAY = "its config has is_decoder=False, so that each token sees those after it"
+_SCALED = "llama_4_scaling_beta"  # of rope_parameters
 _ABSOLUTE = r"nn\.Embedding\([^)]*pos|wpe|PositionalEmbedding|self\.pos_encoding"  # in a modeling file
-_READ = WITHOUT_KEYS | {"full_attention", "sliding_attention", "hybrid"}  # kinds of layers
+INDEXED = "indexed_attention"  # a kind of layer
+_READ = WITHOUT_KEYS | {"full_attention", "sliding_attention", "chunked_attention", "hybrid"}  # kinds of layers
 
 
 @dataclass(frozen=True)
@@ -63,9 +68,26 @@ def check(config: Any, method: type[AttentionMethod]) -> None:
     Raises:
         UsageError: naming the family and the reason.
     """
-    reason = support(config).reason if method.patched else family_row(config.model_type).refused_full
+    reason = support(config).reason if method.patched else _unscored(config)
     if reason:
         raise UsageError(unsupported(config, reason, method.name))
+
+
+def checked_method(config: Any, args: MethodArgs) -> tuple[AttentionMethod, str]:
+    """Return the method for a model, and where its n_local comes from, as `MethodArgs.resolve` does.
+
+    Raises:
+        UsageError: naming the family and the reason, if the method can't run the model.
+    """
+    check(config, args.method)
+    method, why = args.resolve(config)
+    most = _index_topk(config)
+    if most and isinstance(method, WindowedMethod) and (too_many := method.most_seen - most) > 0:
+        line = f"its indexer chooses among a query's keys if these are more than index_topk={most}"
+        if method.most_seen < UNBOUNDED:
+            line += f", so n_local can be {method.n_local - too_many} at most"
+        raise UsageError(unsupported(config, line, method.name))
+    return method, why
 
 
 def support(config: Any) -> Support:
@@ -91,9 +113,9 @@ def unsupported(config: Any, why: str, attention: str) -> str:
     """Return the line that refuses a family by name."""
     line = f"attention={attention} can't run the family {config.model_type!r}: {why}"
     if attention == Full.name:
-        return line if why.startswith(NEEDS) else f"{line}; --model hf runs it"
-    nor_full = family_row(config.model_type).refused_full or why in (_ENCODER_DECODER, _NO_CAUSAL_LM)
-    instead = "" if nor_full or why.startswith(NEEDS) else f"attention={Full.name} runs it as it is, and "
+        nor_hf = why.startswith(NEEDS) or why in (_NO_CAUSAL_LM, _TWO_WAY)
+        return line if nor_hf else f"{line}; --model hf runs it"
+    instead = "" if _unscored(config) else f"attention={Full.name} runs it as it is, and "
     return f"{line}; {instead}`lminf doctor --families` lists what is supported"
 
 
@@ -113,32 +135,58 @@ def is_multimodal(config: Any) -> bool:
     return family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and family in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
 
+def scales_queries(config: Any) -> bool:
+    """Return whether a model scales queries by their token's position, on purpose."""
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    return _SCALED in rope or family_row(config.model_type).scales_queries
+
+
 def _custom_code(config: Any) -> bool:
     """Whether a model's own code, which its user trusts, has its causal LM: the check at load judges it then."""
     own = config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     return own and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
 
 
-def _obstacle(config: Any) -> str | None:
-    """Why the general mechanism can't reach a family, as far as its config and its modeling file tell."""
+def _unscored(config: Any) -> str:
+    """Why a model can't be scored token by token even as it is; empty if it can, as far as its config tells."""
+    return family_row(config.model_type).refused_full or ("" if _custom_code(config) else _not_causal(config))
+
+
+def _not_causal(config: Any) -> str:
+    """Why a config is not of a causal language model; empty if it is of one."""
     if config.is_encoder_decoder:
         return _ENCODER_DECODER
     if is_multimodal(config):
-        return family_row(config.get_text_config().model_type).refused or None  # the check at load says the rest
+        return ""
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return _NO_CAUSAL_LM
+    if getattr(config, "is_decoder", True) is False and "`is_decoder=True" in _source(config):
+        return _TWO_WAY
+    return ""
+
+
+def _obstacle(config: Any) -> str | None:
+    """Why the general mechanism can't reach a family, as far as its config and its modeling file tell."""
+    if reason := _not_causal(config):
+        return reason
+    if is_multimodal(config):
+        return family_row(config.get_text_config().model_type).refused or None  # the check at load says the rest
     source = _source(config)
     text = config.get_text_config()
-    if getattr(text, "index_topk", None):
-        return "an indexer chooses the keys that its layers see"
     kinds = {*(getattr(text, "layer_types", None) or ()), *(getattr(text, "layers_block_type", None) or ())}
-    if kinds - _READ:
-        return f"its layers of the kind {', '.join(sorted(kinds - _READ))} are neither full nor sliding attention"
+    read = _READ | {INDEXED} if _index_topk(config) else _READ
+    if kinds - read:
+        return f"its layers of the kind {', '.join(sorted(kinds - read))} are neither full nor sliding attention"
     if "rotary_emb" not in source and re.search(_ABSOLUTE, source):
         return "its positions are absolute: none exist beyond the length it was trained at"
     if "ALL_ATTENTION_FUNCTIONS" not in source:
         return "transformers does not make its attention pluggable"
     return None
+
+
+def _index_topk(config: Any) -> int:
+    """The most keys that a model's indexer chooses for a query; 0 without one."""
+    return getattr(config.get_text_config(), "index_topk", None) or 0
 
 
 def _source(config: Any) -> str:

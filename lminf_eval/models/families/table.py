@@ -28,6 +28,7 @@ class FamilyRow:
         adapter: how its attention is taken over, if not by the general mechanism of `patching.py`.
         positions: "rotary" or "ALiBi"; Falcon's config says which of the two.
         tested: whether tests/test_families.py holds it to a dense float64 oracle.
+        scales_queries: whether it scales queries by their token's position, on purpose.
         sharded: whether DeepSpeed divides it right (tests/parallel/test_deepspeed.py).
         refused: why methods that patch it cannot run it, in words that end "can't run the family X: …"; else "".
         refused_full: the same of the model as it is.
@@ -37,6 +38,7 @@ class FamilyRow:
     adapter: FamilyAdapter | None = None
     positions: str = "rotary"
     tested: bool = True
+    scales_queries: bool = False
     sharded: bool = True
     refused: str = ""
     refused_full: str = ""
@@ -50,8 +52,10 @@ ROWS = [
     FamilyRow("aria_text"),
     FamilyRow("axk1", sharded=False),
     FamilyRow("aya_vision", sharded=False),
+    FamilyRow("axk2", sharded=False),
     FamilyRow("bailing_hybrid", sharded=False),
     FamilyRow("bamba", sharded=False),
+    FamilyRow("beam", scales_queries=True, sharded=False),
     FamilyRow("bitnet", sharded=False),
     FamilyRow("bloom", adapter=bloom.ADAPTER, positions="ALiBi"),
     FamilyRow("codegen", adapter=gptj.ADAPTER, sharded=False),
@@ -62,6 +66,7 @@ ROWS = [
     FamilyRow("dbrx", sharded=False),
     FamilyRow("deepseek_v2", sharded=False),
     FamilyRow("deepseek_v3", sharded=False),
+    FamilyRow("deepseek_v32", sharded=False),
     FamilyRow("diffllama", sharded=False),
     FamilyRow("dots1"),
     FamilyRow("ernie4_5"),
@@ -84,6 +89,7 @@ ROWS = [
     FamilyRow("glm4_moe"),
     FamilyRow("glm4_moe_lite", sharded=False),
     FamilyRow("glm4v", sharded=False),
+    FamilyRow("glm_moe_dsa", sharded=False),
     FamilyRow("gpt_neox"),
     FamilyRow("gpt_oss"),
     FamilyRow("gptj", adapter=gptj.ADAPTER),
@@ -96,6 +102,7 @@ ROWS = [
     FamilyRow("helium"),
     FamilyRow("hrm_text", sharded=False),
     FamilyRow("hy_v3"),
+    FamilyRow("hy_v4", sharded=False),
     FamilyRow("hyperclovax"),
     FamilyRow("idefics3", sharded=False),
     FamilyRow("internvl", sharded=False),
@@ -110,6 +117,8 @@ ROWS = [
     FamilyRow("lfm2_vl", sharded=False),
     FamilyRow("lfm3", sharded=False),
     FamilyRow("llama"),
+    FamilyRow("llama4", scales_queries=True, sharded=False),
+    FamilyRow("llama4_text", scales_queries=True, sharded=False),
     FamilyRow("llava", sharded=False),
     FamilyRow("longcat_flash", sharded=False),
     FamilyRow("mellum"),
@@ -157,7 +166,7 @@ ROWS = [
     FamilyRow("youtu", sharded=False),
     FamilyRow("zamba2", sharded=False),
     FamilyRow("zaya", sharded=False),
-    FamilyRow("beam", tested=False, refused="it scales queries by their absolute position"),
+    FamilyRow("deepseek_v4", tested=False, refused="it keeps older keys in compressed entries of its own"),
     FamilyRow("doge", tested=False, refused="its attention hides keys by their values"),
     FamilyRow("falcon_mamba", tested=False, refused=_NO_ATTENTION, refused_full=_ONE_TOKEN),
     FamilyRow("hunyuan_v1_dense", tested=False, refused=_ABSOLUTE_AFTER_ALL),
