@@ -10,10 +10,10 @@ from lminf_eval.errors import UsageError
 from lminf_eval.harness.lm import LMInfinite
 from lminf_eval.inference.engine import Engine
 from lminf_eval.inference.requests import GenerateRequest, ScoreRequest
-from lminf_eval.methods.registry import METHODS
-from lminf_eval.models.equivalence_check import full_model
+from lminf_eval.methods.registry import METHODS, make
+from lminf_eval.models.equivalence_check import full_model, patched_model
 from lminf_eval.models.families.registry import check
-from lminf_eval.models.modules import check_structure
+from lminf_eval.models.modules import check_structure, decoder_of
 from tests import small_model
 
 SMALL = {**small_model.SMALL, "num_hidden_layers": 4}
@@ -86,6 +86,13 @@ RUN = {  # what `lambda` refuses and sends here, and others whose positions or s
     "minicpm3": LATENT,
     "llama4_text": MOE | {"head_dim": 8, "intermediate_size_mlp": 48, "attention_chunk_size": 16},
     "gemma3_text": {"sliding_window": 8, "head_dim": 8},
+    "inkling_text": MOE  # two convolutional states a layer
+    | {
+        "head_dim": 8,
+        "sliding_window": 8,
+        "layer_types": ["hybrid_sliding", "hybrid"] * 2,
+        "mlp_layer_types": ["dense"] * 4,
+    },
     "opt": {"word_embed_proj_dim": 32, "ffn_dim": 48},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
     "bart": {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48},
@@ -184,6 +191,17 @@ def test_gemma_4_runs_through_lm_evals_requests_in_each_of_its_forms(
     tiny_tokenizer.save_pretrained(tmp_path)
     lm = LMInfinite(str(tmp_path), device="cpu", dtype="float32", attention=attention, n_local=64)
     assert lm.loglikelihood(request)[0][0] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_text_part_that_is_a_whole_language_model_is_tapped_below_its_head():
+    if "nemotron_h_omni" not in CONFIG_MAPPING:
+        pytest.skip("this transformers has no nemotron_h_omni")
+    from tests import survey  # which imports this file
+
+    model = survey.build("nemotron_h_omni")
+    assert decoder_of(model) is model.language_model.model
+    full_model(model).restore()
+    patched_model(model, make(n_local=16, n_global=3)).restore()
 
 
 @pytest.mark.parametrize("name", ["jamba", "mamba", "minimax", "recurrent_gemma"])

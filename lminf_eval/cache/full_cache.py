@@ -23,7 +23,8 @@ def new_layers(config: PretrainedConfig) -> DynamicCache:
     layers = DynamicCache(config=config)
     for i, layer in enumerate(layers.layers):
         if whole := _WHOLE.get(type(layer).__name__):
-            layers.layers[i] = getattr(cache_utils, whole)()
+            states = {"number_of_states": layer.number_of_states} if hasattr(layer, "number_of_states") else {}
+            layers.layers[i] = getattr(cache_utils, whole)(**states)
     return layers
 
 

@@ -36,10 +36,13 @@ def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
     """Return the module between the embeddings and the head.
 
     It is not always `base_model`: OPT's head reads `model.decoder`, and a model for images and text has a text part.
-    Nor is it always `get_decoder()`: ModernBERT calls its last linear layer so, and Llama 4 finds only itself.
+    Nor is it always `get_decoder()`: ModernBERT calls its last linear layer so, and Llama 4 finds only itself. Some
+    models for images and text have a whole language model, head and all, as their text part.
     """
     found = [model.get_decoder(), model.base_model, getattr(model, "model", None)]
-    return next((one for one in found if isinstance(one, PreTrainedModel) and one is not model), model)
+    decoder = next((one for one in found if isinstance(one, PreTrainedModel) and one is not model), model)
+    whole = decoder is not model and getattr(decoder, "lm_head", None) is not None
+    return decoder_of(decoder) if whole else decoder
 
 
 def check_structure(config: PretrainedConfig, method: type[AttentionMethod], trust_remote_code: bool = False) -> None:

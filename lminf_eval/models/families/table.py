@@ -166,7 +166,13 @@ ROWS = [
     FamilyRow("youtu", sharded=False),
     FamilyRow("zamba2", sharded=False),
     FamilyRow("zaya", sharded=False),
-    FamilyRow("deepseek_v4", tested=False, refused="it keeps older keys in compressed entries of its own"),
+    FamilyRow("cpmant", tested=False, refused_full="its cache gives other answers than the text in one piece"),
+    FamilyRow(
+        "deepseek_v4",
+        tested=False,
+        refused="it keeps older keys in compressed entries of its own",
+        refused_full=_OWN_CACHE,
+    ),
     FamilyRow("doge", tested=False, refused="its attention hides keys by their values"),
     FamilyRow("falcon_mamba", tested=False, refused=_NO_ATTENTION, refused_full=_ONE_TOKEN),
     FamilyRow("hunyuan_v1_dense", tested=False, refused=_ABSOLUTE_AFTER_ALL),
@@ -187,6 +193,7 @@ ROWS = [
         refused_full=_IN_LAYERS,
     ),
     FamilyRow("rwkv", tested=False, refused=_NO_ATTENTION),
+    FamilyRow("xlm", tested=False, refused_full="it has no cache, so that chunks would each begin again"),
     FamilyRow(
         "xlstm",
         tested=False,
