@@ -11,9 +11,11 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, GPT2Config, LlamaConfig, LlamaForCausalLM, MistralConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from typer.testing import CliRunner
 
 from lminf_eval import __version__
 from lminf_eval.cli import doctor_checks
+from lminf_eval.cli.app import app
 from lminf_eval.errors import UsageError
 from lminf_eval.methods.registry import METHODS, MethodArgs, make
 from lminf_eval.models.families import registry
@@ -120,6 +122,25 @@ def test_kept_keys_and_values_are_those_of_the_cache(tiny_model, attention):
     layers = cache.layers.layers if attention == "full" else cache.layers.values()
     held = sum(4 * (layer.keys.numel() + layer.values.numel()) for layer in layers)
     assert memory(model.config, spec, 2048, 50, 2, torch.float32)["keys and values"] == held
+
+
+def test_states_that_no_config_tells_are_named(capsys, tmp_path):
+    CONFIG_MAPPING["lfm2"](layer_types=["conv", "full_attention"], num_hidden_layers=2).save_pretrained(tmp_path)
+    rows = shown(capsys, tmp_path)
+    assert "not known before the model is loaded" in rows["states"]
+
+
+@pytest.mark.parametrize(("said", "tokens"), [("32k", "32,768"), ("4096", "4,096"), ("1M", "1,048,576")])
+def test_a_length_is_said_as_elsewhere(said, tokens, tiny_llama):
+    result = CliRunner().invoke(app, ["doctor", "--pretrained", str(tiny_llama()), "--length", said])
+    assert f"memory for {tokens} tokens" in result.output
+
+
+@pytest.mark.parametrize("said", ["0", "-1", "many", "2.5"])
+def test_a_length_that_is_none_is_refused_in_words(said):
+    result = CliRunner().invoke(app, ["doctor", "--length", said])
+    assert result.exit_code == 2
+    assert "is not a number of tokens" in " ".join(result.output.split())
 
 
 def test_full_grows_with_the_length_and_lambda_does_not():

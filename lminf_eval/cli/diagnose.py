@@ -5,12 +5,12 @@ from typing import Annotated
 
 import typer
 
-from lminf_eval.cli.parameters import Device, DType, report_packages
+from lminf_eval.cli.parameters import Device, DType, Length, report_packages
 
 
 def diagnose(
     pretrained: Annotated[str, typer.Option(help="The model: a folder, or a name on the hub.")],
-    length: Annotated[int, typer.Option(min=1, help="Length of the text in tokens.")] = 16384,
+    length: Length = 16384,
     layers: Annotated[str, typer.Option(help="Layers to record, as in 0,8,16; by default four of them.")] = "",
     n_local: Annotated[
         int | None, typer.Option(min=1, help="Window size in tokens; by default the pre-training length.")

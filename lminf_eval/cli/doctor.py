@@ -4,12 +4,12 @@ from typing import Annotated
 
 import typer
 
-from lminf_eval.cli.parameters import Device
+from lminf_eval.cli.parameters import Device, Length
 
 
 def doctor(
     pretrained: Annotated[str | None, typer.Option(help="The model: a folder, or a name on the hub.")] = None,
-    length: Annotated[int, typer.Option(min=1, help="Length of the longest input in tokens.")] = 32768,
+    length: Length = 32768,
     model_args: Annotated[str, typer.Option("--model_args", help="As for lm_eval: n_local=2048,dtype=bfloat16,…")] = "",
     batch_size: Annotated[int, typer.Option("--batch_size", min=1, help="As for lm_eval.")] = 1,
     device: Device = None,

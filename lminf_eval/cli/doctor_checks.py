@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.text import Text
 
 from lminf_eval.attention.kernels import kernel_name
+from lminf_eval.cache.recurrent_states import new_states
 from lminf_eval.config.model_shape import ModelShape
 from lminf_eval.harness.model_args import ModelArgs, find_device
 from lminf_eval.harness.plugin import MODEL_NAME, task_folder
@@ -143,6 +144,8 @@ def memory_rows(
             compared = name == "keys and values" and method.patched
             note = f" (attention={Full.name}: {format_bytes(under_full)})" if compared else ""
             yield name, format_bytes(value) + note
+    if new_states(config) is not None:
+        yield "states", "of recurrent layers: not known before the model is loaded; they do not grow with the length"
     yield "total", f"{format_bytes(sum(needed.values()))}, plus about 0.5 GB for Python and its libraries"
 
 
