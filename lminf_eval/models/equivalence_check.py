@@ -190,7 +190,7 @@ def _compare_logits(patched: PatchedModel, expected: torch.Tensor, ids: torch.Te
     patched.method = method.shrunk(n)
     try:
         with short_windows(model, _OWN):
-            chunked = _logits(patched, ids, {n - 1, n, ids.shape[1] - 1})
+            chunked = _logits(patched, ids, {n // 2, n - 1, n, ids.shape[1] - 1})
             whole = _logits(patched, ids, set())
     finally:
         patched.method = method
