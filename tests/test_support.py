@@ -8,7 +8,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lminf_eval.errors import UsageError
 from lminf_eval.methods.registry import METHODS, MethodArgs
-from lminf_eval.models.families.registry import check, checked_method, families_table, support
+from lminf_eval.models.families.registry import INDEXED, check, checked_method, families_table, support
 from lminf_eval.models.families.table import FAMILIES
 
 REFUSED = {
@@ -68,6 +68,8 @@ def test_a_two_way_family_runs_as_a_decoder():
 @pytest.mark.parametrize("family", ["deepseek_v32", "glm_moe_dsa", "axk2"])
 def test_a_window_wider_than_the_indexer_chooses_is_refused_with_the_one_that_is_not(family):
     config = CONFIG_MAPPING[family](index_topk=64)
+    if INDEXED not in config.layer_types:
+        pytest.skip("this transformers' own masks keys wrongly if its tokens are moved on: refused")
     line = f"'{family}': its indexer .* index_topk=64, so n_local can be 60 at most"
     with pytest.raises(UsageError, match=line):
         checked_method(config, MethodArgs.parse({"n_local": 61, "n_global": 4}))
@@ -110,7 +112,8 @@ def test_the_table_is_of_every_causal_family_and_of_the_code():
         name for name, row in FAMILIES.items() if row.tested and name in CONFIG_MAPPING
     }  # an older transformers lacks some
     assert by_name.keys() >= known > {"llama", "falcon"}
-    assert all(by_name[name].kind != "none" for name in known)
+    older = {name for name in known if "deepseek_sparse_attention" in by_name[name].reason}  # refused there
+    assert all(by_name[name].kind != "none" for name in known - older)
     assert {row.family for row in rows if row.where.startswith("families/")} == {
         name for name, row in FAMILIES.items() if row.adapter
     }
