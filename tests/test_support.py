@@ -10,6 +10,7 @@ from lminf_eval.errors import UsageError
 from lminf_eval.methods.registry import METHODS, MethodArgs
 from lminf_eval.models.families.registry import INDEXED, check, checked_method, families_table, support
 from lminf_eval.models.families.table import FAMILIES
+from lminf_eval.models.modules import check_structure
 
 REFUSED = {
     "deepseek_v4": "compressed entries",
@@ -50,6 +51,12 @@ def test_a_family_out_of_reach_is_refused_by_name_and_reason(family):
         check(CONFIG_MAPPING[family](), METHODS["full"])
         assert "attention=full" in str(refusal.value)
         return
+    assert "attention=full" not in str(refusal.value)
+
+
+def test_a_model_that_reads_no_text_alone_is_not_sent_to_full():
+    with pytest.raises(UsageError, match="'blip-2': it reads no text without pixel_values") as refusal:
+        check_structure(CONFIG_MAPPING["blip-2"](), METHODS["lambda"])
     assert "attention=full" not in str(refusal.value)
 
 

@@ -115,7 +115,7 @@ def unsupported(config: Any, why: str, attention: str) -> str:
     if attention == Full.name:
         nor_hf = why.startswith(NEEDS) or why in (_NO_CAUSAL_LM, _TWO_WAY)
         return line if nor_hf else f"{line}; --model hf runs it"
-    instead = "" if _unscored(config) else f"attention={Full.name} runs it as it is, and "
+    instead = "" if why.startswith(NEEDS) or _unscored(config) else f"attention={Full.name} runs it as it is, and "
     return f"{line}; {instead}`lminf doctor --families` lists what is supported"
 
 
