@@ -1,9 +1,10 @@
 """What becomes of every type that transformers has: `python -m tests.survey [TYPE ...]` prints a row for each.
 
 Each type that writes text is built tiny, every weight random: by its line of tests/test_families.py, or from its
-default config with small numbers. `lambda` is held to the dense float64 oracle below, at and beyond n_local, in one
-piece, in chunks and token by token; `full` to the model's own forward, in chunks. The exit status is 1 if a type
-ends in a traceback or gives a wrong number. "Not built" says that this script has no tiny model, nothing of the type.
+default config with small numbers. `lambda` is held to the dense float64 oracle of those tests, below, at and beyond
+n_local, in one piece, in chunks and token by token; `full` to the model's own forward, in chunks. The exit status is 1
+if a type ends in a traceback or gives a wrong number. "Not built" says that this script has no tiny model, nothing of
+the type.
 """
 
 import sys
@@ -56,7 +57,7 @@ OTHER = {  # of a part that reads images or sound
     "n_layers": 1,
     "out_hidden_size": 32,
 }
-LIKE = {"gemma4_unified_text": "gemma4_text", "cohere_compass_text": "cohere2"}  # whose line makes it too
+LIKE = {"gemma4_unified_text": "gemma4_text"}  # whose line makes it too
 
 
 def tiny(name: str) -> PretrainedConfig:
@@ -65,7 +66,7 @@ def tiny(name: str) -> PretrainedConfig:
     if name in FAMILIES:
         return kind(**SMALL | FAMILIES[name])
     if name in LIKE:
-        return kind(**SMALL | FAMILIES[LIKE[name]] | {"vocab_size_per_layer_input": 97})
+        return kind(**SMALL | FAMILIES[LIKE[name]])
     config = kind()
     text = config.get_text_config()
     for part in getattr(config, "sub_configs", {}):

@@ -21,8 +21,8 @@ from lminf_eval.resume.checkpoint import Checkpoints
 from tests.test_families import G, W, build, oracle
 
 # Convolution; delta rule; both in a layer; no positions; an attention module that layers share; no state, but each
-# module is called twice in a pass. The last three have no state: an indexer; chunks, and queries
-# scaled by position; the last thing again, in a family that does it itself.
+# module is called twice in a pass. The last three have no state: an indexer; chunks, and queries scaled by position;
+# such queries in a family that scales them itself.
 KINDS = ["lfm2", "qwen3_next", "falcon_h1", "nemotron_h", "zamba2", "diffllama", "deepseek_v32", "llama4_text", "beam"]
 
 
@@ -126,7 +126,7 @@ def test_a_user_generates_what_the_definition_says(hybrid, method):
 
 
 def test_a_user_may_leave_positions_out(hybrid, method):
-    """Calls of the model in two parts are the definition too, without position_ids."""
+    """Without position_ids too, a text in parts or in one piece gives what the definition says."""
     ids = torch.randint(3, 97, (1, 40))
     expected = oracle(hybrid, method, ids)
     with torch.no_grad(), lminf.patch(hybrid, n_local=W, n_global=G):

@@ -32,23 +32,20 @@ def sliding_window_attention(
     Returns:
         out [B, H, L, D of v] and lse [B, H, L].
     """
-    (B, H, L, _), past = q_BHLD.shape, k_BKMD.shape[2] - q_BHLD.shape[2]
+    L, past = q_BHLD.shape[2], k_BKMD.shape[2] - q_BHLD.shape[2]
     one_call = window_kernels.has_window(q_BHLD, softcap)
     head = min(L, max(0, window - past))  # queries that still see every key
     if one_call and not head:
         return window_kernels.attend_window(q_BHLD, k_BKMD, v_BKMD, window, scale)
-    out = q_BHLD.new_empty(B, L, H, v_BKMD.shape[3]).transpose(1, 2)  # in the order that the model goes on with
-    lse = q_BHLD.new_empty(B, H, L, dtype=torch.promote_types(q_BHLD.dtype, torch.float32))
     cuts = {0, head, L} if one_call else {0, L, *range(head, L, window)}
-    for start, stop in pairwise(sorted(cuts)):
-        keys = slice(max(0, past + start - window + 1), past + stop)
-        q, k, v = q_BHLD[:, :, start:stop], k_BKMD[:, :, keys], v_BKMD[:, :, keys]
+    first_keys = {start: max(0, past + start - window + 1) for start in cuts}
+
+    def compute(q, k, v, start):
         if one_call and start == head:
-            found = window_kernels.attend_window(q, k, v, window, scale)
-        else:
-            found = _causal_and_anti_causal(q, k, v, window, scale, softcap)
-        out[:, :, start:stop], lse[:, :, start:stop] = found
-    return out, lse
+            return window_kernels.attend_window(q, k, v, window, scale)
+        return _causal_and_anti_causal(q, k, v, window, scale, softcap)
+
+    return _in_blocks(q_BHLD, k_BKMD, v_BKMD, first_keys, compute)
 
 
 def own_chunk_attention(
@@ -66,14 +63,31 @@ def own_chunk_attention(
         out [B, H, L, D of v] and lse [B, H, L].
     """
     L, past = q_BHLD.shape[2], k_BKMD.shape[2] - q_BHLD.shape[2]
-    cuts = [0, *range(size - start % size, L, size), L]
-    pieces = []
-    for first, stop in pairwise(cuts):
-        keys = slice(past + first - (start + first) % size, past + stop)
-        q, k, v = q_BHLD[:, :, first:stop], k_BKMD[:, :, keys], v_BKMD[:, :, keys]
-        pieces.append(_causal_and_anti_causal(q, k, v, size, scale, softcap))  # no key has left the window
-    outs, lses = zip(*pieces, strict=True)
-    return torch.cat(outs, 2), torch.cat(lses, 2)
+    cuts = {0, L, *range(size - start % size, L, size)}
+    first_keys = {first: past + first - (start + first) % size for first in cuts}
+    return _in_blocks(
+        q_BHLD,
+        k_BKMD,
+        v_BKMD,
+        first_keys,
+        lambda q, k, v, _: _causal_and_anti_causal(q, k, v, size, scale, softcap),  # no key has left the window
+    )
+
+
+def _in_blocks(q_BHLD, k_BKMD, v_BKMD, first_keys, compute):
+    """Return `compute(queries, keys, values, their first query)` of each block of queries, put together.
+
+    Args:
+        first_keys: the first key that each block needs, by its first query, and L.
+    """
+    (B, H, L, _), past = q_BHLD.shape, k_BKMD.shape[2] - q_BHLD.shape[2]
+    out = q_BHLD.new_empty(B, L, H, v_BKMD.shape[3]).transpose(1, 2)  # in the order that the model goes on with
+    lse = q_BHLD.new_empty(B, H, L, dtype=torch.promote_types(q_BHLD.dtype, torch.float32))
+    for start, stop in pairwise(sorted(first_keys)):
+        keys = slice(first_keys[start], past + stop)
+        block = q_BHLD[:, :, start:stop], k_BKMD[:, :, keys], v_BKMD[:, :, keys]
+        out[:, :, start:stop], lse[:, :, start:stop] = compute(*block, start)
+    return out, lse
 
 
 def _causal_and_anti_causal(q_BHLD, k_BKMD, v_BKMD, window, scale, softcap):

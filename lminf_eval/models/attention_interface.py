@@ -11,6 +11,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from lminf_eval.models.attention_module import AttentionModule
+from lminf_eval.models.families.registry import index_topk
 
 IMPLEMENTATION = "lminf"
 
@@ -27,12 +28,12 @@ def _attention(module: AttentionModule, q, k, v, attention_mask=None, *, scaling
     return module.lminf.attend(module, q, k, v, scale, options).transpose(1, 2).contiguous(), None
 
 
-def _mask(*args, local_size: int | None = None, config: Any = None, **kwargs) -> torch.Tensor | None:
+def _mask(*args, config: Any, local_size: int | None = None, **kwargs) -> torch.Tensor | None:
     """Return no mask, or [1, 1, 1, 1]: a layer's own window, which some families (phimoe) tell in its mask alone.
 
     Layers with an indexer cut a mask to their tokens before they hand it on, so there must be one: a window of 0, none.
     """
-    if local_size is None and getattr(config, "index_topk", None):
+    if local_size is None and index_topk(config):
         local_size = 0
     return None if local_size is None else torch.full((1, 1, 1, 1), local_size)
 

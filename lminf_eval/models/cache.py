@@ -40,15 +40,15 @@ class Cache(TransformersCache):
         self._new_state = cast("PatchedModel", patched).new_cache
 
     @classmethod
-    def around(cls, state: AttentionState, update_cache: bool) -> Cache:
-        """Return a cache that hands `state` to one forward pass."""
+    def around(cls, state: AttentionState, update_cache: bool, skipped: int = 0) -> Cache:
+        """Return a cache that hands `state` to one forward pass, on tokens that follow it by `skipped` others."""
         cache = cls.__new__(cls)
-        cache._begin(state, update_cache)
+        cache._begin(state, update_cache, skipped)
         return cache
 
-    def _begin(self, state: AttentionState | None, update_cache: bool) -> None:
+    def _begin(self, state: AttentionState | None, update_cache: bool, skipped: int = 0) -> None:
         super().__init__(layers=[])
-        self.state, self.update_cache = state, update_cache
+        self.state, self.update_cache, self.skipped = state, update_cache, skipped
 
     def state_for(self, rows: int) -> AttentionState:
         """Return the state, made for `rows` sequences at the first pass.

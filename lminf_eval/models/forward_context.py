@@ -48,12 +48,13 @@ class ForwardContext:
         return [(0, tokens)] * rows if self.spans is None else self.spans
 
     def positions_of(self, tokens_BL: torch.Tensor, cache: Any) -> torch.Tensor:
-        """Return the positions [B, L] of new tokens that follow `state`, or a cache of transformers' own."""
+        """Return the positions [B, L] of a pass's tokens, which follow those of its cache, ours or transformers'."""
         B, L = tokens_BL.shape[:2]
         if self.state is None:
             starts = [0 if cache is None else int(cache.get_seq_length())] * B
         else:
-            starts = [n - low for n, (low, _) in zip(self.state.lengths, self.new_tokens(B, L), strict=True)]
+            spans = self.new_tokens(B, L)
+            starts = [n + cache.skipped - low for n, (low, _) in zip(self.state.lengths, spans, strict=True)]
         return (torch.tensor(starts)[:, None] + torch.arange(L)).clamp(min=0).to(tokens_BL.device)
 
     def advance(self, tokens: int) -> None:

@@ -49,12 +49,12 @@ def layer_rule(
     strange = sorted(name for name, value in options.items() if value is not None and name not in _HARMLESS | _READ)
     if strange:
         raise refuse(f"its attention takes {', '.join(strange)}")
+    if kind == "chunked_attention":
+        return LayerRule((Branch(OwnChunk(text.attention_chunk_size)),))
     if kind == "sliding_attention":
         own = own or text.sliding_window
     elif kind in ("full_attention", INDEXED):
         own = None
-    elif kind is not None and "attention" in kind and kind != "chunked_attention":
+    elif kind is not None and "attention" in kind:
         raise refuse(f"it has layers of the kind {kind!r}")
-    if kind == "chunked_attention":
-        return LayerRule((Branch(OwnChunk(text.attention_chunk_size)),))
     return LayerRule(sliding(own)) if own else method.rule(number)

@@ -185,13 +185,10 @@ class PatchedModel:
             update_cache: add the tokens to `state`; without it, these are the last tokens that anyone asks for.
             skipped: tokens between `state` and these, which another rank has.
         """
-        cache = Cache.around(state, update_cache)
+        cache = Cache.around(state, update_cache, skipped)
         options: dict[str, Any] = {"use_cache": False}
         if self.recurrent and self._cache_name is not None:
             options = {self._cache_name: cache, "use_cache": True}
-        if self._scaled_by_position:
-            at_BL = torch.tensor(state.lengths)[:, None] + skipped + torch.arange(ids_BL.shape[1])
-            options["position_ids"] = at_BL.to(ids_BL.device)
         with self._tap.handing(cache):
             return self.decoder(input_ids=ids_BL, return_dict=True, **options)
 

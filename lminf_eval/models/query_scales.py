@@ -28,9 +28,10 @@ class QueryScales:
             setattr(layer, _SWITCH, own)
 
     def scaled(self, layer: Any, q_BHLD: torch.Tensor, positions_BL: torch.Tensor | None) -> torch.Tensor:
-        """Return a layer's queries, scaled if it scales them; without positions they are the first L tokens'."""
+        """Return a layer's queries, scaled if it scales them; these families all take positions."""
         if layer not in self._own:
             return q_BHLD
-        at = torch.arange(q_BHLD.shape[2])[None] if positions_BL is None else positions_BL
-        scale = 1 + layer.attn_scale * torch.log1p(torch.floor((at.to(q_BHLD.device).float() + 1) / layer.floor_scale))
+        assert positions_BL is not None
+        at = positions_BL.to(q_BHLD.device).float() + 1
+        scale = 1 + layer.attn_scale * torch.log1p(torch.floor(at / layer.floor_scale))
         return (q_BHLD * scale[:, None, :, None]).to(q_BHLD.dtype)

@@ -81,7 +81,7 @@ def checked_method(config: Any, args: MethodArgs) -> tuple[AttentionMethod, str]
     """
     check(config, args.method)
     method, why = args.resolve(config)
-    most = _index_topk(config)
+    most = index_topk(config)
     if most and isinstance(method, WindowedMethod) and (too_many := method.most_seen - most) > 0:
         line = f"its indexer chooses among a query's keys if these are more than index_topk={most}"
         if method.most_seen < UNBOUNDED:
@@ -135,6 +135,11 @@ def is_multimodal(config: Any) -> bool:
     return family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and family in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
 
+def index_topk(config: Any) -> int:
+    """Return the most keys that a model's indexer chooses for a query; 0 if it has no indexer."""
+    return getattr(config.get_text_config(), "index_topk", None) or 0
+
+
 def scales_queries(config: Any) -> bool:
     """Return whether a model scales queries by their token's position, on purpose."""
     rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
@@ -174,7 +179,7 @@ def _obstacle(config: Any) -> str | None:
     source = _source(config)
     text = config.get_text_config()
     kinds = {*(getattr(text, "layer_types", None) or ()), *(getattr(text, "layers_block_type", None) or ())}
-    read = _READ | {INDEXED} if _index_topk(config) else _READ
+    read = _READ | {INDEXED} if index_topk(config) else _READ
     if kinds - read:
         return f"its layers of the kind {', '.join(sorted(kinds - read))} are neither full nor sliding attention"
     if "rotary_emb" not in source and re.search(_ABSOLUTE, source):
@@ -182,11 +187,6 @@ def _obstacle(config: Any) -> str | None:
     if "ALL_ATTENTION_FUNCTIONS" not in source:
         return "transformers does not make its attention pluggable"
     return None
-
-
-def _index_topk(config: Any) -> int:
-    """The most keys that a model's indexer chooses for a query; 0 without one."""
-    return getattr(config.get_text_config(), "index_topk", None) or 0
 
 
 def _source(config: Any) -> str:
