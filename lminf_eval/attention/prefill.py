@@ -47,16 +47,38 @@ def prefill_attention(
         out, lse = sliding_window_attention(q, k_all, v_all, call.window, call.scale, call.softcap)
     else:
         out, lse = alibi.sliding_window_attention(q, k_all, v_all, call.window, call.scale, call.slopes_H)
-    updated = layer if update_cache else None
-    if updated is not None:
-        updated.write_sinks(k_BKLD, v_BKLD, start)
     if first := call.first:
         add_first_keys(out, lse, q_BHLD, k_BKLD, v_BKLD, layer, call, first)
+    placed = None
     if older := call.older:
         placed = placed_keys(k_BKLD, position_1L, call, older)
         add_older_keys(out, lse, q_BHLD, placed, v_BKLD, layer, call, older)
-        if updated is not None and updated.older_keys is not None:
-            updated.write_older(placed, v_BKLD, [start])
-    if updated is not None:
-        updated.write(k, v_BKLD, start)
+    if update_cache:
+        assert layer is not None
+        _write(layer, k_BKLD, v_BKLD, k, placed, start)
     return out, lse
+
+
+def keep(k_BKLD: torch.Tensor, v_BKLD: torch.Tensor, layer: LayerCache, call: AttentionCall) -> None:
+    """Add L new tokens to `layer`, as `prefill_attention` does; keys are without rotation."""
+    position_1L = torch.arange(call.start, call.start + k_BKLD.shape[2])[None]
+    placed = None
+    if (whole := call.kept_whole) is not None:
+        placed = placed_keys(k_BKLD, position_1L, call, whole)
+    rotated = call.rotate(k_BKLD, position_1L - call.origin, "local") if layer.window else None
+    _write(layer, k_BKLD, v_BKLD, rotated, placed, call.start)
+
+
+def _write(
+    layer: LayerCache,
+    k_BKLD: torch.Tensor,
+    v_BKLD: torch.Tensor,
+    rotated_BKLD: torch.Tensor | None,
+    placed_BKLD: torch.Tensor | None,
+    start: int,
+) -> None:
+    layer.write_sinks(k_BKLD, v_BKLD, start)
+    if placed_BKLD is not None and layer.older_keys is not None:
+        layer.write_older(placed_BKLD, v_BKLD, [start])
+    if rotated_BKLD is not None:
+        layer.write(rotated_BKLD, v_BKLD, start)

@@ -47,7 +47,9 @@ def add_retrieved(
     zero = torch.zeros(1, 1, dtype=torch.long)
     keys = call.rotate(k_BKLD, zero, "hidden keys") if call.slopes_H is None else alibi.keys_at(k_BKLD, zero[0])
     device = k_BKLD.device if layer_idx in state.on_device else torch.device("cpu")
-    offloaded = list(state.offloaded.get(layer_idx) or [OffloadedKeys()] * len(state.lengths))
+    kept = state.layers.get(layer_idx)
+    none = OffloadedKeys(shared=0 if kept is None else kept.shared)
+    offloaded = list(state.offloaded.get(layer_idx) or [none] * len(state.lengths))
     shown = branch.keys.count if (branch := call.first) else 0
     for row, (start, answer, (low, high)) in enumerate(zip(state.lengths, answers_from, spans, strict=True)):
         offloaded[row] = offloaded[row].append(keys[row, :, low:high], v_BKLD[row, :, low:high], device)

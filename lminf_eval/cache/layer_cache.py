@@ -25,14 +25,18 @@ class LayerCache:
     holds the keys of the first tokens without rotation; each decoding step rotates them into their slots of `keys`.
     Older keys, in methods that see them all, lie in order of position, rotated to the position that the method says.
     A method of chunks has no window: its ring has no slots, and all its keys are older keys.
+
+    If a key's first `shared` numbers are its value too (latent attention), values are views of keys, and `own_values`
+    and `own_older_values` are None.
     """
 
     window: int
     sink_keys: torch.Tensor  # [B, K, G, D]
     keys: torch.Tensor  # [B, K, G + R, D]
-    values: torch.Tensor  # [B, K, G + R, D]
+    own_values: torch.Tensor | None = None  # [B, K, G + R, D]
     older_keys: torch.Tensor | None = None  # [B, K, O, D]
-    older_values: torch.Tensor | None = None  # [B, K, O, D]
+    own_older_values: torch.Tensor | None = None  # [B, K, O, D]
+    shared: int = field(default=0, kw_only=True)
 
     # (slots, keys, values) as they were before they were written over; see `rollback`.
     undo_log: list[tuple[slice, torch.Tensor, torch.Tensor]] | None = field(
@@ -41,7 +45,7 @@ class LayerCache:
 
     @classmethod
     def empty(
-        cls, k_BKLD: torch.Tensor, v_BKLD: torch.Tensor, branches: tuple[Branch, ...], capacity: int
+        cls, k_BKLD: torch.Tensor, v_BKLD: torch.Tensor, branches: tuple[Branch, ...], capacity: int, shared: int = 0
     ) -> LayerCache:
         """Return room for sequences like these, of at most `capacity` tokens, of which `branches` keep some."""
         window = window_of(branches)
@@ -54,13 +58,19 @@ class LayerCache:
             window,
             k_BKLD.new_zeros(B, K, sinks, D),
             k_BKLD.new_zeros(B, K, slots, D),
-            v_BKLD.new_zeros(B, K, slots, v_BKLD.shape[3]),
+            None if shared else v_BKLD.new_zeros(B, K, slots, v_BKLD.shape[3]),
+            shared=shared,
         )
         if beyond and whole:
             room = capacity if capacity < UNBOUNDED else max(_ROOM, k_BKLD.shape[2])
             layer.older_keys = k_BKLD.new_zeros(B, K, room, D)  # a row may mask what another has written
-            layer.older_values = v_BKLD.new_zeros(B, K, room, v_BKLD.shape[3])
+            layer.own_older_values = None if shared else v_BKLD.new_zeros(B, K, room, v_BKLD.shape[3])
         return layer
+
+    @property
+    def values(self) -> torch.Tensor:
+        """Values of the first tokens and the ring: [B, K, G + R, D]."""
+        return self.keys[..., : self.shared] if self.own_values is None else self.own_values
 
     @property
     def sinks(self) -> int:
@@ -128,8 +138,8 @@ class LayerCache:
     def older(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the first `count` older keys and values, of a layer that keeps them."""
         assert self.older_keys is not None
-        assert self.older_values is not None
-        return self.older_keys[:, :, :count], self.older_values[:, :, :count]
+        keys = self.older_keys[:, :, :count]
+        return keys, keys[..., : self.shared] if self.own_older_values is None else self.own_older_values[:, :, :count]
 
     def reserve(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Make room for keys at positions below `tokens`: twice as many slots whenever they are used up.
@@ -138,18 +148,18 @@ class LayerCache:
             the older keys and values [B, K, O, D], of a layer that keeps them.
         """
         assert self.older_keys is not None
-        assert self.older_values is not None
         slots = self.older_keys.shape[2]
         if tokens <= slots:
-            return self.older_keys, self.older_values
+            return self.older(slots)
 
         def grown(x: torch.Tensor) -> torch.Tensor:
             larger = x.new_zeros(*x.shape[:2], max(tokens, 2 * slots), x.shape[3])
             larger[:, :, :slots] = x
             return larger
 
-        self.older_keys, self.older_values = grown(self.older_keys), grown(self.older_values)
-        return self.older_keys, self.older_values
+        self.older_keys = grown(self.older_keys)
+        self.own_older_values = None if self.own_older_values is None else grown(self.own_older_values)
+        return self.older(self.older_keys.shape[2])
 
     def row(self, index: int) -> LayerCache:
         """Return one row, which shares this layer's storage."""
@@ -157,13 +167,17 @@ class LayerCache:
 
     def tensors(self) -> list[torch.Tensor]:
         """Return all tensors that it holds."""
-        held = self.sink_keys, self.keys, self.values, self.older_keys, self.older_values
-        return [x for x in held if x is not None]
+        return [x for x in self._held() if x is not None]
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> LayerCache:
         """Return the same layer with `function` applied to each of its tensors."""
-        older = (None if x is None else function(x) for x in (self.older_keys, self.older_values))
-        return LayerCache(self.window, function(self.sink_keys), function(self.keys), function(self.values), *older)
+        sink_keys, keys, *others = (None if x is None else function(x) for x in self._held())
+        assert sink_keys is not None
+        assert keys is not None
+        return LayerCache(self.window, sink_keys, keys, *others, shared=self.shared)
+
+    def _held(self) -> tuple[torch.Tensor | None, ...]:
+        return self.sink_keys, self.keys, self.own_values, self.older_keys, self.own_older_values
 
     @classmethod
     def stack(cls, layers: list[LayerCache]) -> LayerCache:

@@ -21,14 +21,17 @@ class OffloadedKeys:
     """
 
     pieces: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()  # (keys, values), each [K, M, D]
+    shared: int = 0  # first numbers of a key that are its value too, kept once (latent attention)
 
     def append(self, k_KLD: torch.Tensor, v_KLD: torch.Tensor, device: torch.device | str = "cpu") -> OffloadedKeys:
         """Return these keys and values with L more, copied to `device`."""
-        pieces = [*self.pieces, (k_KLD.to(device, copy=True), v_KLD.to(device, copy=True))]
+        new = k_KLD.to(device, copy=True)
+        pieces = [*self.pieces, (new, new[..., : self.shared] if self.shared else v_KLD.to(device, copy=True))]
         while len(pieces) > 1 and pieces[-2][0].shape[1] <= min(pieces[-1][0].shape[1], _LARGEST // 2):
-            joined = tuple(torch.cat(both, 1) for both in zip(*pieces[-2:], strict=True))
-            pieces[-2:] = [(joined[0], joined[1])]
-        return OffloadedKeys(tuple(pieces))
+            keys, values = zip(*pieces[-2:], strict=True)
+            joined = torch.cat(keys, 1)
+            pieces[-2:] = [(joined, joined[..., : self.shared] if self.shared else torch.cat(values, 1))]
+        return OffloadedKeys(tuple(pieces), self.shared)
 
     def logits(self, q_KLD: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """Return the products [K, L, stop - start] of queries with the keys of their heads at positions in a range."""
@@ -56,4 +59,5 @@ class OffloadedKeys:
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values, those that other sequences share included."""
-        return sum(x.numel() * x.element_size() for piece in self.pieces for x in piece)
+        held = [x for keys, values in self.pieces for x in ([keys] if self.shared else [keys, values])]
+        return sum(x.numel() * x.element_size() for x in held)

@@ -19,7 +19,8 @@ class LayerShape:
     """One layer's attention: heads, key-value heads, dimensions of a key and of a value, and its own window in tokens.
 
     A layer without keys and values (recurrent, convolutional) has no key-value heads. `window` is None in a layer that
-    sees everything.
+    sees everything. `latent` are the numbers of a token's latent and its rotary key, from which layers with multi-head
+    latent attention expand the keys and values of all heads; 0 in other layers.
     """
 
     heads: int
@@ -27,10 +28,11 @@ class LayerShape:
     key_dim: int
     value_dim: int
     window: int | None
+    latent: int = 0
 
     @property
     def kv_numbers(self) -> int:
-        """Numbers that one position's key and value take."""
+        """Numbers that one position's key and value take, expanded."""
         return self.kv_heads * (self.key_dim + self.value_dim)
 
 
@@ -90,12 +92,16 @@ def _layer(text: Any, kind: str) -> LayerShape:
     heads, window = text.num_attention_heads, getattr(text, _WINDOWS.get(kind, ""), None)
     key_dim = getattr(text, "head_dim", None) or getattr(text, "attention_head_dim", None) or text.hidden_size // heads
     kv_heads = _kv_heads(text, heads)
-    if getattr(text, "kv_lora_rank", None):  # multi-head latent attention, its keys and values expanded
+    latent = 0
+    if getattr(text, "kv_lora_rank", None):  # multi-head latent attention
         key_dim, kv_heads = text.qk_nope_head_dim + text.qk_rope_head_dim, heads
+        latent = text.kv_lora_rank + text.qk_rope_head_dim
     if text.model_type == "mimo_v2_flash" and window:
         kv_heads *= 2
     value_dim = getattr(text, "v_head_dim", None) or key_dim
-    return LayerShape(heads, 0 if kind in WITHOUT_KEYS else kv_heads, key_dim, value_dim, window)
+    if kind in WITHOUT_KEYS:
+        kv_heads = latent = 0
+    return LayerShape(heads, kv_heads, key_dim, value_dim, window, latent)
 
 
 def _kv_heads(text: Any, heads: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 import torch
 from transformers import PreTrainedConfig
@@ -22,6 +22,7 @@ def layers_on_device(
     method: HidesKeys,
     tokens: int,
     itemsize: int,
+    latents: Container[AttentionModule] = (),
 ) -> frozenset[int]:
     """Return the layers whose hidden keys and values fit on their CUDA device.
 
@@ -29,15 +30,17 @@ def layers_on_device(
         layers: the model's attention layers and their numbers.
         tokens: of all sequences of a batch together, at most.
         itemsize: bytes of a number.
+        latents: the layers that keep latents in place of keys and values.
     """
     shapes = ModelShape.of(config).layers
-    by_device: dict[torch.device, list[int]] = defaultdict(list)
+    by_device: dict[torch.device, dict[int, int]] = defaultdict(dict)  # numbers that each layer keeps of a token
     for number, layer in layers:
         if method.top_k_from_layer <= number < len(shapes) and shapes[number].window is None:
-            by_device[device_of(layer)].append(number)
+            kept = shapes[number].latent if layer in latents else shapes[number].kv_numbers
+            by_device[device_of(layer)][number] = kept
     fitting: list[int] = []
-    for device, indices in by_device.items():
-        needed = itemsize * tokens * sum(shapes[index].kv_numbers for index in indices)
+    for device, kept_by in by_device.items():
+        needed = itemsize * tokens * sum(kept_by.values())
         if device.type == "cuda" and needed <= _SHARE * torch.cuda.mem_get_info(device)[0]:
-            fitting += indices
+            fitting += kept_by
     return frozenset(fitting)

@@ -11,6 +11,7 @@ from lminf_eval.config.model_shape import ModelShape
 from lminf_eval.errors import BUILDING, UsageError, first_line
 from lminf_eval.methods.base import AttentionMethod, LayerRule, window_of
 from lminf_eval.methods.branches import sliding
+from lminf_eval.models.families.registry import keeps_latents
 from lminf_eval.models.loading import auto_class
 
 LOGITS_AT_ONCE = 2**26  # numbers of a block of logits: 256 MiB in float32
@@ -30,28 +31,31 @@ def memory(
 
     - weights: s times the parameters of the model built without storage, tied ones once
     - keys and values: in each layer 2 s B K D times the keys that the method keeps of N; if a layer slides as trained,
-      those of its own window
+      those of its own window; if it keeps latents, their numbers in place of 2 K D
     - keys and values of full: in each layer 2 s B K D N
     - keys and values for top-k, in host memory unless they fit on the device: 2 s B K D N in each layer that retrieves
     - set aside: what a chunk writes over, until it has passed all layers: in each layer 2 s B K D min(C, W), if N > W
     - logits: s V T for T = min(B C, 2^26 / V) rows, and 2^22 numbers of them in float32 or wider
     - activations of one chunk: s B C (4 hidden + 3 max(intermediate, H D)), and one layer's keys and values in order,
-      before and after rotating: 4 s B K D min(N, W + C)
+      before and after rotating: 4 s B K D min(N, W + C), of all heads if it keeps latents
     """
     shape = ModelShape.of(config)  # which refuses a config that has no text part to speak of
     text = config.get_text_config()
     chunk = min(chunk_size, length)
     number = dtype.itemsize * batch_size
     kept = full = hidden = aside = one_layer = 0
+    latents = keeps_latents(config)
+    quantised = method.patched and getattr(config, "quantization_config", None)
     for index, layer in enumerate(shape.layers):
-        pair = number * layer.kv_numbers  # a position's key and value in this layer
+        # what is kept of a position in this layer
+        pair = number * (layer.latent if layer.latent and latents and not quantised else layer.kv_numbers)
         rule = LayerRule(sliding(layer.window)) if layer.window and method.patched else method.rule(index)
         window = window_of(rule.branches) or length
         kept += pair * rule.kept(length)
         hidden += pair * length if rule.retrieves else 0
         full += pair * length
         aside += pair * min(chunk, window) if length > window else 0
-        one_layer = max(one_layer, 2 * pair * min(length, window + chunk))
+        one_layer = max(one_layer, 2 * number * layer.kv_numbers * min(length, window + chunk))
     rows = min(batch_size * chunk, max(1, LOGITS_AT_ONCE // text.vocab_size))
     inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
     inner = max(inner) if isinstance(inner, list | tuple) else inner  # Gemma 3n's differ by layer

@@ -29,10 +29,14 @@ def attend_rows(
     call: AttentionCall,
     context: ForwardContext,
     state: AttentionState,
+    width: int,
 ) -> Result:
     """Compute a chunk that follows `state` row by row: its rows stand at different positions, or are padded.
 
     What is padding gets zeros.
+
+    Args:
+        width: numbers of a value that `prefill` returns.
     """
     spans = context.new_tokens(len(q_BHLD), q_BHLD.shape[2])
     if layer is not None and layer.older_keys is not None:
@@ -43,7 +47,7 @@ def attend_rows(
         own = replace(call.named(f"row {row}"), start=state.lengths[row], origin=state.origins[row])
         return prefill(q, k, v, one, own, context.update_cache)
 
-    return _by_rows(attend, q_BHLD, k_BKLD, v_BKLD, spans, spans)
+    return _by_rows(attend, q_BHLD, k_BKLD, v_BKLD, spans, spans, width)
 
 
 def attend_all_keys(
@@ -60,7 +64,7 @@ def attend_all_keys(
     def attend(row: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Result:
         return _attend_newest(q, k, v, call.named(f"row {row}"))
 
-    return _by_rows(attend, q_BHLD, k_BKSD, v_BKSD, queries, keys)
+    return _by_rows(attend, q_BHLD, k_BKSD, v_BKSD, queries, keys, v_BKSD.shape[3])
 
 
 def _attend_newest(q_BHLD: torch.Tensor, k_BKSD: torch.Tensor, v_BKSD: torch.Tensor, call: AttentionCall) -> Result:
@@ -87,10 +91,11 @@ def _by_rows(
     v_BKSD: torch.Tensor,
     queries: list[Span],
     keys: list[Span],
+    width: int,
 ) -> Result:
     """Call `attend(row, q, k, v)` with the real tokens of each row; what is no token gets zeros."""
     B, H, L, _ = q_BHLD.shape
-    out = q_BHLD.new_zeros(B, H, L, v_BKSD.shape[3])
+    out = q_BHLD.new_zeros(B, H, L, width)
     lse = q_BHLD.new_zeros(B, H, L, dtype=torch.promote_types(q_BHLD.dtype, torch.float32))
     for row, ((first, last), (low, high)) in enumerate(zip(queries, keys, strict=True)):
         if first < last:

@@ -11,27 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from functools import partial
-from operator import ge
 from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from lminf_eval.attention.answers import attend_answers
 from lminf_eval.attention.call import AttentionCall
-from lminf_eval.attention.decode import DecodeMetadata, decode_attention
 from lminf_eval.attention.kernels import with_sink_logits
 from lminf_eval.attention.prefill import prefill_attention
-from lminf_eval.attention.retrieved import add_retrieved
 from lminf_eval.cache.attention_state import AttentionState
-from lminf_eval.cache.layer_cache import LayerCache
 from lminf_eval.cache.recurrent_states import new_states
 from lminf_eval.config.model_shape import ModelShape
 from lminf_eval.errors import UsageError, first_line, out_of_memory
 from lminf_eval.methods.base import LayerRule, WindowedMethod
-from lminf_eval.methods.branches import UNBOUNDED
 from lminf_eval.methods.hides_keys import HidesKeys
 from lminf_eval.models.attention_interface import IMPLEMENTATION
 from lminf_eval.models.attention_module import AttentionModule
@@ -40,6 +33,7 @@ from lminf_eval.models.families.table import adapter_of
 from lminf_eval.models.forward_context import ForwardContext
 from lminf_eval.models.hidden_keys import layers_on_device
 from lminf_eval.models.indexers import SilencedIndexers
+from lminf_eval.models.latents import LatentLayers
 from lminf_eval.models.layer_rotations import LayerRotations, Rotation
 from lminf_eval.models.layer_rules import layer_rule
 from lminf_eval.models.modules import (
@@ -53,9 +47,10 @@ from lminf_eval.models.modules import (
     takes,
 )
 from lminf_eval.models.onednn_linear import OneDNNLinearPatch
-from lminf_eval.models.padded_rows import attend_all_keys, attend_rows
+from lminf_eval.models.padded_rows import attend_all_keys
 from lminf_eval.models.query_scales import QueryScales
 from lminf_eval.models.rope import set_forward
+from lminf_eval.models.state_attention import StateAttention
 
 _CACHES = ("layer_past", *CACHE_NAMES)  # what attention modules call transformers' own cache
 Attend = Callable[[AttentionModule, torch.Tensor, torch.Tensor, torch.Tensor, float, dict], torch.Tensor]
@@ -83,6 +78,7 @@ class PatchedModel:
     """
 
     rope_depends_on_length = False  # frequencies are those of n_local, however long a sequence is
+    keeps_latents = True  # of layers with latent attention, in place of keys and values
     pads = True  # sequences of unequal length can share a batch
 
     def __init__(self, model: PreTrainedModel, method: WindowedMethod):
@@ -120,12 +116,14 @@ class PatchedModel:
         self._tap = DecoderTap(self.decoder, self._forward)
         self._linears = OneDNNLinearPatch(model)
         self._indexers, self._scales = SilencedIndexers(self.layers), QueryScales(self.layers)
+        self._latents = LatentLayers(self.layers if self.keeps_latents else [])
 
     def restore(self) -> PreTrainedModel:
         """Give back the model as it was; its outputs are bit-identical to before."""
         if not self.active:
             return self.model
         self.active = False
+        self._latents.restore()
         self._scales.restore()
         self._indexers.restore()
         self._linears.restore()
@@ -157,7 +155,8 @@ class PatchedModel:
         state.states = new_states(self.model.config) if self.recurrent else None
         if isinstance(method, HidesKeys) and method.retrieves:
             size = self.model.dtype.itemsize
-            state.on_device = layers_on_device(self.order, self.model.config, method, batch * capacity, size)
+            tokens, latents = batch * capacity, self._latents
+            state.on_device = layers_on_device(self.order, self.model.config, method, tokens, size, latents)
         return state
 
     stack = staticmethod(AttentionState.stack)
@@ -262,9 +261,15 @@ class PatchedModel:
     def attend(self, module: AttentionModule, q_BHLD, k_BKLD, v_BKLD, scale: float, options: dict) -> torch.Tensor:
         """Compute one layer's attention over the state and the new tokens: [B, H, L, D of v]. Extends the state."""
         q_BHLD = self._scales.scaled(module, q_BHLD, self._tap.current.positions)
-        if self.observer is not None:
+        if self.observer is None:
+            return self._attend(module, q_BHLD, k_BKLD, v_BKLD, scale, options)
+        if module not in self._latents:
             return self.observer(self._attend, module, q_BHLD, k_BKLD, v_BKLD, scale, options)
-        return self._attend(module, q_BHLD, k_BKLD, v_BKLD, scale, options)
+
+        def attend(module: AttentionModule, q: torch.Tensor, k: Any, v: Any, scale: float, options: dict):
+            return self._attend(module, q, k_BKLD, v_BKLD, scale, options)  # an observer sees all heads
+
+        return self.observer(attend, module, q_BHLD, *self._latents[module].expand(k_BKLD), scale, options)
 
     def _attend(self, module: AttentionModule, q_BHLD, k_BKLD, v_BKLD, scale: float, options: dict) -> torch.Tensor:
         dtype, context = q_BHLD.dtype, self._tap.current
@@ -274,53 +279,22 @@ class PatchedModel:
         rule = self.layer_rule(module, options, number)
         rotate = partial(self.rotate, module, context)
         call = AttentionCall(rule.branches, rotate, scale, options.get("softcap"), self.slopes)
-        state = context.state
+        state, latents = context.state, self._latents.get(module)
         if state is None:
             name = "top_k" if rule.retrieves else "full_decode" if rule.answer else ""
             if call.own_chunk and k_BKLD.shape[2] > q_BHLD.shape[2]:
                 name = "attention_chunk_size"
             if name:
                 raise UsageError(f"{name}: model(…) and generate() need past_key_values=lminf.Cache(model)")
+            if latents is not None:
+                k_BKLD, v_BKLD = latents.expand(k_BKLD)
             if context.outside is not None:
                 k_BKLD, v_BKLD = context.outside.update(k_BKLD, v_BKLD, module.layer_idx)
             out, lse = attend_all_keys(q_BHLD, k_BKLD, v_BKLD, call, context)
         else:
-            out, lse = self._attend_state(q_BHLD, k_BKLD, v_BKLD, call, context, state, rule, number)
+            chunk = StateAttention(self.method, rule, state, context, number, self._prefill, latents)
+            out, lse = chunk.attend(q_BHLD, k_BKLD, v_BKLD, call)
         return with_sink_logits(out, lse, options.get("s_aux")).to(dtype)
-
-    def _attend_state(
-        self,
-        q_BHLD: torch.Tensor,
-        k_BKLD: torch.Tensor,
-        v_BKLD: torch.Tensor,
-        call: AttentionCall,
-        context: ForwardContext,
-        state: AttentionState,
-        rule: LayerRule,
-        index: int,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute the attention of tokens that follow a state; `index` is the layer's place in it."""
-        update, method = context.update_cache, self.method
-        layer, starts, L = state.layers.get(index), state.lengths, q_BHLD.shape[2]
-        answers_from = state.answers_from or [UNBOUNDED] * len(starts)
-        if layer is None and update:
-            layer = state.layers[index] = LayerCache.empty(k_BKLD, v_BKLD, rule.branches, state.capacity)
-        all_answers = rule.answer is not None and all(map(ge, starts, answers_from))
-        if rule.answer is not None and all_answers:
-            call = replace(call, branches=rule.answer)
-        if layer is not None and layer.window and L == 1 and update and context.spans is None:
-            out, lse = decode_attention(q_BHLD, k_BKLD, v_BKLD, layer, self._step(layer, call, context, state), call)
-        elif context.spans is None and len(set(starts)) == 1:
-            call = replace(call, start=starts[0], origin=state.origins[0])
-            out, lse = self._prefill(q_BHLD, k_BKLD, v_BKLD, layer, call, update)
-        else:
-            out, lse = attend_rows(self._prefill, q_BHLD, k_BKLD, v_BKLD, layer, call, context, state)
-        spans = context.new_tokens(len(starts), L)
-        if rule.answer is not None and not all_answers:
-            attend_answers(out, lse, q_BHLD, k_BKLD, v_BKLD, layer, call, starts, answers_from, spans)
-        if rule.retrieves and isinstance(method, HidesKeys) and state.capacity > call.window:
-            add_retrieved(out, lse, q_BHLD, k_BKLD, v_BKLD, method, state, index, call, answers_from, spans, update)
-        return out, lse
 
     _prefill = staticmethod(prefill_attention)  # context parallel has its own
 
@@ -347,16 +321,6 @@ class PatchedModel:
             with_keys = [i for i, layer in enumerate(ModelShape.of(self.model.config).layers) if layer.kv_heads]
             numbers = with_keys if len(with_keys) == len(modules) else list(range(len(modules)))
         self.order = list(zip(numbers, modules, strict=True))
-
-    def _step(
-        self, layer: LayerCache, call: AttentionCall, context: ForwardContext, state: AttentionState
-    ) -> DecodeMetadata:
-        """Return what layers with the same branches have in common in this pass, made once."""
-        kind = call.older, call.first is None, call.own_chunk
-        key = "step", *kind, layer.window, layer.sinks, layer.ring, layer.keys.device
-        if key not in context.shared:
-            context.shared[key] = DecodeMetadata.of(layer, state.lengths, state.origins, call)
-        return context.shared[key]
 
     def rotate(
         self,

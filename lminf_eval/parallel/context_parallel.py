@@ -50,6 +50,8 @@ class ContextModel(PatchedModel):
         split: whether the last chunk was spread; `exchange.local_slice` are then the tokens of it that this rank has.
     """
 
+    keeps_latents = False  # ranks send each other keys and values
+
     def __init__(self, model: PreTrainedModel, method: WindowedMethod, group: dist.ProcessGroup):
         super().__init__(model, method)
         self.exchange = HaloExchange(group)

@@ -24,8 +24,9 @@ logger = logging.getLogger(f"lm_eval.{__name__}")  # lm-eval shows the loggers b
 
 EVERY = 2**17  # tokens of one document between two checkpoints
 
+_FORMAT = b"2"  # a file of another format is not found
 _STATES = "states."  # before the names of a recurrent layer's tensors
-_TENSORS = ("sink_keys", "keys", "values")  # a state with older keys is not small, and not kept
+_TENSORS = ("sink_keys", "keys", "own_values")  # a state with older keys is not small, and not kept
 
 
 class Checkpoints:
@@ -40,7 +41,7 @@ class Checkpoints:
 
     def begin(self, tokens: np.ndarray, wanted: np.ndarray, capacity: int) -> None:
         """Take the next document: its input tokens, the (position, token) pairs [U, 2] wanted, its cache's capacity."""
-        digest = hashlib.sha256(self.salt)
+        digest = hashlib.sha256(self.salt + _FORMAT)
         for part in (tokens, wanted, np.array([capacity])):
             digest.update(np.ascontiguousarray(part, dtype="<i8").tobytes())
         self._current = self.folder / f"{digest.hexdigest()[:40]}.safetensors"
@@ -61,8 +62,9 @@ class Checkpoints:
             return 0, []
         cache.lengths, cache.origins = numbers["lengths"], numbers["origins"]
         for i, window in numbers["windows"].items():
-            parts = (tensors[f"{i}.{name}"].to(devices[int(i)]) for name in _TENSORS)
-            cache.layers[int(i)] = LayerCache(window, *parts)
+            parts = {name: tensors[f"{i}.{name}"] for name in _TENSORS if f"{i}.{name}" in tensors}
+            held = {name: x.to(devices[int(i)]) for name, x in parts.items()}
+            cache.layers[int(i)] = LayerCache(window, **held, shared=numbers["shared"][i])
         if cache.states is not None:
             states = {name[len(_STATES) :]: x for name, x in tensors.items() if name.startswith(_STATES)}
             fill(cache.states, numbers["states"] | states, devices)
@@ -80,11 +82,13 @@ class Checkpoints:
             "lengths": cache.lengths,
             "origins": cache.origins,
             "windows": {i: layer.window for i, layer in cache.layers.items()},
+            "shared": {i: layer.shared for i, layer in cache.layers.items()},
         }
         states = state_tensors(cache.states)
         if cache.states is not None:
             numbers["states"] = {place: entry for place, entry in state_entries(cache.states) if place not in states}
-        tensors = {f"{i}.{name}": getattr(layer, name) for i, layer in cache.layers.items() for name in _TENSORS}
+        held = ((f"{i}.{name}", getattr(layer, name)) for i, layer in cache.layers.items() for name in _TENSORS)
+        tensors = {name: x for name, x in held if x is not None}
         tensors |= {_STATES + place: x for place, x in states.items()}
         tensors |= {"log_probs": torch.from_numpy(found[0]), "greedy": torch.from_numpy(found[1])}
         try:

@@ -36,6 +36,7 @@ _NO_CAUSAL_LM = "transformers has no causal language model of this type"
 _TWO_WAY = "its config has is_decoder=False, so that each token sees those after it"
 _SCALED = "llama_4_scaling_beta"  # of rope_parameters
 _ABSOLUTE = r"nn\.Embedding\([^)]*pos|wpe|PositionalEmbedding|self\.pos_encoding"  # in a modeling file
+EXPAND = "expand_kv"  # the method of attention modules that makes keys and values of latents
 INDEXED = "indexed_attention"  # a kind of layer
 _READ = WITHOUT_KEYS | {"full_attention", "sliding_attention", "chunked_attention", "hybrid"}  # kinds of layers
 
@@ -140,6 +141,16 @@ def index_topk(config: Any) -> int:
     return getattr(config.get_text_config(), "index_topk", None) or 0
 
 
+def keeps_latents(config: Any) -> bool:
+    """Return whether latents are kept of a model with latent attention, in place of its keys and values.
+
+    They are if this release of transformers has the model expand them in one place. Under our methods, layers whose
+    weights are quantised keep keys and values; see `models/latents.py`.
+    """
+    text = config.get_text_config()
+    return bool(getattr(text, "kv_lora_rank", None)) and EXPAND in _source(text)
+
+
 def scales_queries(config: Any) -> bool:
     """Return whether a model scales queries by their token's position, on purpose."""
     rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
@@ -191,7 +202,9 @@ def _obstacle(config: Any) -> str | None:
 
 def _source(config: Any) -> str:
     """The text of the modeling file that a config's causal LM is in; read, not imported."""
-    names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]
+    names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    if names is None:
+        return ""
     wanted = f"class {names if isinstance(names, str) else names[0]}("
     folder = Path(inspect.getfile(type(config))).parent
     for path in [*folder.glob("modeling_*.py"), *folder.parent.glob("*/modeling_*.py")]:  # some share another's class
