@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -153,17 +154,19 @@ def own_logits(model: PreTrainedModel, method: AttentionMethod | None) -> torch.
     length, shifted = ids.shape[1], False
     if isinstance(method, WindowedMethod):
         length, shifted = method.n_local, _takes_positions(model)
+    options = {}
+    if shifted:  # in one pass, which reads the weights once
+        at_L = torch.arange(ids.shape[1], device=ids.device)
+        ids, options["position_ids"] = ids.expand(2, -1), torch.stack([at_L, at_L + SHIFT])
     with frozen_length(find_rotary(model), length), short_windows(model, _OWN):
-        logits = model(input_ids=ids, use_cache=False).logits[0]
-        if not logits.isfinite().all():
-            line = "the model's own logits are not finite numbers; check its weights and dtype"
-            raise UsageError(f"{model.config.model_type!r}: {line}")
-        if shifted:
-            at_1L = torch.arange(SHIFT, SHIFT + ids.shape[1], device=ids.device)[None]
-            moved = model(input_ids=ids, position_ids=at_1L, use_cache=False).logits[0]
-            why = "its logits depend on absolute positions: the same tokens further on differ by"
-            # In half precision cosines are rounded by position too, and an expert may change with them.
-            _require(model, moved, logits, why, None if _precise(model) else _HALF_SHIFT)
+        logits, *moved = model(input_ids=ids, use_cache=False, **options).logits
+    if not logits.isfinite().all():
+        line = "the model's own logits are not finite numbers; check its weights and dtype"
+        raise UsageError(f"{model.config.model_type!r}: {line}")
+    if moved:
+        why = "its logits depend on absolute positions: the same tokens further on differ by"
+        # In half precision cosines are rounded by position too, and an expert may change with them.
+        _require(model, moved[0], logits, why, None if _precise(model) else _HALF_SHIFT)
     return logits
 
 
@@ -190,7 +193,7 @@ def _compare_logits(patched: PatchedModel, expected: torch.Tensor, ids: torch.Te
     patched.method = method.shrunk(n)
     try:
         with short_windows(model, _OWN):
-            chunked = _logits(patched, ids, {n // 2, n - 1, n, ids.shape[1] - 1})
+            chunked = _chunked_logits(patched, ids, n)
             whole = _logits(patched, ids, set())
     finally:
         patched.method = method
@@ -242,6 +245,24 @@ def _logits(runner: ModelRunner[Any], ids: torch.Tensor, cuts: set[int]) -> torc
         output = runner.hidden(ids[:, start:end], cache)
         found.append(runner.logits(output, output.last_hidden_state[0]))
     return torch.cat(found)
+
+
+def _chunked_logits(patched: PatchedModel, ids: torch.Tensor, n: int) -> torch.Tensor:
+    """Return [T, V]: the tokens in chunks, and those at n - 1 and T - 1 alone, in one pass of rows at two positions."""
+    T = ids.shape[1]
+    cache, found, alone = patched.new_cache(1, T), [], {}
+    for start, end in pairwise(sorted({0, n // 2, n - 1, T - 1})):
+        if start and start == n - 1:
+            alone[start] = cache.rows([0])
+        output = patched.hidden(ids[:, start:end], cache)
+        found.append(patched.logits(output, output.last_hidden_state[0]))
+    alone[T - 1] = cache
+    at = list(alone)
+    output = patched.hidden(ids[0, at, None], patched.stack(list(alone.values())))
+    singles = patched.logits(output, output.last_hidden_state[:, -1])
+    logits = torch.cat([*found, singles[-1:]])
+    logits[at] = singles
+    return logits
 
 
 def _require(
