@@ -109,6 +109,22 @@ INDEXER = {  # sees all of the tests' tokens
 }
 
 
+DOTS3 = {
+    "layer_types": ["indexed_attention", "sliding_attention", "indexed_attention"],
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 4,
+    "swa_q_lora_rank": 16,
+    "swa_kv_lora_rank": 16,
+    "swa_head_dim": 16,
+    "swa_qk_nope_head_dim": 8,
+    "swa_v_head_dim": 8,
+}
+MISTRAL4 = {  # queries keep their scale below the length that is named last
+    "rope_type": "default",
+    "rope_theta": 1e4,
+    "llama_4_scaling_beta": 0.1,
+    "original_max_position_embeddings": 128,
+}
 LLAMA4 = (
     MOE
     | DEEP
@@ -241,6 +257,8 @@ FAMILIES = {
     "axk2": LATENT | MOE | INDEXER,
     "glm_moe_dsa": LATENT | MOE | INDEXER | {"indexer_types": ["full", "shared", "full"]},
     "hy_v4": LATENT | MOE | INDEXER | {"indexer_types": ["full", "shared", "full"]},
+    "dots3_note_text": LATENT | MOE | SLIDING | INDEXER | DOTS3,  # sliding layers have dimensions of their own
+    "mistral4": LATENT | MOE | {"rope_parameters": MISTRAL4},
     "beam": MOE | SLIDING,
     "llama4_text": LLAMA4,
     "llama4": seeing(
@@ -402,11 +420,12 @@ def hold_frequencies(model, n_local):
             module.rope_type = "default"
 
 
-def test_queries_scaled_by_their_position_take_it_from_the_sequence_up_to_the_window(randomise):
-    """Ministral 3's temperature: 1 + beta log(1 + floor(position / length)), the position held at n_local - 1."""
+@pytest.mark.parametrize("kind", ["ministral3", "mistral4"])
+def test_queries_scaled_by_their_position_take_it_from_the_sequence_up_to_the_window(kind, randomise):
+    """Ministral 3's and Mistral 4's temperature: 1 + beta log(1 + floor(position / length)), the position held at n_local - 1."""
     rope = {"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.5}
     rope["original_max_position_embeddings"] = 5
-    model = build(randomise, "ministral3", rope_parameters=rope, sliding_window=None)
+    model = build(randomise, kind, rope_parameters=rope)
     ids, spec = torch.randint(3, 97, (1, S)), make(n_local=W, n_global=G)
     plain = copy.deepcopy(model)
     for layer in plain.model.layers:
