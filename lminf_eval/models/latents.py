@@ -127,5 +127,6 @@ def _readable(layer: Any) -> bool:
     if not hasattr(layer, EXPAND) or type(expand) is not nn.Linear or expand.bias is not None:
         return False
     weight, per_head = expand.weight, layer.qk_nope_head_dim + layer.v_head_dim
-    plain = type(weight) is nn.Parameter and weight.device.type != "meta" and weight.dim() == 2
-    return plain and weight.shape[1] == layer.kv_lora_rank and weight.shape[0] % per_head == 0 and weight.numel() > 0
+    elsewhere = weight.device.type == "meta" or hasattr(weight, "ds_id")  # accelerate's and DeepSpeed ZeRO-3's
+    plain = type(weight) is nn.Parameter and weight.dim() == 2 and not elsewhere
+    return plain and weight.shape[1] == layer.kv_lora_rank and weight.shape[0] % per_head == 0
