@@ -34,9 +34,8 @@ def attend(
     if name == "math":
         return _math(q_BHLD, k_BKMD, v_BKMD, scale, causal, softcap)
     D = v_BKMD.shape[3]
-    if q_BHLD.shape[3] != D:  # the fused kernels know one head dimension
-        widest = max(D, q_BHLD.shape[3])
-        q, k, v = (pad(x, (0, widest - x.shape[3])) for x in (q_BHLD, k_BKMD, v_BKMD))
+    if q_BHLD.shape[3] != D:
+        q, k, v = equally_wide(q_BHLD, k_BKMD, v_BKMD)
         out, lse = attend(q, k, v, scale, causal)
         return out[..., :D], lse
     q_BHLD, k, v = dense(q_BHLD, *_head_groups(q_BHLD, k_BKMD, v_BKMD))
@@ -81,6 +80,12 @@ def attend_biased(
     lse_BKg = logits_BKgM.logsumexp(-1)
     weights = (logits_BKgM - lse_BKg.unsqueeze(-1)).exp_()
     return (weights.to(v_BKMD.dtype) @ v_BKMD).view(B, H, 1, -1), lse_BKg.view(B, H, 1)
+
+
+def equally_wide(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Return the tensors with zeros added to the narrower heads: the fused kernels know one head dimension."""
+    widest = max(x.shape[-1] for x in tensors)
+    return [x if x.shape[-1] == widest else pad(x, (0, widest - x.shape[-1])) for x in tensors]  # by 0 it would copy
 
 
 def dense(*tensors: torch.Tensor) -> list[torch.Tensor]:

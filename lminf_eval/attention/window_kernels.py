@@ -14,7 +14,6 @@ import inspect
 from functools import lru_cache
 
 import torch
-from torch.nn.functional import pad
 
 from lminf_eval.attention import kernels
 
@@ -38,11 +37,9 @@ def attend_window(
         out [B, H, L, D of v] in the dtype of q, and lse [B, H, L], float32 (float64 for float64 inputs).
     """
     D = v_BKMD.shape[3]
-    if q_BHLD.shape[3] != D:  # the kernels know one head dimension
-        widest = max(D, q_BHLD.shape[3])
-        q_BHLD, k_BKMD, v_BKMD = (pad(x, (0, widest - x.shape[3])) for x in (q_BHLD, k_BKMD, v_BKMD))
     first = k_BKMD.shape[2] - q_BHLD.shape[2] - n_local + 1
-    q_BHLD, k_BKMD, v_BKMD = kernels.dense(q_BHLD, k_BKMD[:, :, first:], v_BKMD[:, :, first:])
+    wide = kernels.equally_wide(q_BHLD, k_BKMD[:, :, first:], v_BKMD[:, :, first:])
+    q_BHLD, k_BKMD, v_BKMD = kernels.dense(*wide)
     function = _on_cuda if q_BHLD.device.type == "cuda" else _on_cpu
     out, lse = function(q_BHLD, k_BKMD, v_BKMD, n_local, scale)
     return out[..., :D], lse

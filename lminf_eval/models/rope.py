@@ -284,13 +284,20 @@ class Rotary:
 def rotate_columns(x_BHSD: torch.Tensor, angles: Angles, columns: Columns) -> torch.Tensor:
     """Return x, some columns of each head rotated by `angles`, which have each angle once: [B, S, r / 2]."""
     cos, sin = (part[:, None] for part in angles)
-    r = 2 * cos.shape[-1]
-    low = x_BHSD.shape[-1] - r if columns.last else 0
-    part = x_BHSD[..., low : low + r]
-    a, b = (part[..., ::2], part[..., 1::2]) if columns.neighbours else part.chunk(2, -1)
-    turned = a * cos - b * sin, b * cos + a * sin
-    part = torch.stack(turned, -1).flatten(-2) if columns.neighbours else torch.cat(turned, -1)
-    return torch.cat([x_BHSD[..., :low], part.to(x_BHSD.dtype), x_BHSD[..., low + r :]], -1)
+    wide = torch.promote_types(x_BHSD.dtype, cos.dtype)  # angles may be wider
+    rotated = x_BHSD.to(wide, copy=True, memory_format=torch.contiguous_format)
+    low = x_BHSD.shape[-1] - 2 * cos.shape[-1] if columns.last else 0
+    (a, b), (a_turned, b_turned) = (_pairs(x[..., low:], cos.shape[-1], columns) for x in (x_BHSD, rotated))
+    a_turned.mul_(cos).addcmul_(b, sin, value=-1)
+    b_turned.mul_(cos).addcmul_(a, sin)
+    return rotated.to(x_BHSD.dtype)
+
+
+def _pairs(x_BHSD: torch.Tensor, pairs: int, columns: Columns) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return views of both numbers of each of the first `pairs` pairs."""
+    if columns.neighbours:
+        return x_BHSD[..., 0 : 2 * pairs : 2], x_BHSD[..., 1 : 2 * pairs : 2]
+    return x_BHSD[..., :pairs], x_BHSD[..., pairs : 2 * pairs]
 
 
 def _one_of_each_pair(sin_r: torch.Tensor) -> slice:
