@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from dataclasses import replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -13,7 +14,7 @@ from lm_eval.models.huggingface import HFLM
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import (
-    LlamaConfig,
+    AutoConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -21,7 +22,7 @@ from transformers import (
 
 from lminf_eval.bench.options import Options
 from lminf_eval.bench.roofline import Size
-from lminf_eval.bench.shapes import SHAPES
+from lminf_eval.bench.shapes import EQUAL_FLOPS, SHAPES
 from lminf_eval.errors import UsageError
 from lminf_eval.harness.lm import LMInfinite
 from lminf_eval.methods.registry import DEFAULT, METHODS
@@ -48,7 +49,7 @@ class BenchmarkModel:
     def __init__(self, options: Options):
         self.options, self.device = options, torch.device(options.device)
         self.config = (
-            read_config(options.pretrained, {}) if options.pretrained else LlamaConfig.from_dict(SHAPES[options.shape])
+            read_config(options.pretrained, {}) if options.pretrained else AutoConfig.for_model(**SHAPES[options.shape])
         )
         registry.check(self.config, METHODS[DEFAULT])
         with torch.device("meta"):
@@ -101,6 +102,12 @@ class BenchmarkModel:
         return lm
 
     @cached_property
+    def equal(self) -> BenchmarkModel | None:
+        """Return the model of another kind, of equal operations a token, that a shape is compared with; if any."""
+        shape = EQUAL_FLOPS.get(self.options.shape)
+        return BenchmarkModel(replace(self.options, shape=shape)) if shape else None
+
+    @cached_property
     def hf(self) -> HFLM:
         """Return `--model hf` on the plain model."""
         return self.through_hf(self.model)
@@ -119,8 +126,14 @@ class BenchmarkModel:
         return [(None, [first], rest)]
 
     def hf_bytes(self, length: int) -> int:
-        """Return the bytes that `hf` needs for one text besides the weights: logits, and as many log-probabilities."""
-        return 2 * length * self.size.vocab * self.size.itemsize
+        """Return the bytes that `hf` needs for one text besides the weights: logits, and as many log-probabilities.
+
+        If values are narrower than keys (latent attention), PyTorch's `sdpa` on a CPU has no fused kernel: it holds the
+        weights of all pairs in a layer, before and after the softmax.
+        """
+        size, unfused = self.size, self.device.type == "cpu" and self.size.head_dim != self.size.value_dim
+        pairs = 2 * size.heads * length**2 * size.itemsize if unfused else 0
+        return max(pairs, 2 * length * size.vocab * size.itemsize)
 
     def memory_shortage(self, needed: int) -> str:
         """Return why something that needs this many bytes is left out; "" if it fits."""

@@ -32,6 +32,8 @@ def print_tables(console: Console, about: dict[str, Any], records: list[Record],
             f"{limits.bandwidth / 1e9:,.1f} GB/s (copy)"
         )
     )
+    for line in _uncounted(model):
+        console.print(Text(line))
     for case, meaning in CASES.items():
         if any(record.case == case for record in records):
             console.print()
@@ -46,6 +48,16 @@ def print_tables(console: Console, about: dict[str, Any], records: list[Record],
             console.print(Text(line))
     console.print()
     console.print(Text(LEGEND, style="dim"))
+
+
+def _uncounted(model: dict[str, Any]) -> list[str]:
+    """Return what is not counted of such a model's work, so that tables have no % for it."""
+    if model["recurrent"]:
+        where = f"{model['recurrent']} of {model['layers']} layers have a recurrent or convolutional state"
+        return [f"{where}: what they compute is not counted, so only attention has a %"]
+    if model["latent"]:
+        return ["a cache may hold latents in place of keys and values, so decoding has no %"]
+    return []
 
 
 def _table(records: list[Record], limits: HardwareLimits) -> Table:

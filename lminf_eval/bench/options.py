@@ -33,7 +33,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 @dataclass(frozen=True)
 class Options:
-    """A bench. `pretrained` is a folder or a hub name; it is empty if `shape` names a Llama with random weights."""
+    """A bench. `pretrained` is a folder or a hub name; it is empty if `shape` names a model with random weights."""
 
     pretrained: str
     shape: str
@@ -139,4 +139,5 @@ def model_name(options: Options) -> str:
     if options.pretrained:
         folder = Path(options.pretrained)
         return folder.resolve().name if folder.is_dir() else options.pretrained
-    return f"Llama {options.shape}, random weights"
+    kind = SHAPES[options.shape]["model_type"]
+    return f"{'Llama' if kind == 'llama' else kind} {options.shape}, random weights"

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from lminf_eval.bench.benchmark_model import BenchmarkModel
 from lminf_eval.cache.attention_state import AttentionState
+from lminf_eval.cache.full_cache import mapped
 from lminf_eval.cache.offloaded_keys import OffloadedKeys
+from lminf_eval.cache.recurrent_states import is_recurrent, state_tensors
 from lminf_eval.harness.lm import LMInfinite
 from lminf_eval.methods.base import window_of
+from lminf_eval.models.modules import CACHE_NAMES, takes
 
 
 def prefilled_lambda_cache(
@@ -46,18 +50,33 @@ def prefilled_plain_cache(
 ) -> DynamicCache:
     """Return transformers' own cache of `rows` sequences after `context` tokens.
 
-    Keys and values are random, since their values do not affect the time. On the device "meta" it has only shapes.
+    A pass makes what the layers keep of the first token: keys and values, latents, states. All later keys and values
+    are random, since their values do not affect the time. On the device "meta" it has only shapes.
     """
-    size, cache = bench_model.size, DynamicCache(config=model.config)
-    if context:
-        for layer in range(size.layers):
-            shape = rows, size.kv_heads, context, size.head_dim
-            keys, values = (torch.randn(shape, dtype=model.dtype, device=device) for _ in range(2))
-            cache.update(keys, values, layer)
+    cache = DynamicCache(config=model.config)
+    if not context:
+        return cache
+    ids_B1 = bench_model.tokens(rows, 1).to(bench_model.device)
+    model(input_ids=ids_B1, use_cache=True, **{takes(model, *CACHE_NAMES) or CACHE_NAMES[0]: cache})
+    cache = mapped(lambda name, x: x.to(device), cache)
+    for index, layer in enumerate(cache.layers):
+        first = [x for name in ("keys", "values") if (x := getattr(layer, name, None)) is not None]
+        if first:
+            shapes = [(*x.shape[:2], context - 1, x.shape[3]) for x in first]
+            keys, values = (torch.randn(shape, dtype=model.dtype, device=device) for shape in shapes)
+            cache.update(keys, values, index)
     return cache
 
 
+def remove_keys(cache: DynamicCache, tokens: int) -> None:
+    """Remove the last tokens' keys and values. States stay as they are: what they hold does not affect the time."""
+    for layer in cache.layers:
+        if isinstance(layer, DynamicLayer):
+            (DynamicLayer if is_recurrent(layer) else type(layer)).crop(layer, -tokens)
+
+
 def cache_bytes(cache: DynamicCache) -> int:
-    """Return the bytes in the keys and values of transformers' own cache."""
+    """Return the bytes in the keys, values and states of transformers' own cache."""
     found = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
+    found += state_tensors(cache).values()
     return sum(tensor.numel() * tensor.element_size() for tensor in found if tensor is not None)

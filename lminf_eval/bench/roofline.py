@@ -1,8 +1,9 @@
 """Operations and bytes by formula, and the least time that a machine needs for them.
 
 Every formula counts what the method needs at the least, not what some program happens to do: a multiplication and an
-addition are two operations; a key that a query sees costs 4 D of them in each head (its logit and its share of the
-output); a weight is read once a pass. Norms, rotations and softmax are left out.
+addition are two operations; a key that a query sees costs two for each of its numbers in each head (its logit) and two
+for each of its value's (the share of the output); a weight is read once a pass. Norms, rotations and softmax are left
+out. What a recurrent or convolutional layer does besides its linear layers has no formula here: `Size.counts_scoring`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
+from lminf_eval.cache.recurrent_states import is_recurrent, new_states
 from lminf_eval.config.model_shape import ModelShape
 
 
@@ -37,12 +39,28 @@ class HardwareLimits:
 
 @dataclass(frozen=True)
 class Size:
-    """The numbers of a model that its work is counted from. `linear`: weights in its linear layers, the head's too."""
+    """The numbers of a model that its work is counted from.
+
+    Attributes:
+        head_dim, value_dim: dimensions of a key and of a value.
+        head_numbers: dimensions of the keys and values of all query heads, over all layers with attention.
+        kv_numbers: numbers in one position's keys and values, over all layers.
+        recurrent: layers with a recurrent or convolutional state, whose own operations no formula here counts.
+        attention_layers: layers with keys and values.
+        latent: whether a cache may hold latents in place of keys and values.
+        linear: weights in linear layers, the head's too.
+    """
 
     layers: int
     heads: int
     kv_heads: int
     head_dim: int
+    value_dim: int
+    head_numbers: int
+    kv_numbers: int
+    recurrent: int
+    attention_layers: int
+    latent: bool
     vocab: int
     linear: int
     parameters: int
@@ -52,11 +70,20 @@ class Size:
     @classmethod
     def of(cls, model: PreTrainedModel) -> Size:
         shape = ModelShape.of(model.config)
+        attention = [layer for layer in shape.layers if layer.kv_heads]
+        states = new_states(model.config)
+        recurrent = [] if states is None else [one for one in states.layers if is_recurrent(one)]
         return cls(
             len(shape.layers),
             shape.heads,
             shape.kv_heads,
             shape.head_dim,
+            max((layer.value_dim for layer in attention), default=0),
+            sum(layer.heads * (layer.key_dim + layer.value_dim) for layer in attention),
+            sum(layer.kv_numbers for layer in shape.layers),
+            len(recurrent),
+            len(attention),
+            bool(getattr(model.config.get_text_config(), "kv_lora_rank", None)),
             model.config.get_text_config().vocab_size,
             sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear)),
             sum(parameter.numel() for parameter in model.parameters()),
@@ -67,11 +94,21 @@ class Size:
     @property
     def kv_bytes(self) -> int:
         """Return the bytes of one position's keys and values, over all layers."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * self.itemsize
+        return self.kv_numbers * self.itemsize
 
     def attention(self, pairs: float) -> float:
         """Return the operations of all layers' attention if each has `pairs` of queries and keys."""
-        return 4.0 * self.head_dim * self.heads * self.layers * pairs
+        return 2.0 * self.head_numbers * pairs
+
+    @property
+    def counts_scoring(self) -> bool:
+        """Return whether `scoring` leaves nothing out that takes long; else its work is only part of a pass's."""
+        return not self.recurrent
+
+    @property
+    def counts_decoding(self) -> bool:
+        """Return whether `decoding` does; latents are other bytes than keys and values, and other operations."""
+        return not (self.recurrent or self.latent)
 
     def scoring(self, tokens: int, pairs: float) -> Work:
         """Return the work of scoring `tokens`: linear layers, attention; weights read once, keys and values written."""

@@ -59,7 +59,8 @@ def run_bench(options: Options, output: Path) -> int:
     limits = hardware_limits.hardware_limits(file.records[0])
     jobs = list(_jobs(options, bench_model, limits))
     todo = [job for job in jobs if job.key not in done]
-    console.print(Text(f"{len(todo)} measurements, {_estimate(todo)}"))
+    about = "about" if bench_model.size.counts_scoring else "more than"
+    console.print(Text(f"{len(todo)} measurements, {about} {_estimate(todo)}"))
     status = 0
     try:
         for number, job in enumerate(todo, start=1):
@@ -96,4 +97,4 @@ def _estimate(jobs: list[Job]) -> str:
     cases = dict.fromkeys(job.case for job in jobs)
     each = {case: sum(job.seconds for job in jobs if job.case == case) for case in cases}
     parts = ", ".join(f"{case} {format_estimate(seconds)}" for case, seconds in each.items())
-    return f"about {format_estimate(sum(each.values()))}" + (f" ({parts})" if len(each) > 1 else "")
+    return format_estimate(sum(each.values())) + (f" ({parts})" if len(each) > 1 else "")

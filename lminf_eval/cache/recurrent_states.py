@@ -21,7 +21,12 @@ def new_states(config: PretrainedConfig) -> DynamicCache | None:
         states = DynamicCache(config=config)
     except (AttributeError, KeyError, TypeError, ValueError):  # a config of which transformers can read no layers
         return None
-    return states if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in states.layers) else None
+    return states if any(map(is_recurrent, states.layers)) else None
+
+
+def is_recurrent(layer: Any) -> bool:
+    """Return whether a layer of transformers' own cache has a recurrent or convolutional state, besides keys or not."""
+    return isinstance(layer, LinearAttentionCacheLayerMixin)
 
 
 def state_entries(states: DynamicCache | None) -> Iterator[tuple[str, Any]]:

@@ -12,7 +12,14 @@ def bench(
     pretrained: Annotated[
         str, typer.Option(help="The model: a folder, or a name on the hub; by default the demo's.")
     ] = "",
-    shape: Annotated[str, typer.Option(help="Use a Llama with random weights instead: tiny, 135m, 1b or 7b.")] = "",
+    shape: Annotated[
+        str,
+        typer.Option(
+            help="Use random weights instead: a Llama (tiny, 135m, 1b, 7b), a hybrid (hybrid-delta-135m: Qwen3.5; "
+            "hybrid-conv-135m: LFM2), or latent attention (mla-135m: DeepSeek-V3, next to gqa-135m: a Llama of equal "
+            "FLOPs)."
+        ),
+    ] = "",
     dtype: DType = "auto",
     device: Device = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Number of CPU threads; by default PyTorch's.")] = None,

@@ -25,7 +25,10 @@ WINDOWS = 8  # of the longest text that is measured
 
 
 def jobs(bench_model: BenchmarkModel, limits: HardwareLimits) -> Iterator[Job]:
-    """Yield two jobs for each n_local, with passes over the longest text, of `WINDOWS` windows at most."""
+    """Yield two jobs for each n_local, with passes over the longest text, of `WINDOWS` windows at most.
+
+    The rest of a pass is left out if it is more than linear layers: see `Size.counts_scoring`.
+    """
     options, size = bench_model.options, bench_model.size
     for n_local in options.n_local:
         length = min(options.lengths[-1], WINDOWS * n_local)
@@ -39,12 +42,13 @@ def jobs(bench_model: BenchmarkModel, limits: HardwareLimits) -> Iterator[Job]:
             each * (a_pass + pieces),
             partial(measure_attention, bench_model),
         )
-        yield Job(
-            "attention",
-            {"part": "the rest", **setting},
-            each * 1.5 * a_pass,
-            partial(measure_other_layers, bench_model),
-        )
+        if size.counts_scoring:
+            yield Job(
+                "attention",
+                {"part": "the rest", **setting},
+                each * 1.5 * a_pass,
+                partial(measure_other_layers, bench_model),
+            )
 
 
 def measure_attention(bench_model: BenchmarkModel, setting: Setting, progress: ProgressFn) -> Record:
@@ -117,13 +121,14 @@ def _record(
 def _band(bench_model: BenchmarkModel, n_local: int, chunk: int, sinks: int):
     """Return a function that computes a chunk in the middle of a long text: sliding window and starting tokens."""
     size, scale = bench_model.size, bench_model.size.head_dim**-0.5
-    q = _random(bench_model, size.heads, chunk)
-    k, v = (_random(bench_model, size.kv_heads, n_local + chunk) for _ in range(2))
-    k_far, v_far = (_random(bench_model, size.kv_heads, sinks) for _ in range(2))
+    dims = size.head_dim, size.value_dim
+    q = _random(bench_model, size.heads, chunk, size.head_dim)
+    k, v = (_random(bench_model, size.kv_heads, n_local + chunk, dim) for dim in dims)
+    k_far, v_far = (_random(bench_model, size.kv_heads, sinks, dim) for dim in dims)
 
     @torch.inference_mode()
     def attend() -> None:
-        for _ in range(size.layers):
+        for _ in range(size.attention_layers):
             out, lse = sliding_window_attention(q, k, v, n_local, scale)
             if sinks:
                 merge_growing(out, lse, q, k_far, v_far, sinks, scale)
@@ -132,11 +137,13 @@ def _band(bench_model: BenchmarkModel, n_local: int, chunk: int, sinks: int):
 
 
 def _sdpa(bench_model: BenchmarkModel, n_local: int):
-    q, k, v = (_random(bench_model, bench_model.size.heads, n_local) for _ in range(3))
+    size = bench_model.size
+    dims = size.head_dim, size.head_dim, size.value_dim
+    q, k, v = (_random(bench_model, size.heads, n_local, dim) for dim in dims)
 
     @torch.inference_mode()
     def attend() -> None:
-        for _ in range(bench_model.size.layers):
+        for _ in range(size.attention_layers):
             scaled_dot_product_attention(q, k, v, is_causal=True)
 
     return attend
@@ -156,10 +163,8 @@ def _linear(passes: _Passes):
     return multiply
 
 
-def _random(bench_model: BenchmarkModel, heads: int, length: int) -> torch.Tensor:
-    return torch.randn(
-        1, heads, length, bench_model.size.head_dim, dtype=bench_model.model.dtype, device=bench_model.device
-    )
+def _random(bench_model: BenchmarkModel, heads: int, length: int, dim: int) -> torch.Tensor:
+    return torch.randn(1, heads, length, dim, dtype=bench_model.model.dtype, device=bench_model.device)
 
 
 def _first_keys(lm: LMInfinite) -> int:

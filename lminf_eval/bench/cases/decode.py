@@ -10,7 +10,12 @@ from transformers import PreTrainedModel
 
 from lminf_eval.bench.baselines import load_baselines
 from lminf_eval.bench.benchmark_model import BenchmarkModel
-from lminf_eval.bench.prefilled_caches import cache_bytes, prefilled_lambda_cache, prefilled_plain_cache
+from lminf_eval.bench.prefilled_caches import (
+    cache_bytes,
+    prefilled_lambda_cache,
+    prefilled_plain_cache,
+    remove_keys,
+)
 from lminf_eval.bench.record import Job, Record, Setting
 from lminf_eval.bench.roofline import HardwareLimits, Work
 from lminf_eval.bench.timing import ProgressFn, interleave
@@ -62,7 +67,8 @@ def measure_decode(bench_model: BenchmarkModel, setting: Setting, progress: Prog
     values, failed = interleave(calls, options.runs, bench_model.device, progress)
     windowed = size.decoding(rows, lm.method.seen(context))
     work = dict.fromkeys(values, windowed) | {"plain": size.decoding(rows, context + 1)}
-    work = {name: Work(work[name].flops * STEPS, work[name].bytes * STEPS) for name in values}
+    counted = values if size.counts_decoding else ()
+    work = {name: Work(work[name].flops * STEPS, work[name].bytes * STEPS) for name in counted}
     return Record("decode", setting, values, tokens=STEPS, work=work, skipped=skipped | failed, facts=facts)
 
 
@@ -89,7 +95,7 @@ def _plain(
         for ids_B1 in ids_SB1:
             model(input_ids=ids_B1, use_cache=True, **{cache_name: state})
         if not any(state.is_sliding):
-            state.crop(-STEPS)  # the next run begins where this one did
+            remove_keys(state, STEPS)  # the next run begins where this one did
 
     return decode
 

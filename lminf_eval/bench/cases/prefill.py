@@ -19,7 +19,10 @@ def jobs(bench_model: BenchmarkModel, limits: HardwareLimits) -> Iterator[Job]:
     """Yield a job for each n_local and length."""
     for setting, near, plain in texts(bench_model, limits):
         yield Job(
-            "prefill", setting, bench_model.options.runs * 1.6 * (near + plain), partial(measure_prefill, bench_model)
+            "prefill",
+            setting,
+            bench_model.options.runs * 1.6 * (near + plain + (near if bench_model.equal else 0.0)),
+            partial(measure_prefill, bench_model),
         )
 
 
@@ -38,7 +41,10 @@ def hf_roofline_seconds(bench_model: BenchmarkModel, limits: HardwareLimits, len
 
 
 def measure_prefill(bench_model: BenchmarkModel, setting: Setting, progress: ProgressFn) -> Record:
-    """Measure the seconds of one rolling request; the sides of `--baselines` go through `--model hf` too."""
+    """Measure the seconds of one rolling request.
+
+    The sides of `--baselines` go through `--model hf` too, and a shape of equal operations through `--model lminf`.
+    """
     options, size, n_local, length = bench_model.options, bench_model.size, setting["n_local"], setting["length"]
     lm = bench_model.lambda_lm(n_local)
     sides: dict[str, HFLM] = {"lambda": lm}
@@ -51,6 +57,8 @@ def measure_prefill(bench_model: BenchmarkModel, setting: Setting, progress: Pro
         baselines, missing = load_baselines(bench_model, n_local)
         skipped |= missing | (dict.fromkeys(baselines, shortage) if shortage else {})
         sides |= {name: bench_model.through_hf(model) for name, model in baselines.items() if not shortage}
+    if (equal := bench_model.equal) is not None:
+        sides[equal.options.shape] = equal.lambda_lm(n_local)
     short = bench_model.rolling(min(length, 256))
     for name, one in sides.items():
         progress(f"{name}, warming up")
@@ -60,11 +68,13 @@ def measure_prefill(bench_model: BenchmarkModel, setting: Setting, progress: Pro
     values, failed = interleave(calls, options.runs, bench_model.device, progress, warm=False)
     windowed = size.scoring(length, lm.method.pairs(length))
     work = dict.fromkeys(values, windowed) | {"hf": size.scoring(length, full_pairs(length))}
+    if equal is not None:
+        work[equal.options.shape] = equal.size.scoring(length, lm.method.pairs(length))
     return Record(
         "prefill",
         setting,
         values,
         tokens=length,
-        work={name: work[name] for name in values},
+        work={name: work[name] for name in values} if size.counts_scoring else {},
         skipped=skipped | failed,
     )

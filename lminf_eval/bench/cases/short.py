@@ -61,7 +61,7 @@ def measure_short_requests(bench_model: BenchmarkModel, setting: Setting, progre
         setting,
         values,
         tokens=sum(lengths),
-        work={} if kind == "generation" else dict.fromkeys(values, each),
+        work={} if kind == "generation" or not size.counts_scoring else dict.fromkeys(values, each),
         skipped=skipped,
         facts={"requests": len(requests), "n_local": n_local},
     )
