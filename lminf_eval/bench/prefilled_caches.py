@@ -37,7 +37,7 @@ def prefilled_lambda_cache(
     cache.answers_from = [0]
     for index, (hidden,) in cache.offloaded.items():
         k, v = (torch.randn(x.shape[0], turns * window, x.shape[2], dtype=x.dtype) for x in hidden.pieces[0])
-        kept = OffloadedKeys().append(k, v)
+        kept = OffloadedKeys(shared=hidden.shared).append(k, v)
         for keys, values in hidden.pieces:
             kept = kept.append(keys, values)
         cache.offloaded[index] = [kept]
