@@ -10,6 +10,7 @@ BUILDING = (
     *(AssertionError, AttributeError, ImportError, KeyError, NotImplementedError),
     *(OSError, RuntimeError, TypeError, ValueError),
 )
+_TELLING = (ImportError, OSError, RuntimeError, ValueError)  # they say what is wrong; a KeyError says a name alone
 
 
 class UsageError(ValueError, SystemExit):
@@ -60,3 +61,9 @@ def first_line(error: BaseException) -> str:
     """What an error says, in its first line; its class's name where it says nothing."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def reason(error: BaseException) -> str:
+    """Return an error in one line, with the name of its class if it says too little without."""
+    said = first_line(error)
+    return said if isinstance(error, _TELLING) or said == type(error).__name__ else f"{type(error).__name__}: {said}"

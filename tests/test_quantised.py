@@ -7,7 +7,8 @@ import torch
 
 from lminf_eval.errors import UsageError
 from lminf_eval.methods.registry import make
-from lminf_eval.models.equivalence_check import _quantisation, full_model, patched_model
+from lminf_eval.models.equivalence_check import full_model, patched_model
+from lminf_eval.models.quantisation import quantisation
 
 SPEC = make(n_local=16, n_global=4)
 
@@ -22,20 +23,20 @@ def int8(tiny_model):
 
 
 def test_int8_passes_the_check_with_the_bound_of_its_rounding(int8):
-    assert _quantisation(int8)
+    assert quantisation(int8)
     patched_model(int8, SPEC).restore()
     full_model(int8).restore()
 
 
-def test_the_refusal_of_a_quantised_model_names_its_quantisation(int8, monkeypatch):
-    name = _quantisation(int8)
+def test_the_refusal_of_a_quantised_model_names_itsquantisation(int8, monkeypatch):
+    name = quantisation(int8)
     monkeypatch.setattr("lminf_eval.models.equivalence_check._HALF_LOGITS", 1e-9)
     with pytest.raises(UsageError, match=f"'llama': .*{name} weights may differ by 0%"):
         full_model(int8)
 
 
 def test_plain_models_are_not_taken_for_quantised(tiny_model):
-    assert _quantisation(tiny_model()) == _quantisation(tiny_model().bfloat16()) == ""
+    assert quantisation(tiny_model()) == quantisation(tiny_model().bfloat16()) == ""
 
 
 def test_a_compressed_tensors_checkpoint_runs_under_both(tiny_model, tmp_path):

@@ -16,10 +16,9 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from lminf_eval.errors import UsageError, first_line, out_of_memory
+from lminf_eval.errors import BUILDING, UsageError, first_line, out_of_memory, reason
 from lminf_eval.methods.base import AttentionMethod, WindowedMethod
 from lminf_eval.methods.full import Full
 from lminf_eval.methods.registry import DEFAULT
@@ -35,6 +34,7 @@ from lminf_eval.models.modules import (
     takes,
 )
 from lminf_eval.models.patching import PatchedModel
+from lminf_eval.models.quantisation import quantisation
 from lminf_eval.models.rope import frozen_length
 from lminf_eval.models.rotation_check import SHIFT, compare_layers, record, relative_error
 from lminf_eval.models.runner import ModelRunner
@@ -159,7 +159,7 @@ def own_logits(model: PreTrainedModel, method: AttentionMethod | None) -> torch.
         at_L = torch.arange(ids.shape[1], device=ids.device)
         ids, options["position_ids"] = ids.expand(2, -1), torch.stack([at_L, at_L + SHIFT])
     with frozen_length(find_rotary(model), length), short_windows(model, _OWN):
-        logits, *moved = model(input_ids=ids, use_cache=False, **options).logits
+        logits, *moved = _own_forward(model, input_ids=ids, **options)
     if not logits.isfinite().all():
         line = "the model's own logits are not finite numbers; check its weights and dtype"
         raise UsageError(f"{model.config.model_type!r}: {line}")
@@ -167,6 +167,23 @@ def own_logits(model: PreTrainedModel, method: AttentionMethod | None) -> torch.
         why = "its logits depend on absolute positions: the same tokens further on differ by"
         # In half precision cosines are rounded by position too, and an expert may change with them.
         _require(model, moved[0], logits, why, None if _precise(model) else _HALF_SHIFT)
+    return logits
+
+
+def _own_forward(model: PreTrainedModel, **inputs: torch.Tensor) -> torch.Tensor:
+    """Return [B, T, V], logits of the unpatched model.
+
+    Raises:
+        UsageError: if it fails, which no attention method can be blamed for.
+    """
+    try:
+        logits: torch.Tensor = model(**inputs, use_cache=False).logits
+    except BUILDING as error:
+        if isinstance(error, UsageError) or out_of_memory(error):
+            raise
+        weights = f" with {quantised} weights" if (quantised := quantisation(model)) else ""
+        line = f"the model's own forward pass{weights} in {str(model.dtype).removeprefix('torch.')} fails"
+        raise UsageError(f"{model.config.model_type!r}: {line}: {reason(error)}") from error
     return logits
 
 
@@ -274,25 +291,12 @@ def _require(
     attention: str = DEFAULT,
 ) -> None:
     """Refuse the model if logits lie further apart than rounding explains."""
-    quantised = _quantisation(model)
+    quantised = quantisation(model)
     limit = limit or (_LOGITS if _precise(model) and not quantised else _HALF_LOGITS)
     error = _logits_error(found, expected, model)
     if not error < limit:  # NaN must not pass
         note = f" ({quantised} weights may differ by {limit:.0%})" if quantised else ""
         raise UsageError(unsupported(model.config, f"{why} {100 * error:.2g}%{note}", attention))
-
-
-def _quantisation(model: PreTrainedModel) -> str:
-    """The name of the model's quantisation, "" for none. It rounds a chunk's activations by the chunk's own range."""
-    config = getattr(model.config, "quantization_config", None)
-    if config:
-        method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
-        return str(getattr(method, "value", method) or "quantised")
-    if any(".quantized." in type(module).__module__ for module in model.modules()):
-        return "quantised"
-    weights = (getattr(module, "weight", None) for module in model.modules() if isinstance(module, nn.Linear))
-    kinds = {type(weight.data).__name__ for weight in weights if isinstance(weight, torch.Tensor)}
-    return ", ".join(sorted(kinds - {"Tensor", "Parameter"}))
 
 
 def _precise(model: PreTrainedModel) -> bool:

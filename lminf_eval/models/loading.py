@@ -8,7 +8,7 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, PretrainedConfig, PreTrainedModel
 
-from lminf_eval.errors import UsageError, first_line
+from lminf_eval.errors import BUILDING, UsageError, first_line, out_of_memory, reason
 from lminf_eval.models.families.registry import is_multimodal
 
 _WHERE = ("revision", "subfolder", "cache_dir", "gguf_file", "token", "trust_remote_code")  # what finds a config
@@ -40,10 +40,10 @@ def read_weights(auto: Any, pretrained: str, **options: Any) -> PreTrainedModel:
     """
     try:
         model, report = auto.from_pretrained(pretrained, output_loading_info=True, **options)
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        if isinstance(error, UsageError):
+    except (*BUILDING, SafetensorError) as error:
+        if isinstance(error, UsageError) or out_of_memory(error):
             raise
-        raise UsageError(f"pretrained={pretrained}: its weights can't be read: {first_line(error)}") from error
+        raise UsageError(f"pretrained={pretrained}: its weights can't be read: {reason(error)}") from error
     needed = [name for name, _ in model.named_parameters()]
     missing = [name for name in needed if name in set(report["missing_keys"])]
     if missing:

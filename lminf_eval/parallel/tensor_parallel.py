@@ -28,6 +28,7 @@ from lminf_eval.methods.hides_keys import HidesKeys
 from lminf_eval.models.equivalence_check import Runner, checked_runner, own_logits
 from lminf_eval.models.families.table import family_row
 from lminf_eval.models.patching import PatchedModel
+from lminf_eval.models.quantisation import quantisation_config
 from lminf_eval.parallel.deepspeed_import import check_installed, import_deepspeed
 from lminf_eval.parallel.strategy import ParallelStrategy
 
@@ -63,7 +64,7 @@ class TensorParallel(ParallelStrategy):
                 f"parallel=deepspeed: DeepSpeed can't shard the ALiBi of {family!r} under attention="
                 f"{method.name}; {_OTHERS}"
             )
-        if getattr(config, "quantization_config", None):
+        if quantisation_config(config):
             raise UsageError(f"parallel=deepspeed: DeepSpeed can't shard quantised weights; {_OTHERS}")
 
     def load(self, read: Callable[[], PreTrainedModel], dtype: torch.dtype, device: torch.device) -> PreTrainedModel:

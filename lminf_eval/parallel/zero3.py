@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from lminf_eval.errors import UsageError, first_line
 from lminf_eval.methods.base import AttentionMethod
+from lminf_eval.models.quantisation import quantisation_config
 from lminf_eval.parallel.deepspeed_import import check_installed, import_deepspeed
 from lminf_eval.parallel.lockstep import SyncedSamplingEngine
 from lminf_eval.parallel.strategy import ParallelStrategy
@@ -40,7 +41,7 @@ class ZeRO3(ParallelStrategy):
         """
         check_installed("zero3")
         settings(torch.float32)
-        if getattr(config, "quantization_config", None):
+        if quantisation_config(config):
             raise UsageError("parallel=zero3: DeepSpeed can't divide quantised weights; use parallel=layers")
 
     def load(self, read: Callable[[], PreTrainedModel], dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
