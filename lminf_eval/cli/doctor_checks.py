@@ -30,6 +30,7 @@ from lminf_eval.methods.registry import MethodArgs
 from lminf_eval.models.families import registry
 from lminf_eval.models.loading import read_config
 from lminf_eval.models.memory_estimate import memory
+from lminf_eval.models.quantisation import check_quantisation, method_name, quantisation_config
 from lminf_eval.utils.formatting import format_bytes
 
 PACKAGES = ("lminf-eval", "torch", "transformers", "lm-eval", "accelerate")
@@ -57,6 +58,7 @@ def print_checks(pretrained: str | None, length: int, model_args: str, batch_siz
         return
     read = ModelArgs.parse(pretrained, {**args, "batch_size": batch_size})
     config = read_config(pretrained, args)
+    check_quantisation(config, {"": device})
     dtype = _dtype(args.get("dtype", "auto"), config)
     method, rows = describe_model(config, read.method, dtype, device)
     _print(console, pretrained, rows)
@@ -115,6 +117,8 @@ def startup_hook() -> list[Row]:
 def describe_model(config: Any, args: MethodArgs, dtype: torch.dtype, device: str) -> tuple[AttentionMethod, list[Row]]:
     """Return the method for this model, and how the model will be run."""
     rows = [("family", config.model_type)]
+    if quantised := quantisation_config(config):
+        rows.append(("quantisation", method_name(quantised)))
     method, why = registry.checked_method(config, args)
     if not isinstance(method, WindowedMethod):
         return method, [*rows, ("attention", f"{method.name}: the model's own")]

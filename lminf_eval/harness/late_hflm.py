@@ -9,7 +9,7 @@ import secrets
 import sys
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from pathlib import Path
+from importlib.util import find_spec
 from types import MappingProxyType
 from typing import Any
 
@@ -30,7 +30,7 @@ from lminf_eval.inference.sampling import Decoding
 from lminf_eval.methods.base import AttentionMethod
 from lminf_eval.methods.full import Full
 from lminf_eval.models.families import registry
-from lminf_eval.models.loading import CheckedAuto, auto_class
+from lminf_eval.models.loading import CONFIG_ERRORS, CheckedAuto, auto_class, unreadable_config
 from lminf_eval.models.modules import check_structure, device_of
 from lminf_eval.models.peft_adapters import base_of, check_adapter
 from lminf_eval.models.quantisation import check_quantisation
@@ -136,11 +136,8 @@ class LateHFLM(HFLM):
     def _get_config(self, pretrained: str, **kwargs: Any) -> None:
         try:
             super()._get_config(pretrained, **kwargs)
-        except (OSError, ValueError) as error:
-            where = "" if Path(pretrained).is_dir() else "there is no directory of this name, and from the hub "
-            raise UsageError(
-                f"pretrained={pretrained}: {where}its config can't be read: {first_line(error)}"
-            ) from error
+        except CONFIG_ERRORS as error:
+            raise unreadable_config(pretrained, error, kwargs.get("gguf_file")) from error
         self.inspect(self._config)
         check_structure(self._config, self.args.method.method, bool(kwargs.get("trust_remote_code")))
         spread = self.args.hf.get("parallelize") or self.args.execution.parallel == "layers"
@@ -172,6 +169,10 @@ class LateHFLM(HFLM):
     def _create_model(self, pretrained: str, **kwargs: Any) -> None:
         if kwargs.get("peft"):
             check_adapter(kwargs["peft"], kwargs.get("revision"))
+        for name, package in (("autogptq", "auto_gptq"), ("gptqmodel", "gptqmodel")):
+            if kwargs.get(name) and find_spec(package) is None:
+                line = f"it needs the package {package}, which is not installed"
+                raise UsageError(f"{name}={kwargs[name]}: {line}; without {name}, transformers loads the checkpoint")
         if isinstance(self.method, Full) and self.method.rope:
             kwargs["config"] = self._config
         if self.strategy.reads_on_host:

@@ -208,6 +208,10 @@ def _check_pretrained(pretrained: Any) -> None:
     if not pretrained:
         raise UsageError("pretrained: it is missing; pass pretrained=<a directory or hub name>")
     local = pretrained.startswith(("/", ".", "~")) or pretrained.count("/") > 1 or Path(pretrained).is_absolute()
+    if pretrained.endswith(".gguf") and (file := Path(pretrained)).is_file():
+        raise UsageError(
+            f"pretrained={pretrained}: must be a directory; pass pretrained={file.parent},gguf_file={file.name}"
+        )
     if local and not Path(pretrained).is_dir():
         shell = " (the shell leaves a ~ here as it is)" if pretrained.startswith("~") else ""
         raise UsageError(f"pretrained={pretrained}: there is no such directory{shell}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
@@ -12,6 +14,7 @@ from lminf_eval.errors import BUILDING, UsageError, first_line, out_of_memory, r
 from lminf_eval.models.families.registry import is_multimodal
 
 _WHERE = ("revision", "subfolder", "cache_dir", "gguf_file", "token", "trust_remote_code")  # what finds a config
+CONFIG_ERRORS = (KeyError, OSError, RuntimeError, TypeError, ValueError, struct.error)  # the last of a broken GGUF file
 
 
 def read_config(pretrained: str, args: Mapping[str, Any]) -> PretrainedConfig:
@@ -23,8 +26,18 @@ def read_config(pretrained: str, args: Mapping[str, Any]) -> PretrainedConfig:
     options = {name: args[name] for name in _WHERE if args.get(name)}
     try:
         return AutoConfig.from_pretrained(pretrained, **options)
-    except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
-        raise UsageError(f"pretrained={pretrained}: its config can't be read: {first_line(error)}") from error
+    except CONFIG_ERRORS as error:
+        raise unreadable_config(pretrained, error, args.get("gguf_file")) from error
+
+
+def unreadable_config(pretrained: str, error: BaseException, gguf_file: str | None = None) -> UsageError:
+    """Return the error that says why a model's config can't be read, and names the GGUF files of a folder."""
+    where = "" if Path(pretrained).is_dir() else "there is no directory of this name, and from the hub "
+    packed = [] if gguf_file else sorted(file.name for file in Path(pretrained).glob("*.gguf"))
+    hint = f"; it holds GGUF files: pass gguf_file={packed[0]}" if packed else ""
+    return UsageError(
+        f"pretrained={pretrained}: {where}its config can't be read: {first_line(error).rstrip('.')}{hint}"
+    )
 
 
 def auto_class(config: PretrainedConfig) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -13,9 +14,12 @@ from lminf_eval.methods.base import AttentionMethod, LayerRule, window_of
 from lminf_eval.methods.branches import sliding
 from lminf_eval.models.families.registry import keeps_latents
 from lminf_eval.models.loading import auto_class
+from lminf_eval.models.quantisation import method_name, quantisation_config, quantizer_of
 
 LOGITS_AT_ONCE = 2**26  # numbers of a block of logits: 256 MiB in float32
 TILE = 2**22  # numbers of it that become log-probabilities at once; a CPU keeps them in its cache meanwhile
+# Methods whose layers hold their weights in full once they have run: the first unpacks, the other rounds as it runs.
+_UNPACKED = "compressed-tensors", "quanto"
 
 
 def memory(
@@ -29,7 +33,7 @@ def memory(
     Returns the entries below. N is `length`; B the batch size; C the chunk size, at most N; W the window; K key-value
     heads of dimension D, H query heads; V the vocabulary; s bytes a number.
 
-    - weights: s times the parameters of the model built without storage, tied ones once
+    - weights: see `weight_bytes`
     - keys and values: in each layer 2 s B K D times the keys that the method keeps of N; if a layer slides as trained,
       those of its own window; if it keeps latents, their numbers in place of 2 K D
     - keys and values of full: in each layer 2 s B K D N
@@ -61,7 +65,7 @@ def memory(
     inner = max(inner) if isinstance(inner, list | tuple) else inner  # Gemma 3n's differ by layer
     widest = max(inner, shape.heads * shape.head_dim)
     return {
-        "weights": dtype.itemsize * parameters(config),
+        "weights": weight_bytes(config, dtype),
         "keys and values": kept,
         "keys and values of full": full,
         "set aside": aside,
@@ -69,6 +73,31 @@ def memory(
         "logits": text.vocab_size * rows * dtype.itemsize + min(text.vocab_size * rows, TILE) * max(4, dtype.itemsize),
         "activations": number * chunk * (4 * text.hidden_size + 3 * widest) + one_layer,
     }
+
+
+def weight_bytes(config: Any, dtype: torch.dtype) -> int:
+    """Return the bytes of a model's weights, tied ones counted once, of the model built without storage.
+
+    A quantised model is counted as transformers' quantizer prepares it, most often without the scales of its blocks of
+    weights. If it can't be loaded here, or its layers hold their weights in full once they have run, it is counted as
+    if it were not quantised.
+    """
+    quantised = quantisation_config(config)
+    if quantised and method_name(quantised) not in _UNPACKED:
+        with suppress(*BUILDING):
+            return _quantised_bytes(config, dtype)
+    return dtype.itemsize * parameters(config)
+
+
+def _quantised_bytes(config: Any, dtype: torch.dtype) -> int:
+    quantizer = quantizer_of(config)
+    with torch.device("meta"):
+        model = auto_class(config).from_config(copy.deepcopy(config), dtype=dtype)
+    quantizer.preprocess_model(model=model, dtype=dtype, device_map=None, checkpoint_files=None, use_kernels=False)
+    held = model.state_dict().keys()
+    buffers = ((name, buffer) for name, buffer in model.named_buffers() if name in held)
+    weights = [*model.named_parameters(), *buffers]
+    return int(sum(value.numel() * quantizer.param_element_size(model, name, value) for name, value in weights))
 
 
 def parameters(config: Any) -> int:
