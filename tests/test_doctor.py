@@ -80,7 +80,9 @@ def test_a_missing_folder_and_an_unreachable_hub_are_one_line(tmp_path, monkeypa
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("lminf: pretrained=nobody/nothing: its config can't be read")
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("lminf: pretrained=nobody/nothing: there is no directory of this name, and from the hub ")
+    assert "its config can't be read" in line
     assert "Traceback" not in done.stderr
     assert "lminf-eval" in done.stdout
 

@@ -5,6 +5,8 @@ import shutil
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
@@ -19,6 +21,7 @@ from lminf_eval.models.memory_estimate import weight_bytes
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU, transformers runs it otherwise")
 IDS = torch.randint(2, 500, (1, 60), generator=torch.Generator().manual_seed(1))
 BLOCK = 32
+NEW = Version(transformers.__version__) >= Version("5.23")
 
 
 @pytest.fixture
@@ -112,7 +115,8 @@ def test_a_model_whose_own_forward_pass_fails_is_not_sent_to_full(tiny_model):
 
 
 def test_weights_that_do_not_fit_the_config_are_one_line(folder):
-    describe(folder, {"quant_method": "bitnet"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
     with LMInfinite(str(folder), device="cpu") as lm, pytest.raises(UsageError, match="its weights can't be read: "):
         lm.load()
 
@@ -140,6 +144,7 @@ def fp8(folder):
 
 
 @NO_GPU
+@pytest.mark.skipif(not NEW, reason="transformers' own loading of it fails: NoneType has no get")
 def test_fp8_is_unpacked_on_a_cpu_and_runs_under_both(fp8, reference_logits, capsys):
     folder, plain = fp8
     method = make(n_local=16, n_global=4)
@@ -202,6 +207,8 @@ def _bytes(value):
 
 
 def test_a_gguf_file_runs_as_its_unpacked_weights(tiny_llama, tmp_path):
+    if not NEW:
+        pytest.importorskip("sentencepiece")
     source = tiny_llama()
     plain = AutoModelForCausalLM.from_pretrained(source).eval()
     _write_gguf(plain, tmp_path / "tiny.gguf")

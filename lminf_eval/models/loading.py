@@ -14,7 +14,7 @@ from lminf_eval.errors import BUILDING, UsageError, first_line, out_of_memory, r
 from lminf_eval.models.families.registry import is_multimodal
 
 _WHERE = ("revision", "subfolder", "cache_dir", "gguf_file", "token", "trust_remote_code")  # what finds a config
-CONFIG_ERRORS = (KeyError, OSError, RuntimeError, TypeError, ValueError, struct.error)  # the last of a broken GGUF file
+CONFIG_ERRORS = (ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError, struct.error)
 
 
 def read_config(pretrained: str, args: Mapping[str, Any]) -> PretrainedConfig:
