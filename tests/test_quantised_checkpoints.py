@@ -183,7 +183,9 @@ def test_a_saved_checkpoint_runs_as_the_definition_says(make_config, near, folde
     plain = json.loads((folder / "config.json").read_text())
     (folder / "model.safetensors").unlink()
     model.save_pretrained(folder)
-    own = model(IDS).logits[0].detach()
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():  # with gradients, bitsandbytes takes another kernel for four bits, 1.8 % off this one
+        own = model(IDS).logits[0]
     method = make(n_local=16, n_global=4)
     by_definition = reference_logits(model, method, IDS)[0]
     for found, expected in (
