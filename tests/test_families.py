@@ -422,7 +422,7 @@ def hold_frequencies(model, n_local):
 
 @pytest.mark.parametrize("kind", ["ministral3", "mistral4"])
 def test_queries_scaled_by_their_position_take_it_from_the_sequence_up_to_the_window(kind, randomise):
-    """Ministral 3's and Mistral 4's temperature: 1 + beta log(1 + floor(position / length)), the position held at n_local - 1."""
+    """Their temperature: 1 + beta log(1 + floor(position / length)), the position held at n_local - 1."""
     rope = {"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.5}
     rope["original_max_position_embeddings"] = 5
     model = build(randomise, kind, rope_parameters=rope)

@@ -49,7 +49,7 @@ def memory(
     number = dtype.itemsize * batch_size
     kept = full = hidden = aside = one_layer = 0
     latents = keeps_latents(config)
-    quantised = method.patched and getattr(config, "quantization_config", None)
+    quantised = method.patched and quantisation_config(config)
     for index, layer in enumerate(shape.layers):
         # what is kept of a position in this layer
         pair = number * (layer.latent if layer.latent and latents and not quantised else layer.kv_numbers)
