@@ -32,6 +32,14 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _without_torchao():
+    """The processes that tests start have no torchao, as most users'; tests in this process have it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LMINF_TESTS_WITHOUT", "torchao")
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
