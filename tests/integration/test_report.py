@@ -13,8 +13,17 @@ import pytest
 
 OLD = Path(__file__).parents[1] / "results" / "data" / "lm_eval_0.4.9"
 METHODS = ("attention=lambda,n_local=48,n_global=4", "attention=full")
+# Commands of lm-eval, one after the other in one process.
+SEVERAL = """
+import json, sys
+from lm_eval.__main__ import cli_evaluate
 
-pytestmark = pytest.mark.slow
+for words in json.loads(sys.argv[1]):
+    sys.argv[1:] = words
+    cli_evaluate()
+"""
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("report-command")]
 
 
 def run(folder: Path, *command: str) -> subprocess.CompletedProcess:
@@ -36,13 +45,15 @@ def results(tmp_path_factory, tiny_llama) -> Path:
     folder = tmp_path_factory.mktemp("report")
     model = tiny_llama()
     metadata = json.dumps({"length": 512, "documents": 10, "depths": 5, "buckets": 8})
-    for backend, args in (("hf", ""), *(("lminf", f",{method}") for method in METHODS)):
-        run(
-            folder,
-            *("-m", "lm_eval", "run", "--model", backend, "--model_args", f"pretrained={model},dtype=float32{args}"),
+    commands = [
+        [
+            *("run", "--model", backend, "--model_args", f"pretrained={model},dtype=float32{args}"),
             *("--device", "cpu", "--tasks", "passkey_4k,pydocs_ppl_2k", "--limit", "6"),
             *("--metadata", metadata, "--gen_kwargs", "max_gen_toks=8", "--log_samples", "--output_path", "out"),
-        )
+        ]
+        for backend, args in (("hf", ""), *(("lminf", f",{method}") for method in METHODS))
+    ]
+    run(folder, "-c", SEVERAL, json.dumps(commands))
     return folder
 
 

@@ -67,13 +67,33 @@ def work(cell: CellFolder) -> dict:
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory, content) -> tuple[Path, Path]:
-    """A sweep's file and its output, finished."""
+def shared(tmp_path_factory, content) -> tuple[Path, Path, list]:
+    """A sweep's file, its output, finished by two processes at once, and the status and words of both."""
     folder = tmp_path_factory.mktemp("sweep")
     file, output = saved(folder, content), folder / "out"
-    status, said = lminf(file, output)
-    assert status == 0, said
+    both = start(file, output), start(file, output)
+    said = [process.communicate(timeout=600)[0] for process in both]
+    return file, output, [(process.returncode, text) for process, text in zip(both, said, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def done(shared) -> tuple[Path, Path]:
+    """A sweep's file and its output, finished."""
+    file, output, both = shared
+    assert [status for status, _ in both] == [0, 0], both
     return file, output
+
+
+def test_two_sweeps_on_one_folder_share_the_work(shared):
+    file, output, both = shared
+    (cell,) = cells(file, output)
+    said = [text for _, text in both]
+    assert sorted(text.split()[0] for text in said) == ["done", "elsewhere"]
+    assert any("another process works on it" in text for text in said)
+    assert [status for status, _ in both] == [0, 0]
+    lines = [line for journal in (output / "journal").glob("*.jsonl") for line in journal.read_text().splitlines()[1:]]
+    assert len(lines) == len(set(lines)) == 6
+    assert cell.state() == ("done", "")
 
 
 def test_a_finished_sweep_is_not_run_again_and_an_edit_adds_its_cells_alone(done, tmp_path, content):
@@ -102,19 +122,6 @@ def test_a_truncated_result_is_told_and_made_again_from_the_journal(done, tmp_pa
     assert work(cell)["requests_from_journal"] == 6
     assert work(cell)["tokens_computed"] == 0
     assert answers(cell) == answers(cells(*done)[0])
-
-
-def test_two_sweeps_on_one_folder_share_the_work(tmp_path, content):
-    file, output = saved(tmp_path, content), tmp_path / "out"
-    first, second = start(file, output), start(file, output)
-    said = [process.communicate(timeout=600)[0] for process in (first, second)]
-    (cell,) = cells(file, output)
-    assert sorted(text.split()[0] for text in said) == ["done", "elsewhere"]
-    assert any("another process works on it" in text for text in said)
-    assert (first.returncode, second.returncode) == (0, 0)
-    lines = [line for journal in (output / "journal").glob("*.jsonl") for line in journal.read_text().splitlines()[1:]]
-    assert len(lines) == len(set(lines)) == 6
-    assert cell.state() == ("done", "")
 
 
 def test_a_failure_is_told_with_its_reason(tmp_path, content):
