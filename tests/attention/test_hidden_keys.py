@@ -100,17 +100,15 @@ def test_pieces_are_joined_so_that_a_long_generation_keeps_few():
 
 
 @pytest.mark.parametrize("attention", ["lambda", "no first keys", "window", "streaming", "lambda_mask"])
-@pytest.mark.parametrize(("chunk_size", "share"), [(1, True), (7, False), (40, True), (1000, False)])
-def test_continuations_are_scored_by_the_definition(tiny_model, reference_logits, attention, chunk_size, share):
+def test_continuations_are_scored_by_the_definition(tiny_model, reference_logits, attention):
     model, name = tiny_model(), "lambda" if attention == "no first keys" else attention
     spec = make(**{**SPEC.model_dump(), "attention": name, "n_global": 0 if name != attention else 3})
-    check_scores(model, spec, reference_logits, chunk_size, share)
+    check_scores(model, spec, reference_logits, {1: True, 7: False, 40: True, 1000: False})
 
 
 @pytest.mark.parametrize("name", WAYS)
-@pytest.mark.parametrize("chunk_size", [1, 17, 1000])
-def test_every_way_to_choose_is_the_definitions(name, tiny_model, reference_logits, chunk_size):
-    check_scores(tiny_model().double(), way(name), reference_logits, chunk_size, True, 1e-5)
+def test_every_way_to_choose_is_the_definitions(name, tiny_model, reference_logits):
+    check_scores(tiny_model().double(), way(name), reference_logits, dict.fromkeys([1, 17, 1000], True), 1e-5)
 
 
 @pytest.mark.parametrize("name", ["question", "layer", "odd layers", "answers"])
@@ -124,41 +122,45 @@ def test_biases_and_soft_caps_hold_for_what_comes_back(family, name, reference_l
     model = AutoModelForCausalLM.from_config(configs[family]).eval().double()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    check_scores(model, way(name), reference_logits, 17, True, 1e-5)
+    check_scores(model, way(name), reference_logits, {17: True}, 1e-5)
 
 
-def check_scores(model, spec, reference_logits, chunk_size, share, error=1e-4):
+def check_scores(model, spec, reference_logits, runs, error=1e-4):
+    """`runs`: of each chunk size, whether prefixes are shared."""
     context = torch.randint(97, (90,)).tolist()
     ends = [torch.randint(97, (n,)).tolist() for n in (1, 3, 30)]
     requests = [ScoreRequest(context[: 90 - cut] + end, 90 - cut) for end in ends for cut in (0, 41)]
     requests.append(ScoreRequest(context, 1, rolling=True))
     patched = patched_model(model, spec)
-    found = dict(Engine(patched, chunk_size, 3, share).score(requests))
+    found = {size: dict(Engine(patched, size, 3, share).score(requests)) for size, share in runs.items()}
     patched.restore()
     for i, request in enumerate(requests):
         answers_from = spec.answers_from(0 if request.rolling else request.scored_from)
         logits = reference_logits(model, spec, torch.tensor([request.tokens]), answers_from)[0].double().log_softmax(-1)
-        for at, value in zip(range(request.scored_from, len(request.tokens)), found[i].log_probs, strict=True):
-            assert abs(float(logits[at - 1, request.tokens[at]]) - value) < error
+        for chunk_size, scores in found.items():
+            for at, value in zip(range(request.scored_from, len(request.tokens)), scores[i].log_probs, strict=True):
+                assert abs(float(logits[at - 1, request.tokens[at]]) - value) < error, chunk_size
 
 
 @pytest.mark.parametrize("name", ["paper", "question", "blocks by vote", "odd layers", "answers"])
-@pytest.mark.parametrize("batch_size", [1, 4])
-@pytest.mark.parametrize("chunk_size", [7, 1000])
-def test_generation_follows_the_definition(name, tiny_model, reference_logits, batch_size, chunk_size):
-    model, spec = tiny_model(), way(name)
+def test_generation_follows_the_definition(name, tiny_model, reference_logits):
+    """In chunks and in whole, each prompt alone and in batches."""
+    model, spec, expected = tiny_model(), way(name), []
     prompts = [torch.randint(97, (n,)).tolist() for n in (8, 16, 40, 61)]
     prompts.append([*prompts[3][:50], 1, 2])
-    patched = patched_model(model, spec)
-    engine = Engine(patched, chunk_size, batch_size)
-    found = dict(engine.generate([GenerateRequest(prompt, 6) for prompt in prompts]))
-    patched.restore()
-    for i, prompt in enumerate(prompts):
+    for prompt in prompts:
         tokens = list(prompt)
         for _ in range(6):
             logits = reference_logits(model, spec, torch.tensor([tokens]), spec.answers_from(len(prompt)))
             tokens.append(int(logits[0, -1].argmax()))
-        assert found[i] == tokens[len(prompt) :]
+        expected.append(tokens[len(prompt) :])
+    patched = patched_model(model, spec)
+    for chunk_size in (7, 1000):
+        for batch_size in (1, 4):
+            engine = Engine(patched, chunk_size, batch_size)
+            found = dict(engine.generate([GenerateRequest(prompt, 6) for prompt in prompts]))
+            assert [found[i] for i in range(len(prompts))] == expected, (chunk_size, batch_size)
+    patched.restore()
 
 
 def test_it_changes_answers_and_costs_nothing_when_off(tiny_model):
