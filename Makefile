@@ -11,7 +11,7 @@ TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
 help:
 	@echo "make demo         a real model, with and without the method, inside and beyond its training length"
 	@echo "make test         every check and test, on the releases of constraints.txt"
-	@echo "make test-newest  the quick tests and two real runs, on the newest releases (torch as in constraints.txt)"
+	@echo "make test-newest  the quick tests, every family and two real runs, on the newest releases (torch as in constraints.txt)"
 	@echo "make test-oldest  the same on the oldest releases that pyproject.toml declares"
 	@echo "make test-torch TORCH=2.14.1 PYTHON=python3.13   the same on another torch and Python, newest otherwise"
 

@@ -4,6 +4,8 @@ tests/test_families.py holds each family to the definition; here one of each kin
 and resumed, and must say what the definition says.
 """
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -26,7 +28,14 @@ from tests.test_families import G, W, build, oracle
 KINDS = ["lfm2", "qwen3_next", "falcon_h1", "nemotron_h", "zamba2", "diffllama", "deepseek_v32", "llama4_text", "beam"]
 
 
-@pytest.fixture(params=KINDS)
+QUICK = ["lfm2", "qwen3_next", "zamba2", "llama4_text"]
+
+
+@pytest.fixture(
+    params=[
+        kind if kind in QUICK else pytest.param(kind, marks=[pytest.mark.slow, pytest.mark.families]) for kind in KINDS
+    ]
+)
 def hybrid(request, randomise):
     return build(randomise, request.param)
 
@@ -36,25 +45,29 @@ def method():
     return make(n_local=W, n_global=G)
 
 
-def continuation(model, method, ids, n):
-    new = []
-    for _ in range(n):
-        new.append(int(oracle(model, method, torch.tensor([[*ids, *new]]))[-1].argmax()))
-    return new
+def answered(model, method, ids, new):
+    """What the definition says of `ids` [S, V], and instead of each token of `new`, the ones before it given.
+
+    If all of `new` is what it says, `new` is its own greedy continuation.
+    """
+    logits = oracle(model, method, torch.tensor([[*ids, *new[:-1]]]))
+    return logits[: len(ids)], logits[len(ids) - 1 :].argmax(-1).tolist()
 
 
 def test_scores_and_answers_are_those_of_the_definition(hybrid, method):
     """In chunks of 13, requests that begin alike, batches of unequal length."""
     text = torch.randint(3, 97, (80,)).tolist()
     texts = [text, [*text[:60], 5, 6, 7, 8], text[:41], text[50:60]]
-    expected = [oracle(hybrid, method, torch.tensor([one])).log_softmax(-1) for one in texts]
-    continued = [continuation(hybrid, method, one, 4) for one in texts]
+    untouched = copy.deepcopy(hybrid)
     engine = Engine(patched_model(hybrid, method), 13, batch_size=4)
-    for i, score in engine.score([ScoreRequest(one, 1) for one in texts]):
-        own = expected[i][:-1].gather(1, torch.tensor(texts[i][1:])[:, None])[:, 0].double()
-        torch.testing.assert_close(torch.from_numpy(score.log_probs), own, rtol=0, atol=2e-4)
+    scores = dict(engine.score([ScoreRequest(one, 1) for one in texts]))
     found = dict(engine.generate([GenerateRequest(one, 4) for one in texts]))
-    assert [found[i] for i in range(len(texts))] == continued
+    for i, one in enumerate(texts):
+        logits, continued = answered(untouched, method, one, found[i])
+        assert len(found[i]) == 4
+        assert found[i] == continued
+        own = logits.log_softmax(-1)[:-1].gather(1, torch.tensor(one[1:])[:, None])[:, 0].double()
+        torch.testing.assert_close(torch.from_numpy(scores[i].log_probs), own, rtol=0, atol=2e-4)
 
 
 def test_retrieval_finds_in_chunks_what_it_finds_at_once(hybrid):
@@ -105,7 +118,6 @@ def test_a_failed_pass_leaves_states_as_they_were(hybrid, method, monkeypatch):
 def test_a_user_generates_what_the_definition_says(hybrid, method):
     """Padded rows too, and with transformers' own cache, which has no keys of chunks for us."""
     rows = [torch.randint(3, 97, (n,)).tolist() for n in (40, 23)]
-    expected = [continuation(hybrid, method, row, 4) for row in rows]
     ids = torch.tensor([[0] * (40 - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (40 - len(row)) + [1] * len(row) for row in rows])
     options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
@@ -118,11 +130,20 @@ def test_a_user_generates_what_the_definition_says(hybrid, method):
         ):
             hybrid.generate(ids[:1], **options)
     with torch.no_grad(), lminf.patch(hybrid, n_local=W, n_global=G):
-        for cache in ({"past_key_values": lminf.Cache(hybrid)}, *own):
-            assert hybrid.generate(ids[:1], **cache, **options)[0, 40:].tolist() == expected[0]
-        for cache in ({"past_key_values": lminf.Cache(hybrid)}, *own):
-            found = hybrid.generate(ids, attention_mask=mask, **cache, **options)
-            assert [row[40:] for row in found.tolist()] == expected
+        alone = [
+            hybrid.generate(ids[:1], **cache, **options)[0, 40:].tolist()
+            for cache in ({"past_key_values": lminf.Cache(hybrid)}, *own)
+        ]
+        padded = [
+            hybrid.generate(ids, attention_mask=mask, **cache, **options)[:, 40:].tolist()
+            for cache in ({"past_key_values": lminf.Cache(hybrid)}, *own)
+        ]
+    expected = padded[0]
+    for row, new in zip(rows, expected, strict=True):
+        assert len(new) == 4
+        assert answered(hybrid, method, row, new)[1] == new
+    assert padded == [expected] * (1 + len(own))
+    assert alone == [expected[0]] * (1 + len(own))
 
 
 def test_a_user_may_leave_positions_out(hybrid, method):
