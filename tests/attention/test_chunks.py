@@ -1,5 +1,6 @@
 """Dual Chunk Attention's fast path at every boundary of its chunks, and the numbers of keys that its sets tell."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -98,24 +99,26 @@ def test_the_defaults_are_the_papers(length, s, w):
 
 
 @pytest.mark.parametrize("attention", ["rerope", "self_extend", "dca"])
-@pytest.mark.parametrize("batch_size", [1, 4])
-@pytest.mark.parametrize("share", [False, True])
-def test_unequal_batches_and_shared_prefixes(tiny_model, reference_logits, attention, batch_size, share):
+def test_unequal_batches_and_shared_prefixes(tiny_model, reference_logits, attention):
     """Prompts within a chunk, at its end, and chunks apart; each has a partner with the same beginning."""
-    model, method = tiny_model(), make(attention, n_local=16)
+    model, method, runs = tiny_model(), make(attention, n_local=16), []
     prompts = [torch.randint(97, (n,)).tolist() for n in (5, 15, 16, 31, 61)]
     prompts += [[*prompt[:-2], 1, 2] for prompt in prompts]
     patched = patched_model(model, method)
-    engine = Engine(patched, 7, batch_size, share)
-    generated = dict(engine.generate([GenerateRequest(prompt, 20) for prompt in prompts]))
-    scored = dict(engine.score([ScoreRequest(prompt, 3) for prompt in prompts]))
+    for batch_size, share in itertools.product([1, 4], [False, True]):
+        engine = Engine(patched, 7, batch_size, share)
+        generated = dict(engine.generate([GenerateRequest(prompt, 20) for prompt in prompts]))
+        scored = dict(engine.score([ScoreRequest(prompt, 3) for prompt in prompts]))
+        runs.append((batch_size, share, generated, scored))
     patched.restore()
     for i, prompt in enumerate(prompts):
-        tokens = [*prompt, *generated[i]]
-        logits = reference_logits(model, method, torch.tensor([tokens]))[0]
-        assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == generated[i]
+        tokens = runs[0][2][i]
+        logits = reference_logits(model, method, torch.tensor([[*prompt, *tokens]]))[0]
+        assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == tokens
         expected = logits.double().log_softmax(-1)[range(2, len(prompt) - 1), prompt[3:]]
-        assert torch.allclose(torch.from_numpy(scored[i].log_probs), expected, rtol=0, atol=1e-4)
+        for *run, generated, scored in runs:
+            assert generated[i] == tokens, run
+            assert torch.allclose(torch.from_numpy(scored[i].log_probs), expected, rtol=0, atol=1e-4), run
 
 
 @pytest.mark.parametrize("attention", ["rerope", "self_extend", "dca"])

@@ -40,8 +40,9 @@ def scripts(wheel, tmp_path_factory) -> Path:
 
 
 def run(command: list, folder: Path) -> str:
-    """Standard output of `command`, run in `folder` as a user without settings of ours would."""
-    variables = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "LMINF_EVAL_AUTOLOAD")}
+    """Standard output of `command`, run in `folder` as a user without settings of ours would, but tests/startup."""
+    variables = {name: value for name, value in os.environ.items() if name != "LMINF_EVAL_AUTOLOAD"}
+    variables["PYTHONPATH"] = str(CHECKOUT / "tests" / "startup")
     done = subprocess.run([str(word) for word in command], cwd=folder, env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
