@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -139,10 +140,22 @@ def alone(command, environment, tmp_path_factory):
     return results(output)
 
 
+@pytest.fixture(scope="module")
+def spread(command, environment, tmp_path_factory):
+    """`spread(*launcher)`: results, samples, and what was said, of one run for each launcher."""
+
+    @cache
+    def evaluate(*launcher):
+        output = tmp_path_factory.mktemp("spread")
+        said = run(command([*launcher], output, ALL), environment)
+        return *results(output), said
+
+    return evaluate
+
+
 @pytest.mark.parametrize("launcher", [[*TORCHRUN, 2], [*ACCELERATE, 3]], ids=["torchrun 2", "accelerate 3"])
-def test_several_processes_give_what_one_gives(launcher, command, environment, alone, tmp_path):
-    said = run(command(launcher, tmp_path, ALL), environment)
-    found, samples = results(tmp_path)
+def test_several_processes_give_what_one_gives(launcher, spread, alone):
+    found, samples, said = spread(*launcher)
     for name in ALL.split(","):
         assert found["results"][name] == alone[0]["results"][name]
         assert_same(samples[name], alone[1][name])  # complete, in order, with every answer
@@ -153,17 +166,17 @@ def test_several_processes_give_what_one_gives(launcher, command, environment, a
     assert "lminf: " not in said
 
 
-def test_families_of_requests_are_not_torn_apart(command, environment, model, tasks, tmp_path):
+def test_families_of_requests_are_not_torn_apart(spread, model, tasks, monkeypatch):
     """Nine documents of three passages on three ranks: as many tokens as one process computes."""
-    run(command([*TORCHRUN, 3], tmp_path, "choices"), environment)
-    spread = results(tmp_path)[0]["config"]["lminf"]
+    monkeypatch.setenv("DISABLE_MULTIPROC", "1")
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
     args = {"pretrained": str(model), "dtype": "float32", "n_local": 64, "chunk_size": 32}
-    how = {"model_args": args, "tasks": ["choices"], "task_manager": manager, "device": "cpu", "bootstrap_iters": 0}
+    how = {"model_args": args, "tasks": ALL.split(","), "task_manager": manager, "device": "cpu", "bootstrap_iters": 0}
     one = simple_evaluate("lminf", **how)["config"]["lminf"]
-    assert (spread["ranks"], one["ranks"]) == (3, 1)
+    info = spread(*ACCELERATE, 3)[0]["config"]["lminf"]
+    assert (info["ranks"], one["ranks"]) == (3, 1)
     for name in ("tokens_computed", "tokens_reused"):
-        assert spread[name] == one[name] > 0
+        assert info[name] == one[name] > 0
 
 
 def processes(words: str) -> dict[int, int]:
@@ -183,7 +196,7 @@ def processes(words: str) -> dict[int, int]:
 @pytest.mark.skipif(not Path("/proc").exists(), reason="finds its processes in /proc")
 def test_a_killed_rank_ends_the_run_and_the_journal_goes_on(command, environment, alone, tmp_path):
     journal = tmp_path / "journal"
-    words = command([*TORCHRUN, 3], tmp_path / "out", "long", journal=journal)
+    words = command([*TORCHRUN, 2], tmp_path / "out", "long", journal=journal)
     process = subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     deadline = time.monotonic() + 300
     while sum(file.read_bytes().count(b'\n{"key"') for file in journal.glob("*.jsonl")) < 4:
@@ -199,7 +212,7 @@ def test_a_killed_rank_ends_the_run_and_the_journal_goes_on(command, environment
     told = [line for line in said.splitlines() if line.startswith("lminf: ")]
     assert len(told) == 1
     assert re.match(
-        rf"lminf: rank 1 \(.+, pid {victim}\) ended while scoring 6 requests, at \d+ of \d+ tokens; ", told[0]
+        rf"lminf: rank 1 \(.+, pid {victim}\) ended while scoring 9 requests, at \d+ of \d+ tokens; ", told[0]
     )
     assert told[0].endswith(f"what was finished is in {journal}; the same command goes on from there")
     kept = sum(file.read_bytes().count(b'\n{"key"') for file in journal.glob("*.jsonl"))

@@ -44,23 +44,24 @@ def main() -> None:
         names = sorted(name for family, name in first.items() if family_row(family).sharded)
         cases = [(name, "lambda") for name in (*names, *MORE)] + [(name, kind) for name in VARIED for kind in OTHERS]
         for name, kind in cases:
-            told = compare(families, randomise, topology, name, kind)
-            if topology.rank == 0:
+            if told := compare(families, randomise, topology, name, kind):
                 print(json.dumps(told), flush=True)
     if topology.rank:
         ranks.lifecycle.exit()
 
 
-def compare(families, randomise, topology: Topology, name: str, kind: str) -> list:
+def compare(families, randomise, topology: Topology, name: str, kind: str) -> list | None:
+    """What rank 0 prints; only it runs the whole model."""
     n_local = {} if kind == "full" else {"n_local": families.W, "n_global": families.G}
     spec, strategy = make(**n_local, **OTHERS.get(kind, {})), TensorParallel(topology)
     ids = torch.randint(3, 97, (1, families.S), generator=torch.Generator().manual_seed(0))
     whole = families.build(randomise, name)
     strategy.check(whole.config, spec)
-    results = [run(families, ParallelStrategy(topology).prepare(whole, spec), ids, kind)]
     part = strategy.load(lambda: families.build(randomise, name), torch.float32, torch.device("cpu"))
-    results.append(run(families, strategy.prepare(part, spec), ids, kind))
-    (expected, whole_heads), (found, own_heads) = results
+    found, own_heads = run(families, strategy.prepare(part, spec), ids, kind)
+    if topology.rank:
+        return None
+    expected, whole_heads = run(families, ParallelStrategy(topology).prepare(whole, spec), ids, kind)
     return [name.split()[0], kind, families.error(found, expected), whole_heads, own_heads]
 
 

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -153,6 +154,11 @@ def answered(request, models, tmp_path_factory):
     return request.param, cases, [dict(zip(cases, one, strict=True)) for one in found]
 
 
+@cache
+def loaded(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, experts_implementation="eager").eval()
+
+
 @pytest.fixture
 def logits(reference_logits, monkeypatch):
     """`logits(case, tokens)` [S, V]: the definition's, in double precision."""
@@ -162,16 +168,10 @@ def logits(reference_logits, monkeypatch):
         both = torch.cat([half, half], -1)
         return both.cos().to(like), both.sin().to(like)
 
-    loaded = {}
-
     def compute(case, tokens):
         if case["exact"]:
             monkeypatch.setattr(Rotary, "angles", angles)
-        if case["model"] not in loaded:
-            loaded[case["model"]] = AutoModelForCausalLM.from_pretrained(
-                case["model"], dtype=torch.float64, experts_implementation="eager"
-            ).eval()
-        model, spec, ids_1S = loaded[case["model"]], make(**case["spec"]), torch.tensor([tokens])
+        model, spec, ids_1S = loaded(case["model"]), make(**case["spec"]), torch.tensor([tokens])
         if model.config.model_type == "llama4_text":
             return oracle(model, spec, ids_1S)
         return reference_logits(model, spec, ids_1S)[0]
@@ -200,12 +200,10 @@ def test_every_rank_has_the_definitions_log_probabilities(name, answered, logits
 def test_generation_goes_on_from_a_prompt_that_was_spread(name, answered):
     _, cases, found = answered
     case = cases[f"generate {name}"]
-    model = AutoModelForCausalLM.from_pretrained(
-        case["model"], dtype=torch.float64, experts_implementation="eager"
-    ).eval()
-    alone = patched_model(model, make(**case["spec"]))
+    alone = patched_model(loaded(case["model"]), make(**case["spec"]))
     requests = [GenerateRequest(tokens, max_new) for tokens, max_new in case["generate"]]
     expected = dict(Engine(alone, 2048, 3).generate(requests))
+    alone.restore()
     for one in found:
         assert one[f"generate {name}"]["answers"] == [expected[i] for i in range(len(requests))]
         assert one[f"generate {name}"]["sent"] > 0
