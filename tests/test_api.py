@@ -54,9 +54,14 @@ def engine_tokens(runner, prompts, new, batch_size=1):
     return [found[i] for i in range(len(prompts))]
 
 
-# One family of each kind of positions and windows has every method; the others have one of each kind of method.
+# One family of each kind of positions and windows has every method; the others have one of each kind of method. Llama
+# with every method and every family with lambda are quick.
 PAIRS = [
-    (family, name)
+    pytest.param(
+        family,
+        name,
+        marks=[] if family == "llama" or name == "lambda" else [pytest.mark.slow, pytest.mark.families],
+    )
     for family in KINDS
     for name, method in METHODS.items()
     if method.patched and (family in ("llama", "gemma2", "bloom") or name in ("lambda", "rerope", "dca", "infllm"))
