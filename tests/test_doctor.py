@@ -73,6 +73,7 @@ def test_bad_arguments_are_told(args, message, tiny_llama):
         doctor_checks.print_checks(str(tiny_llama()), 4096, args, 1, "cpu")
 
 
+@pytest.mark.slow
 def test_a_missing_folder_and_an_unreachable_hub_are_one_line(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="no such directory"):
         doctor_checks.print_checks(str(tmp_path / "none"), 4096, "", 1, "cpu")
@@ -87,6 +88,7 @@ def test_a_missing_folder_and_an_unreachable_hub_are_one_line(tmp_path, monkeypa
     assert "lminf-eval" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_hook_switched_off_is_told():
     command = "from lminf_eval.cli.doctor_checks import startup_hook; print(dict(startup_hook()))"
     environment = {"PATH": "", "LMINF_EVAL_AUTOLOAD": "0", "PYTHONPATH": ":".join(filter(None, sys.path))}
