@@ -54,16 +54,15 @@ def latent_model(randomise):
     return randomise(DeepseekV3ForCausalLM(DeepseekV3Config(**SMALL | MLA))).eval()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", METHODS)
+QUICK = ["window", "rerope", "dca", "all", "answers"]
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
+)
 def test_every_method_scores_by_the_definition(name, absorbs, latent_model, reference_logits):
-    check_scores(latent_model.double(), METHODS[name], reference_logits, 17, True, 1e-5)
-
-
-@pytest.mark.parametrize("name", ["streaming", "dca", "all", "answers"])
-@pytest.mark.parametrize("chunk_size", [1, 1000])
-def test_one_token_at_a_time_and_all_at_once(name, chunk_size, latent_model, reference_logits):
-    check_scores(latent_model.double(), METHODS[name], reference_logits, chunk_size, True, 1e-5)
+    runs = {17: True, 1000: False} if absorbs else {1: True, 17: True, 1000: False}
+    check_scores(latent_model.double(), METHODS[name], reference_logits, runs, 1e-5)
 
 
 @pytest.mark.parametrize("name", ["rerope", "dca", "group", "answers"])
