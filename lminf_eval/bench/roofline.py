@@ -83,7 +83,7 @@ class Size:
             sum(layer.kv_numbers for layer in shape.layers),
             len(recurrent),
             len(attention),
-            bool(getattr(model.config.get_text_config(), "kv_lora_rank", None)),
+            any(layer.latent for layer in attention),
             model.config.get_text_config().vocab_size,
             sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear)),
             sum(parameter.numel() for parameter in model.parameters()),

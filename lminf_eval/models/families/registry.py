@@ -147,8 +147,7 @@ def keeps_latents(config: Any) -> bool:
     They are if this release of transformers has the model expand them in one place. Under our methods, layers whose
     weights are quantised keep keys and values; see `models/latents.py`.
     """
-    text = config.get_text_config()
-    return bool(getattr(text, "kv_lora_rank", None)) and EXPAND in _source(text)
+    return EXPAND in _source(config.get_text_config())
 
 
 def scales_queries(config: Any) -> bool:
