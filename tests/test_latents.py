@@ -14,10 +14,10 @@ from lminf_eval.models.equivalence_check import patched_model
 from lminf_eval.models.latents import Latents
 from lminf_eval.models.memory_estimate import memory
 from lminf_eval.models.patching import PatchedModel
-from tests.attention.test_hidden_keys import WAYS, check_scores, way
+from tests.attention.test_hidden_keys import WAYS, check_scores, continuation, way
 from tests.small_model import SMALL
 
-R, P = 16, 8  # numbers of a latent, and of the rotary key beside it
+R, P = 16, 8  # numbers of a latent and of a rotary key
 MLA = {
     "num_key_value_heads": 4,
     "kv_lora_rank": R,
@@ -73,11 +73,7 @@ def test_batches_of_unequal_length_generate_by_the_definition(name, absorbs, lat
     found = dict(Engine(patched, 17, 3).generate([GenerateRequest(prompt, 4) for prompt in prompts]))
     patched.restore()
     for i, prompt in enumerate(prompts):
-        tokens = list(prompt)
-        for _ in range(4):
-            logits = reference_logits(model, method, torch.tensor([tokens]), method.answers_from(len(prompt)))
-            tokens.append(int(logits[0, -1].argmax()))
-        assert found[i] == tokens[len(prompt) :]
+        assert found[i] == continuation(model, method, reference_logits, prompt, 4)
 
 
 @pytest.mark.parametrize("name", ["question", "rerope", "answers"])

@@ -6,6 +6,17 @@ many weights.
 
 from typing import Any
 
+_SMOLLM2 = {  # SmolLM2-135M
+    "model_type": "llama",
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {
         "model_type": "llama",
@@ -18,17 +29,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 256,
         "tie_word_embeddings": True,
     },
-    "135m": {  # SmolLM2-135M
-        "model_type": "llama",
-        "vocab_size": 49152,
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "max_position_embeddings": 8192,
-        "tie_word_embeddings": True,
-    },
+    "135m": _SMOLLM2,
     "1b": {  # Llama-3.2-1B
         "model_type": "llama",
         "vocab_size": 128256,
@@ -97,17 +98,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 8192,
         "tie_word_embeddings": True,
     },
-    "gqa-135m": {  # a Llama with the operations of mla-135m: 9 heads of 80 + 80 numbers for 9 of 96 + 64
-        "model_type": "llama",
-        "vocab_size": 49152,
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "head_dim": 80,
-        "max_position_embeddings": 8192,
-        "tie_word_embeddings": True,
-    },
+    # A Llama with the operations of mla-135m: 9 heads of 80 + 80 numbers for 9 of 96 + 64.
+    "gqa-135m": _SMOLLM2 | {"head_dim": 80},
 }
 EQUAL_FLOPS = {"mla-135m": "gqa-135m"}  # what a shape is compared with: the operations of a token are equal within 1 %

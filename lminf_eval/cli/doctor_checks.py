@@ -30,7 +30,7 @@ from lminf_eval.methods.registry import MethodArgs
 from lminf_eval.models.families import registry
 from lminf_eval.models.loading import read_config
 from lminf_eval.models.memory_estimate import memory
-from lminf_eval.models.quantisation import check_quantisation, method_name, quantisation_config
+from lminf_eval.models.quantisation import method_name, quantisation_config, quantizer_of
 from lminf_eval.utils.formatting import format_bytes
 
 PACKAGES = ("lminf-eval", "torch", "transformers", "lm-eval", "accelerate")
@@ -58,7 +58,7 @@ def print_checks(pretrained: str | None, length: int, model_args: str, batch_siz
         return
     read = ModelArgs.parse(pretrained, {**args, "batch_size": batch_size})
     config = read_config(pretrained, args)
-    check_quantisation(config, {"": device})
+    quantizer_of(config, {"": device})  # it refuses what can't be loaded
     dtype = _dtype(args.get("dtype", "auto"), config)
     method, rows = describe_model(config, read.method, dtype, device)
     _print(console, pretrained, rows)

@@ -33,7 +33,7 @@ from lminf_eval.models.families import registry
 from lminf_eval.models.loading import CONFIG_ERRORS, CheckedAuto, auto_class, unreadable_config
 from lminf_eval.models.modules import check_structure, device_of
 from lminf_eval.models.peft_adapters import base_of, check_adapter
-from lminf_eval.models.quantisation import check_quantisation
+from lminf_eval.models.quantisation import quantizer_of
 from lminf_eval.parallel.ranks import Ranks
 from lminf_eval.parallel.strategy import ParallelStrategy
 from lminf_eval.resume.journal import ANSWERS, Journal
@@ -141,7 +141,7 @@ class LateHFLM(HFLM):
         self.inspect(self._config)
         check_structure(self._config, self.args.method.method, bool(kwargs.get("trust_remote_code")))
         spread = self.args.hf.get("parallelize") or self.args.execution.parallel == "layers"
-        check_quantisation(self._config, "auto" if spread else {"": str(self.device)})
+        quantizer_of(self._config, "auto" if spread else {"": str(self.device)})  # it refuses what can't be loaded
 
     def inspect(self, config: transformers.PretrainedConfig) -> None:
         """Refuse what can't be run, and resolve the method."""

@@ -1,7 +1,7 @@
 """Quantised checkpoints: what transformers' own quantizers say of them, asked before a weight is read.
 
-Which method needs which package or device stands in transformers alone. We ask for it where it can still be told in one
-line.
+Only transformers knows which method needs which package or device. We ask it before anything expensive starts, so that
+the answer is one line.
 """
 
 from __future__ import annotations
@@ -45,23 +45,15 @@ def quantisation(model: PreTrainedModel) -> str:
     return ", ".join(sorted(kinds - {"Tensor", "Parameter"}))
 
 
-def check_quantisation(config: PretrainedConfig, device_map: Any = None) -> None:
-    """Refuse a quantised checkpoint that transformers can't load on this machine.
+def quantizer_of(config: PretrainedConfig, device_map: Any = None) -> Any:
+    """Return transformers' quantizer for a checkpoint, None for one that is not quantised.
 
     Args:
         device_map: where the weights will go, as `from_pretrained` takes it.
 
     Raises:
-        UsageError: with what transformers' own check says: the package or the kind of device that is missing.
-    """
-    quantizer_of(config, device_map)
-
-
-def quantizer_of(config: PretrainedConfig, device_map: Any = None) -> Any:
-    """Return transformers' quantizer for a checkpoint, None for one that is not quantised.
-
-    Raises:
-        UsageError: as `check_quantisation`.
+        UsageError: if transformers can't load the checkpoint on this machine, with what its own check says: the package
+            or the kind of device that is missing.
     """
     quantised = quantisation_config(config)
     if not quantised:

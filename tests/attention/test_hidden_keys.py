@@ -142,18 +142,22 @@ def check_scores(model, spec, reference_logits, runs, error=1e-4):
                 assert abs(float(logits[at - 1, request.tokens[at]]) - value) < error, chunk_size
 
 
+def continuation(model, spec, reference_logits, prompt, count):
+    """The likeliest tokens after a prompt, one by one, by the definition."""
+    tokens = list(prompt)
+    for _ in range(count):
+        logits = reference_logits(model, spec, torch.tensor([tokens]), spec.answers_from(len(prompt)))
+        tokens.append(int(logits[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
 @pytest.mark.parametrize("name", ["paper", "question", "blocks by vote", "odd layers", "answers"])
 def test_generation_follows_the_definition(name, tiny_model, reference_logits):
     """In chunks and in whole, each prompt alone and in batches."""
-    model, spec, expected = tiny_model(), way(name), []
+    model, spec = tiny_model(), way(name)
     prompts = [torch.randint(97, (n,)).tolist() for n in (8, 16, 40, 61)]
     prompts.append([*prompts[3][:50], 1, 2])
-    for prompt in prompts:
-        tokens = list(prompt)
-        for _ in range(6):
-            logits = reference_logits(model, spec, torch.tensor([tokens]), spec.answers_from(len(prompt)))
-            tokens.append(int(logits[0, -1].argmax()))
-        expected.append(tokens[len(prompt) :])
+    expected = [continuation(model, spec, reference_logits, prompt, 6) for prompt in prompts]
     patched = patched_model(model, spec)
     for chunk_size in (7, 1000):
         for batch_size in (1, 4):
