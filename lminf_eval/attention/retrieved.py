@@ -20,6 +20,8 @@ from lminf_eval.cache.offloaded_keys import OffloadedKeys
 from lminf_eval.methods.hides_keys import HidesKeys
 
 _NUMBERS_AT_ONCE = 2**25  # of logits, or of retrieved values
+# So many queries take no longer to read all hidden values in one product than each takes to gather as many of its own.
+_SHARED_READS = 64
 _GROUP = 64  # keys whose maximum is taken first
 
 
@@ -98,7 +100,9 @@ def attend_best(
     q_KgLD, stop_L = q_HLD.to(k_KMD.device).view(K, H // K, L, -1), stop_L.to(k_KMD.device)
     if q_HLD.dtype == wide:  # fewer numbers than the logits
         q_KgLD, scale = q_KgLD * scale, 1.0
-    rows = max(1, _NUMBERS_AT_ONCE // (H * max(M, min(M, method.top_k * method.top_k_block) * D)))
+    n = min(M, method.top_k * method.top_k_block)
+    read_all = min(L, _SHARED_READS) * n > M
+    rows = max(1, _NUMBERS_AT_ONCE // (H * (M if read_all else max(M, n * D))))
     parts = []
     for first in range(0, L, rows):
         q, stop_l = q_KgLD[:, :, first : first + rows], stop_L[first : first + rows]
@@ -110,26 +114,36 @@ def attend_best(
         common = max(0, int(stop_l[0]) - low)  # keys that are hidden from all these queries; later ones, from some
         shown_lm = torch.arange(low + common, low + M, device=stop_l.device) >= stop_l[:, None]
         logits_KglM[..., common:].masked_fill_(shown_lm, -torch.inf)
-        parts.append(_attend_chosen(logits_KglM, shown_lm, low, offloaded, method))
+        parts.append(_attend_chosen(logits_KglM, shown_lm, low, offloaded, method, read_all))
     out, lse = (torch.cat(part, 2) for part in zip(*parts, strict=True))
     return out.reshape(H, L, D).to(q_HLD.device), lse.reshape(H, L).to(q_HLD.device)
 
 
 def _attend_chosen(
-    logits_KglM: torch.Tensor, shown_lm: torch.Tensor, low: int, offloaded: OffloadedKeys, method: HidesKeys
+    logits_KglM: torch.Tensor,
+    shown_lm: torch.Tensor,
+    low: int,
+    offloaded: OffloadedKeys,
+    method: HidesKeys,
+    read_all: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute attention over the keys that win among those from `low` on: out [K, g, l, D] and lse [K, g, l].
 
     Args:
         shown_lm: which of the last m keys are not hidden from a query; their logits are -inf.
+        read_all: whether to multiply all hidden values by weights, most of them 0, instead of gathering each query's.
     """
     K, g, M = (*logits_KglM.shape[:2], logits_KglM.shape[3])
     index = _chosen(logits_KglM, shown_lm, low, method)  # of the choosers: [K or 1, g or 1, l, n]
     outside = (index < 0) | (index >= M)  # of a block at either end
     index = index.clamp(0, M - 1)
-    best_Kgln = logits_KglM.gather(-1, index.expand(K, g, *index.shape[2:])).masked_fill(outside, -torch.inf)
+    at_Kgln = index.expand(K, g, *index.shape[2:])
+    best_Kgln = logits_KglM.gather(-1, at_Kgln).masked_fill(outside, -torch.inf)
     lse_Kgl = best_Kgln.logsumexp(-1)
     weights = (best_Kgln - lse_Kgl.clamp(min=torch.finfo(lse_Kgl.dtype).min)[..., None]).exp()
+    if read_all:
+        weights_KglM = torch.zeros_like(logits_KglM).scatter_add_(-1, at_Kgln, weights)
+        return offloaded.weighted_values(weights_KglM.flatten(1, 2), low).unflatten(1, (g, -1)), lse_Kgl
     index = index.expand(K, *index.shape[1:])  # no key-value head's values are gathered twice
     values = offloaded.values(low + index.reshape(K, -1)).view(*index.shape, -1)
     return (weights.to(values.dtype).unsqueeze(-2) @ values).squeeze(-2), lse_Kgl

@@ -56,6 +56,18 @@ class OffloadedKeys:
             first = last
         return found
 
+    def weighted_values(self, weight_KLN: torch.Tensor, start: int) -> torch.Tensor:
+        """Return the sums [K, L, D] of the N values from position `start` on, each times its weight."""
+        values = self.pieces[0][1]
+        total, first = weight_KLN.new_zeros(*weight_KLN.shape[:2], values.shape[2]), 0
+        for _, v_KMD in self.pieces:
+            low, high = max(start - first, 0), min(start + weight_KLN.shape[2] - first, v_KMD.shape[1])
+            if low < high:
+                weights = weight_KLN[:, :, first + low - start : first + high - start].to(v_KMD.dtype)
+                total += weights @ v_KMD[:, low:high]
+            first += v_KMD.shape[1]
+        return total.to(values.dtype)
+
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values, those that other sequences share included."""

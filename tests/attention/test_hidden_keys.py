@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, LlamaForCausalLM, MptConfig
 
 import lminf_eval as lminf
+from lminf_eval.attention import retrieved
 from lminf_eval.attention.retrieved import attend_best
 from lminf_eval.cache.offloaded_keys import OffloadedKeys
 from lminf_eval.errors import UsageError
@@ -47,6 +48,13 @@ def _middle(sizes, K=2, D=8):
     return middle, k, v
 
 
+@pytest.fixture(params=[0, 1000], ids=["values gathered", "one product"])
+def values_are_read(request, monkeypatch):
+    """Both ways to sum up values: those that a query retrieves, or all of them in one product."""
+    monkeypatch.setattr(retrieved, "_SHARED_READS", request.param)
+
+
+@pytest.mark.usefixtures("values_are_read")
 @pytest.mark.parametrize("top_k", [1, 5, 300])
 @pytest.mark.parametrize("sizes", [[200], [50, 1, 1, 30] + [1] * 80 + [38]])
 def test_the_search_finds_the_best_of_each_head_and_query(top_k, sizes):
@@ -63,6 +71,7 @@ def test_the_search_finds_the_best_of_each_head_and_query(top_k, sizes):
             assert torch.allclose(out[h, row], expected)
 
 
+@pytest.mark.usefixtures("values_are_read")
 @pytest.mark.parametrize("choice", ["group", "layer"])
 @pytest.mark.parametrize("block", [1, 3, 7])
 def test_heads_that_choose_together_see_the_same_keys(choice, block):
