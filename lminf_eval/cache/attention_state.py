@@ -63,7 +63,9 @@ class AttentionState:
 
     @classmethod
     def stack(cls, states: list[AttentionState]) -> AttentionState:
-        """Return one state whose rows are those of `states`, which must have one capacity."""
+        """Return one state whose rows are those of `states`, which must have one capacity; the only one itself."""
+        if len(states) == 1:
+            return states[0]
         first, recurrent = states[0], [state.states for state in states if state.states is not None]
         return cls(
             first.capacity,

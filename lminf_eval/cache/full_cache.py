@@ -59,7 +59,9 @@ class FullCache:
     @classmethod
     @torch.inference_mode()
     def stack(cls, caches: list[FullCache]) -> FullCache:
-        """Return one cache whose rows are those of `caches`, of one row each."""
+        """Return one cache whose rows are those of `caches`, of one row each; the only one itself."""
+        if len(caches) == 1:
+            return caches[0]
         lengths = [cache.lengths[0] for cache in caches]
         longest = max(lengths)
 

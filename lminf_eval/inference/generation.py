@@ -61,9 +61,9 @@ class Generator:
         ready: list[Prompt] = []
         for prompt in self._prefill(roots, None, capacity):
             ready.append(prompt)
+            del prompt  # or its keys would stay in memory while the next prompt is read
             if len(ready) == self.batch_size:
                 yield from self._decode_apart(ready)
-                ready = []
         if ready:
             yield from self._decode_apart(ready)
 
@@ -82,7 +82,7 @@ class Generator:
                 yield from self._prefill(node.children, own, capacity)
 
     def _read(self, node: Node, state: State) -> Iterator[Prompt]:
-        """Read one node's tokens; yield each prompt that ends there."""
+        """Read one node's tokens; yield each prompt that ends there, the last one with `state` if no child needs it."""
         lengths = {index: len(self.requests[index].tokens) for index in node.ending_requests}
         position = node.start
         output: Any = None
@@ -94,20 +94,32 @@ class Generator:
                 if output is not None:
                     self.chunks.count(high - position)
                     position = high
-            for index in (index for index, length in lengths.items() if length == end):
-                yield index, state.rows([0]), self.model.logits(output, output.last_hidden_state[0, -1:])
+            ending = [index for index, length in lengths.items() if length == end]
+            for index in ending:
+                last = end == node.stop and index == ending[-1] and not node.children
+                own = state if last else state.rows([0])
+                yield index, own, self.model.logits(output, output.last_hidden_state[0, -1:])
 
     def _decode_apart(self, ready: list[Prompt]) -> Iterator[tuple[int, list[int]]]:
-        """Decode all of `ready` together, or length by length if the model cannot pad."""
+        """Decode all of `ready` together, or length by length if the model cannot pad; leave `ready` empty."""
         lengths = [state.lengths[0] for _, state, _ in ready]
-        for length in [None] if self.model.pads else sorted(set(lengths)):
-            yield from self._decode([one for one, its in zip(ready, lengths, strict=True) if length in (None, its)])
+        batches = [
+            [one for one, its in zip(ready, lengths, strict=True) if length in (None, its)]
+            for length in ([None] if self.model.pads else sorted(set(lengths)))
+        ]
+        ready.clear()
+        for batch in batches:
+            yield from self._decode(batch)
 
     def _decode(self, ready: list[Prompt]) -> Iterator[tuple[int, list[int]]]:
-        """Continue all of `ready` token by token, whatever their lengths; those that are done leave the batch."""
+        """Continue all of `ready` token by token, whatever their lengths; those that are done leave the batch.
+
+        `ready` is left empty, so that no prompt's keys are held twice.
+        """
         indices = [index for index, _, _ in ready]
-        state = self.model.stack([state for _, state, _ in ready])
         logits_BV = torch.cat([logits for _, _, logits in ready])
+        state = self.model.stack([state for _, state, _ in ready])
+        ready.clear()
         pick = _Picker(self.requests, indices, self.rules, logits_BV.device)
         while True:
             going = []
