@@ -5,7 +5,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from lminf_eval.errors import UsageError
-from lminf_eval.tasks import passkey
+from lminf_eval.tasks import passkey, task_metadata
 
 LENGTH = 2048
 
@@ -86,7 +86,7 @@ def test_same_keys_and_depths_at_every_length_and_more_documents_only_add(tiny_t
 
 @pytest.mark.parametrize("count", [2, 5, 16, 20])
 def test_every_beginning_of_the_depths_is_spread(count):
-    depths = passkey.spread_depths(count)
+    depths = task_metadata.spread_depths(count)
     assert sorted(depths) == pytest.approx([i / (count - 1) for i in range(count)])
     for taken in range(2, count + 1):
         points = sorted(depths[:taken])
@@ -95,7 +95,7 @@ def test_every_beginning_of_the_depths_is_spread(count):
 
 
 def test_one_depth_is_the_middle():
-    assert passkey.spread_depths(1) == [0.5]
+    assert task_metadata.spread_depths(1) == [0.5]
 
 
 @pytest.mark.parametrize(

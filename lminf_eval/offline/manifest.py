@@ -31,7 +31,9 @@ from lminf_eval.paths import sha256_of
 from lminf_eval.sweep.config import read_sweep
 from lminf_eval.tasks import corpora
 from lminf_eval.tasks.data_files import find_files
+from lminf_eval.tasks.task_metadata import MAX_NEW_TOKENS
 from lminf_eval.tasks.tokenizer import load_tokenizer
+from lminf_eval.utils.tokens import split_length
 
 _TEXTS = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab")  # configs and tokenizers
 _CONFIG = {"peft": "adapter_config.json", "tokenizer": "tokenizer_config.json"}  # of the others it is config.json
@@ -195,8 +197,8 @@ def _check_weights(folder: Path, files: list[str]) -> None:
 
 
 def _task(name: str, metadata: dict[str, Any], include_path: str | None, checksums: bool) -> dict[str, Any]:
-    """Build a task or group as the run will, which fetches its data; of passkeys, build a single document."""
-    if name.startswith("passkey"):
+    """Build a task or group as the run will, which fetches its data; of made-up documents, build a single one."""
+    if split_length(name)[0] in MAX_NEW_TOKENS:
         metadata = metadata | {"documents": 1, "depths": 1}
     manager = _manager(include_path, json.dumps(metadata, sort_keys=True, default=str), name)
     spec: Any = [str(Path(name).absolute())] if name.endswith(".yaml") else manager.match_tasks([name])

@@ -26,7 +26,7 @@ from lminf_eval.utils.formatting import format_metric
 from lminf_eval.utils.tokens import format_tokens
 
 TEMPLATES = Path(__file__).with_name("templates")
-MOST_ANSWERS = 300  # rows of passkey answers in one page, unless two for each run and length are more
+MOST_ANSWERS = 300  # rows of answers in one page, unless two for each run and length are more
 FILTERS = ("model", "method", "task", "length", "metric")
 
 
@@ -144,7 +144,7 @@ def _choices(rows: list[dict[str, Any]], name: str) -> list[str]:
 
 
 def _answers(store: SampleStore) -> list[dict[str, Any]]:
-    """Return passkey answers, one right and one wrong for each depth; thinned out evenly if there are many."""
+    """Return answers about a fact at a known depth, one right and one wrong a depth; thinned out evenly if many."""
     results = store.collection.results
     groups = []
     for _, result in results[results["metric"] == "acc"].iterrows():
@@ -153,7 +153,7 @@ def _answers(store: SampleStore) -> list[dict[str, Any]]:
             continue
         planned = samples["depth_target"]
         depth = pd.to_numeric(planned.where(planned.notna(), samples["depth"]), errors="coerce")
-        samples = samples.assign(depth=depth, right=[bool(m.get("acc")) for m in samples["metrics"]])
+        samples = samples.assign(depth=depth, right=[m.get("acc") == 1 for m in samples["metrics"]])
         shown = samples.dropna(subset=["depth"]).sort_values("depth", kind="stable")
         shown = shown.drop_duplicates(["depth", "right"])
         groups.append([_answer(result, sample) for _, sample in shown.iterrows()])
@@ -165,6 +165,7 @@ def _answer(result: pd.Series, sample: pd.Series) -> dict[str, Any]:
     return {
         "model": result["model"],
         "method": result["method"],
+        "task": result["family"],
         "length": format_tokens(result["length"]),
         "depth": f"{sample['depth']:.0%}",
         "key": text(sample["key"]),

@@ -13,6 +13,7 @@ from typing import Any
 from datasets import Dataset
 
 from lminf_eval.errors import UsageError
+from lminf_eval.tasks.task_metadata import read_wanted
 from lminf_eval.tasks.tokenizer import TaskTokenizer, load_tokenizer
 
 logger = logging.getLogger(f"lm_eval.{__name__}")  # under lm-eval's own, which shows it
@@ -41,20 +42,10 @@ def build(**metadata: Any) -> dict[str, Dataset]:
     Raises:
         UsageError: a value is out of range, or the length is too short for the prompt without any filler.
     """
-    length: Any = metadata.get("length")
-    documents = metadata.get("documents", 20)
-    depths = metadata.get("depths", documents)
-    seed = metadata.get("seed", 0)
-    for name, value, least in (("length", length, 1), ("documents", documents, 1), ("depths", depths, 1)):
-        if type(value) is not int or value < least:
-            raise UsageError(f"passkey {name}={value!r}: a whole number from {least} up is needed")
-    if depths > documents:
-        raise UsageError(f"passkey depths={depths}: at most one depth a document, and documents={documents}")
-    if type(seed) is not int:
-        raise UsageError(f"passkey seed={seed!r}: a whole number is needed")
-
+    wanted = read_wanted("passkey", metadata)
+    length, documents = wanted.length, len(wanted.depths)
     tokenizer = load_tokenizer(**metadata)
-    rng = random.Random(seed)
+    rng = random.Random(wanted.seed)
     keys = [str(rng.randrange(10_000, 100_000)) for _ in range(documents)]
     shortest = max(len(tokenizer.encode(_prompt(key, 0, 0))) for key in set(keys))
     if length < shortest:
@@ -62,9 +53,8 @@ def build(**metadata: Any) -> dict[str, Dataset]:
             f"passkey length={length} is too short for its own prompt: the shortest possible is {shortest}"
         )
 
-    spread = spread_depths(depths)
     sizer = _Sizer(tokenizer, length)
-    docs = [sizer.document(key, spread[i % depths]) for i, key in enumerate(keys)]
+    docs = [sizer.document(key, depth) for key, depth in zip(keys, wanted.depths, strict=True)]
     sizes = [doc["n_tokens"] for doc in docs]
     logger.info("passkey: %d documents of %d to %d tokens, target %d", documents, min(sizes), max(sizes), length)
     return {"test": Dataset.from_list(docs)}
@@ -79,17 +69,6 @@ def score(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
     """Return `acc`: 1 if the first number of five digits in the answer is the key; "71,432" is such a number, too."""
     numbers = (re.sub(r"\D", "", found) for found in _NUMBER.findall(results[0]))
     return {"acc": float(next((number for number in numbers if len(number) == 5), None) == doc["key"])}
-
-
-def spread_depths(count: int) -> list[float]:
-    """Return `count` depths from 0 to 1, evenly spread, as is each prefix of the list; a single one is the middle.
-
-    The order is that of bit-reversed indices (van der Corput): 0, then about a half, a quarter, three quarters, ...
-    """
-    if count == 1:
-        return [0.5]
-    bits = (count - 1).bit_length()
-    return [i / (count - 1) for i in sorted(range(count), key=lambda i: int(f"{i:0{bits}b}"[::-1], 2))]
 
 
 def _filler(sentences: int) -> str:

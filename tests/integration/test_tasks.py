@@ -9,10 +9,14 @@ from pathlib import Path
 import pytest
 from lm_eval.tasks import TaskManager
 
+from lminf_eval.tasks.task_metadata import MAX_NEW_TOKENS
+
 TASKS = Path(__file__).parents[2] / "tasks"
 LENGTHS = {f"{2**i}k": 2**i * 1024 for i in range(1, 10)} | {"1m": 2**20}
+NEEDLES = [name for name in MAX_NEW_TOKENS if name != "passkey"]
 TOPS = {
     "passkey": ("4k", "1m"),
+    **dict.fromkeys(NEEDLES, ("4k", "128k")),
     "pydocs_ppl": ("2k", "64k"),
     "pg19_ppl": ("2k", "256k"),
     "arxiv_ppl": ("2k", "128k"),
@@ -56,20 +60,20 @@ def test_no_name_of_ours_is_one_of_lm_evals_own():
 @pytest.mark.parametrize("group", TOPS)
 def test_names_say_the_length_and_the_kind(group):
     index = manager().task_index
-    kind = "generate_until" if group == "passkey" else "loglikelihood_rolling"
+    kind = "generate_until" if group in ("passkey", *NEEDLES) else "loglikelihood_rolling"
     for name, length in names(group).items():
         assert index[name].cfg["metadata"] == {"version": VERSIONS.get(group, 1.0), "length": length}
         assert index[name].cfg["output_type"] == kind
     assert index[GROUPS.get(group, group)].cfg["task"] == list(names(group))
 
 
-@pytest.mark.parametrize("group", ["passkey", "pydocs_ppl"])
+@pytest.mark.parametrize("group", ["passkey", "kv_retrieval", "pydocs_ppl"])
 def test_a_group_loads_with_the_users_metadata(group, tiny_tokenizer):
     loaded = manager(tokenizer=tiny_tokenizer, length=512, documents=3, buckets=4).load([GROUPS.get(group, group)])
     assert set(loaded["tasks"]) == set(names(group))
     for task in loaded["tasks"].values():
-        assert all(500 < doc["n_tokens"] <= 512 for doc in task.test_docs())
-        assert all(higher is (group == "passkey") for higher in task.higher_is_better().values())
+        assert all((400 if group in NEEDLES else 500) < doc["n_tokens"] <= 512 for doc in task.test_docs())
+        assert all(higher is (group != "pydocs_ppl") for higher in task.higher_is_better().values())
         assert VERSIONS.get(group, 1.0) == task.VERSION
 
 
@@ -78,7 +82,18 @@ def test_passkey_asks_for_few_greedy_tokens(tiny_tokenizer):
     task.build_all_requests()
     context, settings = task.instances[0].args
     assert context.endswith("What is the pass key? The pass key is")
-    assert settings == {"do_sample": False, "max_gen_toks": 16, "until": []}
+    assert settings == {"do_sample": False, "max_gen_toks": MAX_NEW_TOKENS["passkey"], "until": []}
+
+
+@pytest.mark.parametrize("name", NEEDLES)
+def test_needles_are_asked_for_in_few_greedy_tokens(name, tiny_tokenizer):
+    task = manager(tokenizer=tiny_tokenizer, length=512, documents=2).load([f"{name}_4k"])["tasks"][f"{name}_4k"]
+    task.build_all_requests()
+    context, settings = task.instances[0].args
+    doc = next(iter(task.test_docs()))
+    assert context == doc["input"]
+    assert task.doc_to_target(doc) == doc["key"]
+    assert settings == {"do_sample": False, "max_gen_toks": MAX_NEW_TOKENS[name], "until": []}
 
 
 def lm_eval(folder, *arguments):

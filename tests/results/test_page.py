@@ -122,10 +122,10 @@ def test_downloads_hold_the_data(written):
 
 def test_answers_problems_runs_and_notes_are_told(written, make_passkeys):
     text = page_of(written)
-    rows = [row for row in Reader(text).rows if len(row) == 7][1:]
-    wrong = [row for row in rows if row[6] == "✗ wrong"]
-    assert ["org/model", "full", "4k", "25%", "10006", "99999", "✗ wrong"] in wrong
-    assert ["org/model", "lambda", "4k", "0%", "10000", "10000", "✓ right"] in rows
+    rows = [row for row in Reader(text).rows if len(row) == 8][1:]
+    wrong = [row for row in rows if row[7] == "✗ wrong"]
+    assert ["org/model", "full", "passkey", "4k", "25%", "10006", "99999", "✗ wrong"] in wrong
+    assert ["org/model", "lambda", "passkey", "4k", "0%", "10000", "10000", "✓ right"] in rows
     assert {row[1] for row in wrong} == {"full"}
     assert "config.json</code>: not an lm-eval results file" in text
     assert "lm_eval --model lminf --tasks passkey_4k,passkey_16k,pydocs_ppl_2k --model_args" in text

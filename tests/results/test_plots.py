@@ -181,7 +181,7 @@ def test_fewer_documents_at_a_greater_length_are_the_same_line(lm_eval_files, ma
 
 
 def test_heat_map_prints_every_number(drawn):
-    panels = [axes for axes in drawn["passkey"].figure.axes if axes.get_visible()]
+    panels = [axes for axes in drawn["depth"].figure.axes if axes.get_visible()]
     assert [axes.get_title(loc="left") for axes in panels] == ["full", "hf", "lambda"]
     full, hf, method = ([text.get_text() for text in axes.texts] for axes in panels)
     assert full == ["1/1", "0/1", "0/1", "0/1", "0/1"] * 2

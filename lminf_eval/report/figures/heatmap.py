@@ -1,4 +1,4 @@
-"""The figure of passkeys found, by depth and length."""
+"""The figure of facts found in a text, as passkeys are, by their depth and its length."""
 
 from __future__ import annotations
 
@@ -21,9 +21,7 @@ from lminf_eval.utils.tokens import format_tokens
 PANELS_A_ROW = 4
 
 
-def passkey_heat_maps(
-    store: SampleStore, group: pd.DataFrame, line_styles: dict[str, Style], subtitle: str
-) -> Plot | None:
+def heat_maps(store: SampleStore, group: pd.DataFrame, line_styles: dict[str, Style], subtitle: str) -> Plot | None:
     """Draw one panel a method, in the order of their names; every cell prints its numbers."""
     panels: dict[str, dict[float, pd.DataFrame]] = {}
     for method, of_method in group_by_name(group[group["metric"] == "acc"], "line"):
@@ -48,18 +46,18 @@ def passkey_heat_maps(
     for axes in in_order[len(panels) :]:
         axes.set_visible(False)
     for row in grid:
-        row[0].set_ylabel("depth of the key")
+        row[0].set_ylabel("depth in the text")
     for column in range(across):
         lowest = grid[(len(panels) - 1 - column) // across][column]
         lowest.set_xlabel("length (tokens)")
         lowest.tick_params(labelbottom=True)
-    title = f"Passkeys found: {subtitle}"
+    title = f"Found by depth: {subtitle}"
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=11)
     caption = (
-        "Passkeys found of those hidden, by length of the text and depth of the key in it (0% is its start): "
+        "Facts found of those asked for, by length of the text and their depth in it (0% is its start): "
         "light cells found all, dark ones none. Hatched cells were not measured."
     )
-    return Plot(slug("passkey", subtitle), title, caption, figure)
+    return Plot(slug("depth", subtitle), title, caption, figure)
 
 
 def _heat_map(axes: Axes, panel: dict[float, pd.DataFrame], lengths: list[float], depths: list[float]) -> None:

@@ -1,4 +1,4 @@
-"""The figures: NLL against position, perplexity and scores against length, passkeys by depth and length; speed, memory.
+"""The figures: NLL against position, perplexity and scores against length, finds by depth and length; speed, memory.
 
 Every figure can be read in grey and with any colour vision: lines differ in marker and dash as well as colour and are
 labelled at their ends, heat maps print their numbers.
@@ -14,7 +14,7 @@ import pandas as pd
 from lminf_eval.report.benches import read_bench
 from lminf_eval.report.escape import plain, shorten
 from lminf_eval.report.figures.figure import SETTINGS, Plot
-from lminf_eval.report.figures.heatmap import passkey_heat_maps
+from lminf_eval.report.figures.heatmap import heat_maps
 from lminf_eval.report.figures.lines import nll_against_position, perplexity_against_length, score_against_length
 from lminf_eval.report.figures.speed import bench_figures
 from lminf_eval.report.figures.style import Style, assign_styles
@@ -49,9 +49,7 @@ def _heat_maps_or_scores(
     store: SampleStore, group: pd.DataFrame, line_styles: dict[str, Style], subtitle: str
 ) -> Plot | None:
     """Draw the heat maps of a family whose documents tell a depth, and the scores of any other."""
-    return passkey_heat_maps(store, group, line_styles, subtitle) or score_against_length(
-        store, group, line_styles, subtitle
-    )
+    return heat_maps(store, group, line_styles, subtitle) or score_against_length(store, group, line_styles, subtitle)
 
 
 KINDS = (nll_against_position, perplexity_against_length, _heat_maps_or_scores)
