@@ -29,7 +29,7 @@ from lminf_eval.harness.plugin import task_folder
 from lminf_eval.models.loading import read_config
 from lminf_eval.paths import sha256_of
 from lminf_eval.sweep.config import read_sweep
-from lminf_eval.tasks import corpora
+from lminf_eval.tasks import corpora, generation
 from lminf_eval.tasks.data_files import find_files
 from lminf_eval.tasks.task_metadata import MAX_NEW_TOKENS
 from lminf_eval.tasks.tokenizer import load_tokenizer
@@ -223,7 +223,7 @@ def _listed(include_path: str | None, metadata: str, include_defaults: bool) -> 
 def _sources(task: Task, metadata: dict[str, Any], checksums: bool) -> Iterator[dict[str, Any]]:
     """Yield the files that a task's data came from; none for generated data."""
     config = task.config
-    if getattr(config.custom_dataset, "__module__", None) == corpora.__name__:
+    if getattr(config.custom_dataset, "__module__", None) in (corpora.__name__, generation.__name__):
         name = config.custom_dataset.__name__
         if metadata.get("data_files") is not None:
             files = find_files(metadata["data_files"])

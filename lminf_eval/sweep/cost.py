@@ -15,11 +15,12 @@ from lminf_eval.harness.plugin import MODEL_NAME
 from lminf_eval.methods.registry import MethodArgs
 from lminf_eval.sweep.cell import CellFolder, read_result
 from lminf_eval.sweep.config import Cell
-from lminf_eval.tasks.task_metadata import DOCUMENTS, MAX_NEW_TOKENS
+from lminf_eval.tasks.task_metadata import CONTINUATION, DOCUMENTS, MAX_NEW_TOKENS
 from lminf_eval.utils.tokens import split_length
 
 # Of our tasks; the others' number depends on the length.
-_DOCUMENTS = {"pydocs_ppl": 4, "pg19_ppl": 100} | dict.fromkeys(MAX_NEW_TOKENS, DOCUMENTS)
+_DOCUMENTS = {"pydocs_ppl": 4, "pydocs_generation": 4, "pg19_ppl": 100} | dict.fromkeys(MAX_NEW_TOKENS, DOCUMENTS)
+_NEW_TOKENS = {"pydocs_generation": CONTINUATION} | MAX_NEW_TOKENS
 _BYTES = {"float64": 8, "float32": 4}  # a number; other dtypes have 2
 _PARAMETERS = re.compile(r"(?<![a-z0-9.])(\d+(?:\.\d+)?)([bm])(?![a-z0-9])")  # in a model's name, as in Llama-2-7b
 
@@ -72,7 +73,7 @@ def _tokens(cell: Cell) -> int | None:
         documents = len(samples[cell.task])
     if cell.length is None or documents is None:
         return None
-    return documents * (cell.length + MAX_NEW_TOKENS.get(family, 0))
+    return documents * (cell.length + _NEW_TOKENS.get(family, 0))
 
 
 def _memory(cell: Cell) -> float | None:

@@ -1,6 +1,6 @@
-"""The corpora of the perplexity tasks: where each one's texts come from.
+"""The corpora of the perplexity and generation tasks: where each one's texts come from.
 
-Each function is a `custom_dataset` of lm-eval. It takes the task's metadata and returns the documents of
+Each corpus's function is a `custom_dataset` of lm-eval. It takes the task's metadata and returns the documents of
 `documents.cut_documents`; `data_files` in the metadata (see `data_files.read_texts`) replaces the corpus's own source.
 """
 
@@ -39,22 +39,37 @@ def pydocs(**metadata: Any) -> dict[str, Dataset]:
     Document d is the whole circle of topics begun a d-th quarter round, so each is as long as the whole text. The text
     is that of the running Python; the documents record its version and the text's SHA-256.
     """
-    return cut_documents("pydocs", _local(metadata) or _python_topics(), metadata)
+    return cut_documents("pydocs", texts("pydocs", metadata), metadata)
 
 
 def pg19(**metadata: Any) -> dict[str, Dataset]:
     """Return PG-19's test set: 100 books from Project Gutenberg (Rae et al. 2019, arXiv 1911.05507)."""
-    return cut_documents("pg19", _local(metadata) or _pg19(), metadata)
+    return cut_documents("pg19", texts("pg19", metadata), metadata)
 
 
 def arxiv(**metadata: Any) -> dict[str, Dataset]:
     """Return ArXiv papers in the Pile's validation set (Gao et al. 2020, arXiv 2101.00027)."""
-    return cut_documents("arxiv", _local(metadata, "ArXiv") or _pile("ArXiv"), metadata)
+    return cut_documents("arxiv", texts("arxiv", metadata), metadata)
 
 
 def openwebtext2(**metadata: Any) -> dict[str, Dataset]:
     """Return OpenWebText2 pages in the Pile's validation set (Gao et al. 2020, arXiv 2101.00027)."""
-    return cut_documents("openwebtext2", _local(metadata, "OpenWebText2") or _pile("OpenWebText2"), metadata)
+    return cut_documents("openwebtext2", texts("openwebtext2", metadata), metadata)
+
+
+def texts(corpus: str, metadata: dict[str, Any]) -> Iterator[Text]:
+    """Return the texts of a corpus, or those of `data_files` in its place.
+
+    Raises:
+        UsageError: if they cannot be read.
+    """
+    pile_set = next((name for name in PILE_SETS if name.lower() == corpus), None)
+    if metadata.get("data_files") is not None:
+        local = read_texts(metadata["data_files"], metadata.get("text_column", "text"), pile_set)
+        return (({"source": where}, text) for where, text in local)
+    if pile_set:
+        return _pile(pile_set)
+    return _pg19() if corpus == "pg19" else _python_topics()
 
 
 def pile_subset(name: str) -> Path:
@@ -100,13 +115,6 @@ def _filter_pile(source: Path, folder: Path) -> None:
         for name, writer in writers.items():
             writer.write_table(pa.table({"text": pending[name]}, schema=schema))
             writer.close()
-
-
-def _local(metadata: dict[str, Any], pile_set: str | None = None) -> Iterator[Text] | None:
-    if metadata.get("data_files") is None:
-        return None
-    texts = read_texts(metadata["data_files"], metadata.get("text_column", "text"), pile_set)
-    return (({"source": where}, text) for where, text in texts)
 
 
 def _python_topics() -> Iterator[Text]:

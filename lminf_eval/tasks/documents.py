@@ -54,6 +54,22 @@ def cut_documents(corpus: str, texts: Iterable[Text], metadata: dict[str, Any]) 
     buckets = metadata.get("buckets", min(16, length // 8))
     if type(buckets) is not int or not 1 <= buckets <= length // 8:
         raise UsageError(f"{corpus} buckets={buckets!r}: a whole number from 1 to {length // 8} (length / 8) is needed")
+    marks = {length * i // buckets for i in range(1, buckets)}
+    if buckets > 1:
+        marks.add(tail_start(length))
+    return {"test": Dataset.from_list(cut_texts(corpus, texts, metadata, length, marks))}
+
+
+def cut_texts(
+    corpus: str, texts: Iterable[Text], metadata: dict[str, Any], length: int, marks: set[int]
+) -> list[dict[str, Any]]:
+    """Return the first `length` tokens of every text that has as many, and prefixes that end near `marks`.
+
+    Fields are those of `cut_documents`.
+
+    Raises:
+        UsageError: no text reaches the length.
+    """
     tokenizer = load_tokenizer(**metadata)
 
     docs: list[dict[str, Any]] = []
@@ -69,7 +85,7 @@ def cut_documents(corpus: str, texts: Iterable[Text], metadata: dict[str, Any]) 
         ids, offsets = _first_tokens(tokenizer, text, length)
         if len(ids) + tokenizer.n_special(text) < length:
             continue
-        if fields := _cut(tokenizer, text, ids, offsets, length, buckets):
+        if fields := _cut(tokenizer, text, ids, offsets, length, marks):
             docs.append({**fields, **origin})
         else:
             uncut += 1
@@ -83,7 +99,7 @@ def cut_documents(corpus: str, texts: Iterable[Text], metadata: dict[str, Any]) 
     logger.info(
         "%s: %d documents of %d tokens; left out %d shorter ones", corpus, len(docs), length, total - uncut - len(docs)
     )
-    return {"test": Dataset.from_list(docs)}
+    return docs
 
 
 def _first_tokens(tokenizer: TaskTokenizer, text: str, count: int) -> Tokens:
@@ -98,7 +114,7 @@ def _first_tokens(tokenizer: TaskTokenizer, text: str, count: int) -> Tokens:
 
 
 def _cut(
-    tokenizer: TaskTokenizer, text: str, ids: np.ndarray, offsets: np.ndarray, length: int, buckets: int
+    tokenizer: TaskTokenizer, text: str, ids: np.ndarray, offsets: np.ndarray, length: int, marks: set[int]
 ) -> dict[str, Any] | None:
     special = tokenizer.n_special(text)
     end = _stable_cut(tokenizer, text, ids, offsets, length - special)
@@ -106,9 +122,6 @@ def _cut(
         end = _stable_cut(tokenizer, text, ids, offsets, end - 1)
     if not end:
         return None
-    marks = {length * i // buckets for i in range(1, buckets)}
-    if buckets > 1:
-        marks.add(tail_start(length))
     prefixes = {_stable_cut(tokenizer, text, ids, offsets, mark - special) for mark in marks}
     counts = sorted({count for count in prefixes if 0 < count < end} | {end})
     cuts = [int(offsets[count - 1, 1]) for count in counts]

@@ -17,7 +17,8 @@ MAX_NEW_TOKENS = {
     "variable_tracking": 48,
     "kv_retrieval": 64,
 }
-DOCUMENTS = 20  # of each of them, unless the metadata say otherwise
+CONTINUATION = 100  # new tokens of a text that is continued
+DOCUMENTS = 20  # of each task with made-up documents, unless the metadata say otherwise
 
 
 @dataclass(frozen=True)

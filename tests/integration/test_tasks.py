@@ -21,6 +21,7 @@ TOPS = {
     "pg19_ppl": ("2k", "256k"),
     "arxiv_ppl": ("2k", "128k"),
     "openwebtext2_ppl": ("2k", "32k"),
+    **{f"{corpus}_generation": ("2k", "32k") for corpus in ("pydocs", "arxiv", "openwebtext2")},
 }
 
 
@@ -60,7 +61,7 @@ def test_no_name_of_ours_is_one_of_lm_evals_own():
 @pytest.mark.parametrize("group", TOPS)
 def test_names_say_the_length_and_the_kind(group):
     index = manager().task_index
-    kind = "generate_until" if group in ("passkey", *NEEDLES) else "loglikelihood_rolling"
+    kind = "loglikelihood_rolling" if group.endswith("_ppl") else "generate_until"
     for name, length in names(group).items():
         assert index[name].cfg["metadata"] == {"version": VERSIONS.get(group, 1.0), "length": length}
         assert index[name].cfg["output_type"] == kind

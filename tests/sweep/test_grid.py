@@ -146,7 +146,7 @@ def test_the_sweeps_that_ship():
         "ablation_retrieval": 19,
         "ablation_n_global": 7,
         "ablation_parts": 5,
-        "retrieval_limits": 36,
+        "retrieval_limits": 54,
         "methods": 68,
     }
     assert sizes == {"demo": 12, "paper_table": 80, "passkey_grid": 16, "modern": 72, **ablations}
