@@ -354,7 +354,49 @@ def test_max_length_cuts_as_hf_does_and_says_so(max_length, folder, caplog):
     caplog.clear()
     arguments = prompts([TEXT[:700], "class"])
     assert ours.generate_until(arguments) == theirs.generate_until(arguments)
-    assert f"truncating to last {max_length - 24} tokens" in caplog.text
+    assert f"1 of 2 inputs were cut on the left to max_length={max_length}" in caplog.text
+    assert ours.get_model_info()["lminf"].items() >= {"truncation": "left", "inputs_truncated": 2}.items()
+
+
+def kept(side, tokens, room):
+    if len(tokens) <= room:
+        return tokens
+    if side == "right":
+        return tokens[:room]
+    return tokens[: room // 2] + tokens[len(tokens) - (room - room // 2) :]
+
+
+@pytest.mark.parametrize("side", ["middle", "right"])
+@pytest.mark.parametrize("max_length", [49, 50, 5000])
+def test_a_context_is_cut_where_the_user_says(side, max_length, folder, caplog):
+    """The prompt and the answer together take max_length tokens; of a continuation, nothing is cut."""
+    ours, plain = lminf(folder, max_length=max_length, truncation=side), lminf(folder)
+    contexts, end = [TEXT[:700], "short"], " the end"
+    pieces = [plain._encode_pair(context, end) for context in contexts]
+    expected = [(("", ""), kept(side, before, max_length + 1 - len(after)), after) for before, after in pieces]
+    found = ours.loglikelihood(pairs(*((context, end) for context in contexts)))
+    assert_close(found, plain._loglikelihood_tokens(expected))
+    count = sum(len(before) != len(pair[0]) for (_, before, _), pair in zip(expected, pieces, strict=True))
+    assert count == (1 if max_length < 5000 else 0)
+    where = "in the middle" if side == "middle" else "on the right"
+    assert (f"1 of 2 inputs were cut {where} to max_length={max_length}" in caplog.text) == bool(count)
+
+    def ids(model):
+        made = (model.generation.request(context, {"max_gen_toks": 24, "until": []}, 1) for context in contexts)
+        return [list(one.tokens) for one in made]
+
+    assert ids(ours) == [kept(side, tokens, max_length - 24) for tokens in ids(plain)]
+    assert ours.get_model_info()["lminf"].items() >= {"truncation": side, "inputs_truncated": 2 * count}.items()
+
+
+def test_prompts_that_are_too_long_can_be_skipped(folder, caplog):
+    ours = lminf(folder, max_length=50, truncation="skip")
+    arguments = prompts([TEXT[:700], "class"])
+    assert ours.generate_until(arguments) == ["", lminf(folder).generate_until(arguments)[1]]
+    assert "1 of 2 inputs were skipped, beyond max_length=50" in caplog.text
+    assert ours.answers.tokens["computed"] < 50
+    with pytest.raises(UsageError, match="truncation=skip: goes with tasks that generate"):
+        ours.loglikelihood(pairs(("short", " end")))
 
 
 def test_max_length_too_short_for_the_request(folder):

@@ -78,6 +78,8 @@ ARGUMENTS = [
     ({"batch_size": "many"}, "batch_size=many", "a positive number, auto"),
     ({"batch_size": "auto:x"}, "batch_size=auto:x", "auto:<number>"),
     ({"max_length": 0}, "max_length=0", "positive number of tokens"),
+    ({"truncation": "left"}, "truncation=left", "it needs max_length=<tokens>"),
+    ({"truncation": "both", "max_length": 9}, "truncation=both", "must be left, middle, right, skip, True or False"),
     ({"max_length": "long"}, "max_length=long", "positive number of tokens"),
     ({"backend": "seq2seq"}, "backend=seq2seq", "causal"),
     ({"attn_implementation": "sdpa"}, "attn_implementation=sdpa", "attention=full only"),

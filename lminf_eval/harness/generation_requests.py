@@ -50,14 +50,14 @@ class GenerationRequests:
 
     def _prompt(self, context: str, max_new: int) -> Sequence[int] | np.ndarray:
         lm = self._lm
-        longest = lm._max_length - max_new if lm._max_length else None
 
         def encode_all(text: str) -> list[int]:
-            ids_1S, _ = lm.tok_batch_encode([text], left_truncate_len=longest, truncation=lm.truncation)
+            ids_1S, _ = lm.tok_batch_encode([text], truncation=lm.truncation)
             return ids_1S[0].tolist()
 
-        whole = longest is None and not lm.truncation
-        tokens = encode(lm.tokenizer, context, encode_all) if whole else encode_all(context)
+        tokens = encode_all(context) if lm.truncation else encode(lm.tokenizer, context, encode_all)
+        if lm._max_length:
+            tokens = lm.truncate.cut(np.asarray(tokens), lm._max_length - max_new)
         if not len(tokens):
             raise UsageError("a context encodes to no tokens; generation needs at least one")
         return tokens

@@ -26,6 +26,7 @@ from lminf_eval.config.trained_length import trained_length
 from lminf_eval.errors import UsageError, first_line
 from lminf_eval.harness.answer_cache import identify
 from lminf_eval.harness.model_args import ModelArgs, identity
+from lminf_eval.harness.truncation import Truncation
 from lminf_eval.inference.sampling import Decoding
 from lminf_eval.methods.base import AttentionMethod
 from lminf_eval.methods.full import Full
@@ -62,6 +63,7 @@ class LateHFLM(HFLM):
     args: ModelArgs
     method: AttentionMethod
     strategy: ParallelStrategy
+    truncate: Truncation
     ranks: Ranks
     n_local_from = ""
     AUTO_MODEL_CLASS: Any

@@ -20,6 +20,7 @@ from lminf_eval.harness.answers import Answers, autocast, progress_bar
 from lminf_eval.harness.generation_requests import GenerationRequests
 from lminf_eval.harness.late_hflm import UNBOUNDED, LateHFLM
 from lminf_eval.harness.model_args import ModelArgs, find_device, identity, recorded
+from lminf_eval.harness.truncation import SKIP, Truncation
 from lminf_eval.inference.requests import GenerateRequest, Request, Score, ScoreRequest
 from lminf_eval.methods.full import Full
 from lminf_eval.models.memory_estimate import parameters
@@ -73,6 +74,9 @@ class LMInfinite(LateHFLM):
         if execution.parallel == "layers":
             hf["parallelize"] = True
         hf["device"] = self.ranks.topology.device(find_device(hf.get("device")))
+        self.truncate = Truncation(hf.get("truncation"))
+        if isinstance(hf.get("truncation"), str):
+            hf["truncation"] = False
         self.shares_model = not isinstance(pretrained, str)  # its user calls it between our requests
         self.construct(pretrained, **hf)
         if not isinstance(pretrained, str):
@@ -133,18 +137,18 @@ class LMInfinite(LateHFLM):
     ) -> list[tuple[float, bool]]:
         """(log-probability, all greedy) of each (strings, context tokens, continuation tokens)."""
         self.begin()
-        todo, cut = [], 0
+        if self.truncate.side == SKIP:
+            raise UsageError(f"truncation={SKIP}: goes with tasks that generate; a log-likelihood must have a value")
+        todo, before = [], self.truncate.count
         for _, context, continuation in requests:
             if len(continuation) > self.limit:
                 longest = f"max_length={self.limit}: a continuation has {len(continuation)} tokens"
                 raise UsageError(f"{longest}; raise or drop max_length")
-            before = context if len(context) else [self.prefix_token_id]  # a tokenizer may make nothing of spaces
-            whole = np.concatenate([before, continuation]).astype(np.int32)
-            tokens = whole[-(self.limit + 1) :]
-            cut += len(tokens) < len(whole)
-            todo.append(ScoreRequest(tokens, len(tokens) - len(continuation)))
-        if cut:
-            logger.warning("%d of %d inputs were cut on the left to max_length=%d", cut, len(requests), self.limit)
+            whole = context if len(context) else [self.prefix_token_id]  # a tokenizer may make nothing of spaces
+            kept = self.truncate.cut(np.asarray(whole), self.limit + 1 - len(continuation))
+            tokens = np.concatenate([kept, continuation]).astype(np.int32)
+            todo.append(ScoreRequest(tokens, len(kept)))
+        self.truncate.warn(before, len(requests), self.limit)
         return self._scored(todo, [strings for strings, _, _ in requests], disable_tqdm)
 
     def _scored(self, requests: list[ScoreRequest], strings: list, disable_tqdm: bool) -> list[tuple[float, bool]]:
@@ -199,16 +203,21 @@ class LMInfinite(LateHFLM):
         self.__dict__.pop("decoding", None)  # the model's generation config may have been changed since
         made: list[GenerateRequest] = []
         seen: Counter[str] = Counter()
-        for request in requests:
+        before, skipped = self.truncate.count, {}
+        for i, request in enumerate(requests):
             context, kwargs = request.args
             seen[context] += 1
+            counted = self.truncate.count
             made.append(self.generation.request(context, kwargs, seen[context]))
-        self.asked(*(len(one.tokens) + one.max_new_tokens for one in made))
+            if self.truncate.side == SKIP and self.truncate.count > counted:
+                skipped[i] = ""
+        self.truncate.warn(before, len(requests), self.limit)
+        self.asked(*(len(one.tokens) + one.max_new_tokens for i, one in enumerate(made) if i not in skipped))
 
         def add(i: int, answer: Any) -> None:
             self.cache_hook.add_partial("generate_until", requests[i].args, answer)
 
-        return self._answered("generate", made, disable_tqdm, add, {})
+        return self._answered("generate", made, disable_tqdm, add, skipped)
 
     def get_model_info(self) -> dict:
         """Return what lm-eval writes into the results next to the model's name, so that a run can be repeated."""
@@ -223,6 +232,8 @@ class LMInfinite(LateHFLM):
                 "model_args": recorded(self.args.hf),
                 "n_local_from": self.n_local_from,
                 "trained_length": self.trained_length,
+                "truncation": self.truncate.side if self._max_length else None,
+                "inputs_truncated": self.truncate.count,
                 "prefix_sharing": execution.prefix_sharing,
                 "parallel": execution.parallel,
                 "ranks": self.ranks.topology.world,

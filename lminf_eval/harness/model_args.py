@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic.fields import FieldInfo
 
 from lminf_eval.errors import UsageError, validation_line
+from lminf_eval.harness.truncation import check_truncation
 from lminf_eval.inference.prefix_tree import MAX_CACHED_PREFIXES
 from lminf_eval.methods.registry import DEFAULT, METHODS, MethodArgs, default_of, parameters
 from lminf_eval.resume.journal import fingerprint
@@ -192,6 +193,7 @@ def check(pretrained: Any, args: Mapping[str, Any]) -> None:
     longest = args.get("max_length")
     if longest is not None and not (isinstance(longest, int) and longest > 0):
         raise UsageError(f"max_length={longest}: must be a positive number of tokens")
+    check_truncation(args.get("truncation"), longest)
     for name in ("dtype", "softmax_dtype", "mixed_precision_dtype"):
         _check_dtype(name, args.get(name))
     if args.get("backend", "default") not in ("default", "causal"):
@@ -224,7 +226,7 @@ def as_given(args: Mapping[str, Any]) -> dict[str, Any]:
     a name becomes a text. `torch_dtype` is the old name of `dtype`.
     """
     found = {name: value for name, value in args.items() if value is not None}
-    plain = own_args().keys() | {"max_length", "batch_size"}
+    plain = own_args().keys() | {"max_length", "batch_size", "truncation"}
     for name, value in found.items():
         if name in TEXTS and type(value) in (int, float):
             found[name] = str(value)
