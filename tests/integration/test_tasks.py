@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -66,6 +67,18 @@ def test_names_say_the_length_and_the_kind(group):
         assert index[name].cfg["metadata"] == {"version": VERSIONS.get(group, 1.0), "length": length}
         assert index[name].cfg["output_type"] == kind
     assert index[GROUPS.get(group, group)].cfg["task"] == list(names(group))
+
+
+@pytest.mark.parametrize("folder", sorted(path.name for path in TASKS.iterdir() if path.is_dir()))
+def test_each_folder_says_what_it_holds_and_what_changed(folder):
+    text = (TASKS / folder / "README.md").read_text()
+    groups = {path.stem for path in (TASKS / folder).glob("[!_]*.yaml") if not re.search(r"_\d+[km]$", path.stem)}
+    assert groups
+    assert all(f"`{group}`" in text for group in groups)
+    newest = re.findall(r"^- (\d+\.\d+): ", text.partition("## Changelog")[2], re.MULTILINE)[0]
+    loaded = manager().task_index
+    assert {str(loaded[name].cfg["metadata"]["version"]) for name in groups} == {newest}
+    assert f"[{folder}]({folder}/README.md)" in (TASKS / "README.md").read_text()
 
 
 @pytest.mark.parametrize("group", ["passkey", "kv_retrieval", "pydocs_ppl"])

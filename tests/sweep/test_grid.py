@@ -149,7 +149,7 @@ def test_the_sweeps_that_ship():
         "retrieval_limits": 54,
         "methods": 68,
     }
-    assert sizes == {"demo": 12, "paper_table": 80, "passkey_grid": 16, "modern": 72, **ablations}
+    assert sizes == {"demo": 12, "needles": 63, "paper_table": 80, "passkey_grid": 16, "modern": 72, **ablations}
 
 
 def test_the_demo_s_own_sweep_is_the_demo_s():
