@@ -18,6 +18,15 @@ def table(
     baseline: Annotated[
         str, typer.Option(help="A method: show the difference to it, or for perplexities the ratio.")
     ] = "",
+    summary: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Sum up each family of tasks over its lengths: the effective length, up to which no score is below "
+            "this threshold (RULER: 0.856), and averages weighted towards long and short texts.",
+        ),
+    ] = None,
     format_name: Annotated[
         str, typer.Option("--format", "-f", help="terminal, markdown, csv, latex or html.")
     ] = "terminal",
@@ -30,4 +39,4 @@ def table(
     with report_packages("tables and reports"):
         from lminf_eval.report.outputs import print_table
 
-    print_table(paths, rows, columns, metric, baseline, format_name, export, trained_length)
+    print_table(paths, rows, columns, metric, baseline, format_name, export, trained_length, summary)

@@ -15,9 +15,11 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from lminf_eval.report import escape
+from lminf_eval.report.over_lengths import EFFECTIVE, EFFECTIVE_OWN, LONGEST, OWN_SHARE, RULER_THRESHOLD
 from lminf_eval.report.paired_bootstrap import FEWEST_DIFFERING
 from lminf_eval.report.pivot import Cell, Column, Table
 from lminf_eval.utils.formatting import format_metric
+from lminf_eval.utils.tokens import format_tokens
 
 STYLES = {"best": "bold", "second": "underline", "": ""}
 
@@ -43,7 +45,9 @@ def page_environment() -> Environment:
 
 
 def format_value(cell: Cell) -> str:
-    """Return the value, or how it diverged."""
+    """Return the value, or how it diverged; a length as tokens."""
+    if cell.result["metric"] in (EFFECTIVE, EFFECTIVE_OWN, LONGEST):
+        return format_tokens(cell.result["value"]) if cell.result["value"] else "none"
     return cell.result["diverged"] or format_metric(cell.result["value"])
 
 
@@ -210,6 +214,11 @@ def legend(table: Table) -> list[str]:
     lines.append("n: documents; ±: standard error over them." if errors else "n: documents.")
     if 0 in errors:
         lines.append("±0: every document scored the same; with few documents that is no certainty.")
+    if any(cell.result["metric"] == EFFECTIVE for cell in cells):
+        lines.append(
+            f"{EFFECTIVE}: the longest up to which no score is below the threshold (RULER: {RULER_THRESHOLD}); by own "
+            f"score: below {OWN_SHARE:.0%} of that at the shortest length (NoLiMa)."
+        )
     if any(cell.mark for cell in cells):
         lines.append(
             "Bold: the best, of a model's methods or else of the models; underlined: the runner-up. Only shown if "

@@ -18,6 +18,7 @@ from lminf_eval.errors import UsageError
 from lminf_eval.report import escape, export, formats
 from lminf_eval.report.figures.figure import Plot
 from lminf_eval.report.figures.style import INK
+from lminf_eval.report.over_lengths import summary_table
 from lminf_eval.report.pivot import Table, pivot, select_metrics
 from lminf_eval.report.repro_command import reproduction_command
 from lminf_eval.report.run_metadata import compact, environment_line, find_backend, table, text
@@ -90,14 +91,16 @@ def data_url(content: str | bytes, kind: str) -> str:
 
 
 def _tables(store: SampleStore, baseline: str) -> list[Table]:
-    """Return a table for each family of tasks that has lengths, and one for all tasks that have none."""
+    """Return a table for each family of tasks that has lengths, one for all that have none, one over all lengths."""
     results = select_metrics(store.collection.results)
     has_lengths = results.groupby("family")["length"].transform("count") > 0
     groups = [group for _, group in results[has_lengths].groupby("family")]
     groups += [results[~has_lengths]] if not has_lengths.all() else []
     several = results["model_path"].nunique() > 1
     rows = ("model", "method") if several else ("method",)
-    return [_compared(store, group, rows, baseline) for group in groups]
+    tables = [_compared(store, group, rows, baseline) for group in groups]
+    summary = summary_table(store, results, rows)
+    return [*tables, *([summary] if summary else [])]
 
 
 def _compared(store: SampleStore, results: pd.DataFrame, rows: Sequence[str], baseline: str) -> Table:

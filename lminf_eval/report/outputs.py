@@ -13,6 +13,7 @@ from lminf_eval.report import escape, export, formats
 from lminf_eval.report.figures.plots import draw_figures
 from lminf_eval.report.html_page import render_page
 from lminf_eval.report.load import load_results
+from lminf_eval.report.over_lengths import summary_table
 from lminf_eval.report.pivot import pivot, select_metrics
 from lminf_eval.report.sample_store import SampleStore
 
@@ -34,11 +35,13 @@ def print_table(
     format_name: str = "terminal",
     export_to: Path | None = None,
     trained_length: int | None = None,
+    summary: float | None = None,
 ) -> None:
     """Print the results in `paths` as a table (see `pivot.pivot`); write every result, one a line, to `export_to`.
 
-    `rows`, `columns` and `metric` are comma-separated names, `format_name` is "terminal" or one of `WRITERS`. Files
-    that could not be read are listed on standard error.
+    With `summary`, a threshold, the table is that of `over_lengths.summary_table`. `rows`, `columns` and `metric` are
+    comma-separated names, `format_name` is "terminal" or one of `WRITERS`. Files that could not be read are listed on
+    standard error.
 
     Raises:
         UsageError: for a path, name or format that does not exist.
@@ -52,7 +55,12 @@ def print_table(
         raise UsageError(f"{', '.join(map(str, paths))}: a bench, and no lm-eval result; `lminf report` draws benches")
     store = SampleStore(collection)
     chosen = select_metrics(collection.results, _names(metric))
-    arranged = pivot(store, chosen, _names(rows), _names(columns), baseline)
+    if summary is None:
+        arranged = pivot(store, chosen, _names(rows), _names(columns), baseline)
+    elif (over_all := summary_table(store, chosen, _names(rows), summary)) is not None:
+        arranged = over_all
+    else:
+        raise UsageError("summary: no family of tasks has scores, the higher the better, at two lengths")
     if format_name == "terminal":
         console = Console()
         formats.terminal(arranged, console if console.is_terminal else Console(width=WIDEST))

@@ -116,7 +116,7 @@ def test_downloads_hold_the_data(written):
     assert sorted(files) == [
         "results.csv",
         "results.parquet",
-        *(f"table{i}.{e}" for i in (1, 2) for e in ("csv", "md", "tex")),
+        *(f"table{i}.{e}" for i in (1, 2, 3) for e in ("csv", "md", "tex")),
     ]
 
 
