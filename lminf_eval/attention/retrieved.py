@@ -20,7 +20,7 @@ from lminf_eval.cache.offloaded_keys import OffloadedKeys
 from lminf_eval.methods.hides_keys import HidesKeys
 
 _NUMBERS_AT_ONCE = 2**25  # of logits, or of retrieved values
-# So many queries take no longer to read all hidden values in one product than each takes to gather as many of its own.
+# One product over all hidden values costs no more than this many queries that each gather as many values.
 _SHARED_READS = 64
 _GROUP = 64  # keys whose maximum is taken first
 

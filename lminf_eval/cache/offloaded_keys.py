@@ -5,6 +5,7 @@ Shapes: K key-value heads, M tokens, L new tokens, D head dimension.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -35,13 +36,9 @@ class OffloadedKeys:
 
     def logits(self, q_KLD: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """Return the products [K, L, stop - start] of queries with the keys of their heads at positions in a range."""
-        found, first = q_KLD.new_empty(*q_KLD.shape[:2], stop - start), 0
-        for k_KMD, _ in self.pieces:
-            low, high = max(start - first, 0), min(stop - first, k_KMD.shape[1])
-            if low < high:
-                columns = slice(first + low - start, first + high - start)
-                torch.bmm(q_KLD, k_KMD[:, low:high].transpose(1, 2), out=found[:, :, columns])
-            first += k_KMD.shape[1]
+        found = q_KLD.new_empty(*q_KLD.shape[:2], stop - start)
+        for k_KMD, _, columns in self._within(start, stop):
+            torch.bmm(q_KLD, k_KMD.transpose(1, 2), out=found[:, :, columns])
         return found
 
     def values(self, position_KN: torch.Tensor) -> torch.Tensor:
@@ -59,14 +56,19 @@ class OffloadedKeys:
     def weighted_values(self, weight_KLN: torch.Tensor, start: int) -> torch.Tensor:
         """Return the sums [K, L, D] of the N values from position `start` on, each times its weight."""
         values = self.pieces[0][1]
-        total, first = weight_KLN.new_zeros(*weight_KLN.shape[:2], values.shape[2]), 0
-        for _, v_KMD in self.pieces:
-            low, high = max(start - first, 0), min(start + weight_KLN.shape[2] - first, v_KMD.shape[1])
-            if low < high:
-                weights = weight_KLN[:, :, first + low - start : first + high - start].to(v_KMD.dtype)
-                total += weights @ v_KMD[:, low:high]
-            first += v_KMD.shape[1]
+        total = weight_KLN.new_zeros(*weight_KLN.shape[:2], values.shape[2])
+        for _, v_KMD, columns in self._within(start, start + weight_KLN.shape[2]):
+            total += weight_KLN[:, :, columns].to(values.dtype) @ v_KMD
         return total.to(values.dtype)
+
+    def _within(self, start: int, stop: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, slice]]:
+        """Yield the parts of pieces at positions in a range: keys, values, and their columns counted from `start`."""
+        first = 0
+        for k_KMD, v_KMD in self.pieces:
+            low, high = max(start - first, 0), min(stop - first, k_KMD.shape[1])
+            if low < high:
+                yield k_KMD[:, low:high], v_KMD[:, low:high], slice(first + low - start, first + high - start)
+            first += k_KMD.shape[1]
 
     @property
     def nbytes(self) -> int:

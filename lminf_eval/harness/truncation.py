@@ -44,7 +44,7 @@ class Truncation:
         self.count = 0
 
     def cut(self, tokens: np.ndarray, room: int) -> np.ndarray:
-        """Return the `room` tokens of a context that stay; with `skip` all of them, for nobody to read."""
+        """Return the `room` tokens of a context that stay; with `skip` all of them, and nobody answers it."""
         if len(tokens) <= room:
             return tokens
         self.count += 1

@@ -30,9 +30,10 @@ def over_lengths(results: pd.DataFrame, threshold: float = RULER_THRESHOLD) -> p
 
     Only scores count, the higher the better, of families that were run at two lengths or more. Metrics:
 
-    - `EFFECTIVE`: the longest length up to which no score is below `threshold`, 0 if there is none; of scores between 0
-      and 1;
-    - `EFFECTIVE_OWN`: likewise with `OWN_SHARE` of the score at the shortest length, if that is above 0;
+    - `EFFECTIVE`: the longest length up to which no score is below `threshold`, or 0 if the first one is. It is given
+      if all scores lie between 0 and 1;
+    - `EFFECTIVE_OWN`: the longest length up to which no score is below `OWN_SHARE` of the score at the shortest length.
+      It is given if that score is above 0;
     - "average to long", "average to short": weights rise, or fall, linearly from length to length;
     - "left at the longest": the score at the longest length, as a share of that at the shortest; `LONGEST` is that
       length.

@@ -34,6 +34,18 @@ def tail_start(length: int) -> int:
     return length * TAIL[0] // TAIL[1]
 
 
+def read_length(corpus: str, metadata: dict[str, Any]) -> int:
+    """Return the `length` of a corpus's documents, in tokens.
+
+    Raises:
+        UsageError: if it is no whole number, or too small.
+    """
+    length = metadata.get("length")
+    if type(length) is not int or length < _SHORTEST:
+        raise UsageError(f"{corpus} length={length!r}: a whole number of tokens from {_SHORTEST} up is needed")
+    return length
+
+
 def cut_documents(corpus: str, texts: Iterable[Text], metadata: dict[str, Any]) -> dict[str, Dataset]:
     """Cut the documents of a perplexity task: the first `length` tokens of every text that has as many.
 
@@ -48,9 +60,7 @@ def cut_documents(corpus: str, texts: Iterable[Text], metadata: dict[str, Any]) 
     Raises:
         UsageError: a value is out of range, or no text reaches the length.
     """
-    length = metadata.get("length")
-    if type(length) is not int or length < _SHORTEST:
-        raise UsageError(f"{corpus} length={length!r}: a whole number of tokens from {_SHORTEST} up is needed")
+    length = read_length(corpus, metadata)
     buckets = metadata.get("buckets", min(16, length // 8))
     if type(buckets) is not int or not 1 <= buckets <= length // 8:
         raise UsageError(f"{corpus} buckets={buckets!r}: a whole number from 1 to {length // 8} (length / 8) is needed")

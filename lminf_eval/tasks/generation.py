@@ -11,12 +11,9 @@ from typing import Any
 
 from datasets import Dataset
 
-from lminf_eval.errors import UsageError
 from lminf_eval.tasks import corpora
-from lminf_eval.tasks.documents import cut_texts
+from lminf_eval.tasks.documents import cut_texts, read_length
 from lminf_eval.tasks.task_metadata import CONTINUATION
-
-_SHORTEST = 16  # tokens of a beginning
 
 
 def pydocs(**metadata: Any) -> dict[str, Dataset]:
@@ -46,9 +43,7 @@ def _build(corpus: str, metadata: dict[str, Any]) -> dict[str, Dataset]:
     Raises:
         UsageError: the length is out of range, or no text reaches it.
     """
-    length = metadata.get("length")
-    if type(length) is not int or length < _SHORTEST:
-        raise UsageError(f"{corpus} length={length!r}: a whole number of tokens from {_SHORTEST} up is needed")
+    length = read_length(corpus, metadata)
     docs = []
     for doc in cut_texts(corpus, corpora.texts(corpus, metadata), metadata, length + CONTINUATION, {length}):
         text, (n_tokens, *_), (cut, *_) = doc.pop("text"), doc.pop("boundaries"), doc.pop("cuts")
